@@ -1,0 +1,139 @@
+"""The contract between the Trainer and a sharding library.
+
+After `backward` on every micro-batch of every rank, the gradient of each trainable parameter is the plain SUM of
+the micro-batch gradients over all ranks. The Trainer divides the loss by the global number of targets, once; no
+backend averages. A backend reads no flags and knows no dataset. A third backend is one file.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, as torch.optim.AdamW names them
+
+
+@dataclass(frozen=True)
+class BackendOptions:
+    """What a backend needs to know."""
+
+    device: torch.device
+    dtype: torch.dtype
+    """Compute dtype. Trained parameters and moments are float32 whatever it is."""
+    trains_base: bool
+    """Full fine-tuning: the base model's parameters are trained; else they are frozen, kept in `dtype`."""
+    clip_grad: float
+    """Largest global gradient norm; 0 clips nothing."""
+    cpu_offload: bool = False
+    library_config: dict[str, Any] = field(default_factory=dict)
+    """Settings in the library's own words, already checked (DeepSpeed's JSON)."""
+
+
+class Source(Protocol):
+    """A base model that can be built in two ways; see dsft.model.source.ModelSource."""
+
+    def pretrained(self, dtype: torch.dtype) -> nn.Module:
+        """The whole model."""
+
+    def skeleton(self, dtype: torch.dtype) -> nn.Module:
+        """The model with parameters on the meta device."""
+
+    def fill(self, module: nn.Module) -> None:
+        """Real values for the meta parameters of one module."""
+
+
+class Backend(ABC):
+    """One sharding library, driven by the Trainer in the order of the methods below.
+
+    `model` is what runs forward, once `prepare` has returned. Methods marked collective run on all ranks.
+    """
+
+    model: nn.Module
+    reentrant_checkpointing = False
+    """Which form of torch.utils.checkpoint the library works with."""
+
+    def __init__(self, options: BackendOptions) -> None:
+        self.options = options
+
+    @classmethod
+    def read_library_config(cls, path: str | None, owned: dict[str, tuple[str, Any]]) -> dict[str, Any]:
+        """Settings in the library's own words from a user's file; most libraries have none.
+
+        Args:
+            path: the file, or None.
+            owned: values that flags decide, under the names of OWNED_VALUES: (flag, value).
+        """
+        return {}
+
+    @abstractmethod
+    def setup(self) -> None:
+        """Prepare the library, after the process group has started."""
+
+    @abstractmethod
+    def load_model(self, source: Source) -> nn.Module:
+        """The base model in the form that `prepare` expects, no rank holding all of its weights. Collective."""
+
+    @abstractmethod
+    def prepare(
+        self,
+        model: nn.Module,
+        make_optimizer: Callable[[list[nn.Parameter]], Optimizer],
+        make_scheduler: Callable[[Optimizer], LambdaLR],
+    ) -> None:
+        """Shard the model (wrapped in LoRA or not) and build optimizer and schedule. Collective."""
+
+    @abstractmethod
+    def backward(self, loss: torch.Tensor, *, last_micro_batch: bool) -> None:
+        """Add a micro-batch's gradient to the sum. Collective."""
+
+    @abstractmethod
+    def step(self) -> float:
+        """Clip, update, zero the gradients, advance the schedule. Collective.
+
+        Returns:
+            The global gradient norm before clipping. Where it is not finite, no weight has changed.
+        """
+
+    @abstractmethod
+    def learning_rate(self) -> float:
+        """The rate that the next step uses."""
+
+    @abstractmethod
+    def named_trainable(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Trained parameters as (name, full float32 CPU tensor), one at a time. Collective."""
+
+    @abstractmethod
+    def optimizer_state(self) -> Iterator[tuple[str, str, torch.Tensor]]:
+        """Moments as (parameter name, one of MOMENTS, full float32 CPU tensor), one at a time. Collective."""
+
+    @abstractmethod
+    def load_state(
+        self, read_parameter: Callable[[str], torch.Tensor], read_moment: Callable[[str, str], torch.Tensor], step: int
+    ) -> None:
+        """Go on from stored parameters and moments as if `step` steps had been taken. Collective.
+
+        Args:
+            read_parameter: name -> full float32 tensor.
+            read_moment: (name, one of MOMENTS) -> full float32 tensor.
+            step: optimizer steps taken so far.
+        """
+
+    def close(self) -> None:
+        """Free what the library holds."""
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that require a gradient, by name; a tied one once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def set_schedule(scheduler: LambdaLR, step: int) -> None:
+    """Put a schedule where `step` steps would have brought it."""
+    scheduler.last_epoch = step
+    for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_lr(), strict=True):
+        group["lr"] = rate

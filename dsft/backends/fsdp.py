@@ -1,0 +1,119 @@
+"""PyTorch's own FSDP2: parameters as DTensors sharded over all ranks."""
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from dsft.backends.base import MOMENTS, Backend, Source, set_schedule, trainable
+
+
+class FsdpBackend(Backend):
+    """Each decoder layer is one group, the rest of the model another."""
+
+    def setup(self) -> None:
+        """One mesh over all ranks."""
+        self._mesh = init_device_mesh(self.options.device.type, (torch.distributed.get_world_size(),))
+
+    def load_model(self, source: Source) -> nn.Module:
+        """A skeleton; `prepare` fills and shards it layer by layer."""
+        self._source = source
+        # With full fine-tuning the sharded parameters are the float32 masters; compute casts them.
+        return source.skeleton(torch.float32 if self.options.trains_base else self.options.dtype)
+
+    def prepare(
+        self,
+        model: nn.Module,
+        make_optimizer: Callable[[list[nn.Parameter]], Optimizer],
+        make_scheduler: Callable[[Optimizer], LambdaLR],
+    ) -> None:
+        """Fill and shard one decoder layer after the other: no more than one is ever whole."""
+        policy: dict = {"mesh": self._mesh}
+        if self.options.dtype != torch.float32:
+            policy["mp_policy"] = MixedPrecisionPolicy(param_dtype=self.options.dtype, reduce_dtype=torch.float32)
+        if self.options.cpu_offload:
+            policy["offload_policy"] = CPUOffloadPolicy(pin_memory=self.options.device.type == "cuda")
+        for layer in decoder_layers(model):
+            self._source.fill(layer)
+            fully_shard(layer, **policy)
+        self._source.fill(model)
+        fully_shard(model, **policy)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                # The plain sum, as the contract says. Sums only: gloo knows no scaled reduction.
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+        self.model = model
+        self._parameters = trainable(model)
+        self._optimizer = make_optimizer(list(self._parameters.values()))
+        self._scheduler = make_scheduler(self._optimizer)
+
+    def backward(self, loss: torch.Tensor, *, last_micro_batch: bool) -> None:
+        """Gradients are reduced after every micro-batch, so that only shards of them are kept."""
+        self.model.set_is_last_backward(last_micro_batch)  # type: ignore[operator]
+        loss.backward()
+
+    def step(self) -> float:
+        """See Backend."""
+        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        total = get_total_norm(gradients)
+        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
+        if math.isfinite(norm):
+            if self.options.clip_grad:
+                clip_grads_with_norm_(self._parameters.values(), self.options.clip_grad, total)
+            self._optimizer.step()
+            self._scheduler.step()
+        self._optimizer.zero_grad()
+        return norm
+
+    def learning_rate(self) -> float:
+        """See Backend."""
+        return self._optimizer.param_groups[0]["lr"]
+
+    def named_trainable(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """See Backend."""
+        for name, parameter in self._parameters.items():
+            yield name, _whole(parameter)
+
+    def optimizer_state(self) -> Iterator[tuple[str, str, torch.Tensor]]:
+        """See Backend."""
+        for name, parameter in self._parameters.items():
+            for moment in MOMENTS:
+                yield name, moment, _whole(self._optimizer.state[parameter][moment])
+
+    def load_state(
+        self, read_parameter: Callable[[str], torch.Tensor], read_moment: Callable[[str, str], torch.Tensor], step: int
+    ) -> None:
+        """See Backend."""
+        for name, parameter in self._parameters.items():
+            with torch.no_grad():
+                parameter.copy_(self._sharded(read_parameter(name), parameter))
+            state = self._optimizer.state[parameter]
+            state["step"] = torch.tensor(float(step))
+            for moment in MOMENTS:
+                state[moment] = torch.zeros_like(parameter)
+                state[moment].copy_(self._sharded(read_moment(name, moment), parameter))
+        set_schedule(self._scheduler, step)
+
+    def _sharded(self, whole: torch.Tensor, like: nn.Parameter) -> DTensor:
+        assert isinstance(like, DTensor)
+        # Every rank has read the same file: no rank needs to send anything.
+        return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a transformers model: the classes it says must not be split."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).to("cpu", torch.float32)

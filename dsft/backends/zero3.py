@@ -1,0 +1,159 @@
+"""DeepSpeed ZeRO-3."""
+
+import copy
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from dsft.backends.base import MOMENTS, Backend, Source, set_schedule, trainable
+from dsft.backends.ds_config import read_ds_config
+
+
+class Zero3Backend(Backend):
+    """The engine averages over ranks and accumulation; both are undone, so that gradients are plain sums."""
+
+    @classmethod
+    def read_library_config(cls, path: str | None, owned: dict[str, tuple[str, Any]]) -> dict[str, Any]:
+        """DeepSpeed's JSON file over ds_configs/zero3.json."""
+        return read_ds_config(path, owned)
+
+    def setup(self) -> None:
+        """Import DeepSpeed and hand it the process group."""
+        # Its builds look for ninja on PATH, where an environment that was not activated does not show it.
+        os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        os.environ.setdefault("LOCAL_RANK", "0")  # it reads this even where no launcher has set it
+        import deepspeed
+
+        # On CPU DeepSpeed compiles a shared-memory collective at start-up: half a minute, a C++ compiler, and a
+        # lock file that outlives a killed build and stops the next one for ever. Only inference uses it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        with redirect_stdout(sys.stderr):
+            deepspeed.init_distributed(
+                dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False
+            )
+        self._config = self._library_config()
+
+    def _library_config(self) -> dict:
+        config = copy.deepcopy(self.options.library_config)
+        config["train_micro_batch_size_per_gpu"] = 1  # labels only: the Trainer decides what a micro-batch is
+        config["gradient_accumulation_steps"] = 1
+        config["train_batch_size"] = torch.distributed.get_world_size()
+        config["gradient_clipping"] = self.options.clip_grad
+        config["bf16"] = {"enabled": self.options.dtype == torch.bfloat16}
+        config["fp16"] = {"enabled": False}
+        if self.options.cpu_offload:
+            for part in ("offload_param", "offload_optimizer"):
+                config["zero_optimization"].setdefault(part, {"device": "cpu"})
+        return config
+
+    def load_model(self, source: Source) -> nn.Module:
+        """from_pretrained under transformers' DeepSpeed hook: each rank keeps its shard of every weight."""
+        from transformers.integrations import HfDeepSpeedConfig
+
+        self._hook = HfDeepSpeedConfig(self._config)  # must stay alive while from_pretrained runs
+        return source.pretrained(self.options.dtype)
+
+    def prepare(
+        self,
+        model: nn.Module,
+        make_optimizer: Callable[[list[nn.Parameter]], Optimizer],
+        make_scheduler: Callable[[Optimizer], LambdaLR],
+    ) -> None:
+        """deepspeed.initialize with our optimizer and schedule."""
+        import deepspeed
+
+        parameters = trainable(model)
+        # The engine rounds everything to the compute dtype before it makes its float32 masters of it.
+        masters = {n: p.detach().clone() for n, p in parameters.items() if not self.options.trains_base}
+        optimizer = make_optimizer(list(parameters.values()))
+        scheduler = make_scheduler(optimizer)
+        with redirect_stdout(sys.stderr):
+            self._engine, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, lr_scheduler=scheduler, config=self._config
+            )
+        self.model = self._engine
+        self._zero = self._engine.optimizer
+        self._scheduler = scheduler
+        self._parameters = trainable(self._engine.module)
+        if masters and self.options.dtype != torch.float32:
+            self._write_parameters(masters.__getitem__)
+
+    def backward(self, loss: torch.Tensor, *, last_micro_batch: bool) -> None:
+        """Times the world size, because ZeRO-3 averages over ranks."""
+        self._engine.set_gradient_accumulation_boundary(last_micro_batch)
+        self._engine.backward(loss * torch.distributed.get_world_size(), scale_wrt_gas=False)
+
+    def step(self) -> float:
+        """The engine skips the update by itself where the norm is not finite."""
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm())
+
+    def learning_rate(self) -> float:
+        """See Backend."""
+        return self._zero.param_groups[0]["lr"]
+
+    def named_trainable(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """See Backend."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        for name, parameter in self._parameters.items():
+            yield name, safe_get_full_fp32_param(parameter).to("cpu", torch.float32)
+
+    def optimizer_state(self) -> Iterator[tuple[str, str, torch.Tensor]]:
+        """See Backend."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        for name, parameter in self._parameters.items():
+            for moment in MOMENTS:
+                yield name, moment, safe_get_full_optimizer_state(parameter, moment).to("cpu", torch.float32)
+
+    def load_state(
+        self, read_parameter: Callable[[str], torch.Tensor], read_moment: Callable[[str, str], torch.Tensor], step: int
+    ) -> None:
+        """See Backend."""
+        from deepspeed.utils import safe_set_local_optimizer_state
+
+        for flat in self._zero.fp32_partitioned_groups_flat:
+            state = {"step": torch.tensor(float(step))}
+            state |= {moment: torch.zeros_like(flat) for moment in MOMENTS}
+            self._zero.optimizer.state[flat] = state
+        for name, parameter in self._parameters.items():
+            for moment in MOMENTS:
+                safe_set_local_optimizer_state(parameter, _partition(read_moment(name, moment), parameter), moment)
+        self._write_parameters(read_parameter)
+        set_schedule(self._scheduler, step)
+
+    def _write_parameters(self, read: Callable[[str], torch.Tensor]) -> None:
+        """Set the float32 masters and everything that the engine derives from them."""
+        from deepspeed.utils import safe_set_local_fp32_param
+
+        self._zero._partition_all_parameters()
+        for name, parameter in self._parameters.items():
+            safe_set_local_fp32_param(parameter, _partition(read(name), parameter))
+        for group in range(len(self._zero.fp16_groups)):  # what the engine's own step does after an update
+            self._zero._reassign_or_swap_out_partitioned_parameters(group)
+        if self._zero.persistent_parameters:
+            self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
+
+    def close(self) -> None:
+        """Free the engine's buffers and hooks."""
+        if hasattr(self, "_engine"):
+            self._engine.destroy()
+
+
+def _partition(whole: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
+    """This rank's slice of a full tensor, zero-padded to equal sizes as ZeRO-3 keeps it (float32, 1-D)."""
+    size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+    ranks = torch.distributed.get_world_size()
+    flat = torch.zeros(size * ranks, dtype=torch.float32)
+    flat[: whole.numel()] = whole.flatten()
+    start = size * torch.distributed.get_rank()
+    return flat[start : start + size].to(parameter.device)

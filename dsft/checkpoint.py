@@ -1,0 +1,266 @@
+"""What is on disk: layout, atomic writing, latest, best, rotation.
+
+A checkpoint is a folder checkpoint-000100 with the trained weights, the moments, trainer_state.json and, written
+last, COMPLETE. It says nothing that only one backend could read, and holds no pickle.
+"""
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from dsft.errors import UserError
+
+COMPLETE, STATE, CONFIG = "COMPLETE", "trainer_state.json", "config.yaml"
+ADAPTER, MODEL, OPTIMIZER = "adapter_model", "model", "optimizer"
+SHARD_BYTES = 4 * 2**30
+NAME = re.compile(r"checkpoint-(\d{6,})")
+
+
+@dataclass
+class TrainerState:
+    """Where a run stands."""
+
+    step: int
+    epoch: float
+    backend: str
+    world_size: int
+    data: str
+    """Fingerprint of the tokenised training rows."""
+    val_loss: float | None = None
+    best_step: int | None = None
+    best_val_loss: float | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+class CheckpointFolder:
+    """The checkpoints of one run, in its output folder. Only rank 0 calls the methods that write."""
+
+    def __init__(self, output_dir: str | Path) -> None:
+        self.root = Path(output_dir)
+
+    def all(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        if not self.root.is_dir():
+            return []
+        found = [p for p in self.root.iterdir() if NAME.fullmatch(p.name) and (p / COMPLETE).is_file()]
+        return sorted(found, key=step_of)
+
+    def latest(self) -> Path | None:
+        """The complete checkpoint with the most steps."""
+        return (self.all() or [None])[-1]
+
+    def best(self) -> Path | None:
+        """What the link `best` points to, if that is a complete checkpoint."""
+        target = (self.root / "best").resolve()
+        return target if (target / COMPLETE).is_file() else None
+
+    def remove_unfinished(self) -> None:
+        """Delete what a killed run left half-written."""
+        for path in self.root.iterdir():
+            unfinished = NAME.fullmatch(path.name) and not (path / COMPLETE).is_file()
+            if unfinished or re.fullmatch(r"\.checkpoint-\d+\.tmp", path.name):
+                shutil.rmtree(path)
+            elif re.fullmatch(r"\..+\.tmp", path.name) and (path.is_symlink() or path.is_file()):
+                path.unlink()
+
+    @contextmanager
+    def writing(self, step: int) -> Iterator[Path]:
+        """A folder to fill; it becomes checkpoint-<step> when the block ends, or vanishes if it fails.
+
+        Raises:
+            UserError: the disk is full or not writable. Older checkpoints are as they were.
+        """
+        target = self.root / f"checkpoint-{step:06d}"
+        unfinished = self.root / f".{target.name}.tmp"
+        try:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+            yield unfinished
+            for path in [*unfinished.iterdir(), unfinished]:
+                _sync(path)
+            shutil.rmtree(target, ignore_errors=True)  # a run that is repeated from an older checkpoint
+            unfinished.rename(target)
+            write_text(target / COMPLETE, "")
+            _sync(self.root)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            latest = self.latest()
+            keeps = f"{latest} is still valid" if latest else "there is no older checkpoint"
+            raise UserError(f"cannot save {target}: {_reason(error)}; {keeps}; make room and start again") from error
+
+    def point(self, name: str, checkpoint: Path) -> None:
+        """Let the link `best` or `latest` show to a checkpoint; the change is atomic."""
+        new = self.root / f".{name}.tmp"
+        new.unlink(missing_ok=True)
+        new.symlink_to(checkpoint.name)
+        new.replace(self.root / name)
+
+    def rotate(self, keep: int | None) -> None:
+        """Delete all but the newest `keep` checkpoints, best and latest."""
+        if keep is None:
+            return
+        wanted = {self.best(), self.latest()}
+        for path in self.all()[:-keep]:
+            if path.resolve() not in {p.resolve() for p in wanted if p}:
+                (path / COMPLETE).unlink()  # first, so that a half-deleted folder is no checkpoint
+                shutil.rmtree(path)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Optimizer steps taken when a checkpoint was written, from its name."""
+    match = NAME.fullmatch(checkpoint.name)
+    assert match, checkpoint
+    return int(match[1])
+
+
+def find_checkpoint(path: str, flag: str) -> Path:
+    """A user's path as one complete checkpoint: the folder itself, or a run's best or latest.
+
+    Raises:
+        UserError: it is neither.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"--{flag} {path}: no such folder")
+    if (folder / COMPLETE).is_file():
+        return folder.resolve()
+    if (folder / STATE).is_file():
+        raise UserError(f"--{flag} {path}: the checkpoint has no {COMPLETE} file; its writing was interrupted")
+    run = CheckpointFolder(folder)
+    found = run.best() or run.latest()
+    if found is None:
+        raise UserError(f"--{flag} {path}: the folder holds no complete checkpoint")
+    return found
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file under a temporary name, flush it to the disk, and rename it."""
+    unfinished = path.with_name(f".{path.name}.tmp")
+    with open(unfinished, "w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    unfinished.replace(path)
+
+
+def write_state(folder: Path, state: TrainerState) -> None:
+    """trainer_state.json."""
+    write_text(folder / STATE, json.dumps(asdict(state), indent=2) + "\n")
+
+
+def read_state(checkpoint: Path) -> TrainerState:
+    """Raises UserError where trainer_state.json is damaged."""
+    try:
+        return TrainerState(**json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{checkpoint / STATE} is damaged ({error}); resume from an older checkpoint") from error
+
+
+def write_tensors(folder: Path | None, stem: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Write named tensors as they come, as stem.safetensors or, above SHARD_BYTES, in numbered files with an index.
+
+    Args:
+        folder: where to; None goes through the tensors without writing (they come from collectives).
+        stem: name of the files.
+        tensors: consumed once, to the end, even when writing has failed.
+    """
+    shards: list[list[str]] = []
+    pending: dict[str, torch.Tensor] = {}
+    failure: Exception | None = None
+
+    def flush() -> None:
+        nonlocal failure
+        assert folder is not None
+        try:
+            save_file(pending, folder / f"{stem}.part{len(shards):05d}", metadata={"format": "pt"})
+        except (OSError, SafetensorError) as error:
+            failure = error
+        shards.append(list(pending))
+        pending.clear()
+
+    for name, tensor in tensors:
+        if folder is None or failure is not None:
+            continue
+        if pending and sum(t.nbytes for t in pending.values()) + tensor.nbytes > SHARD_BYTES:
+            flush()
+        pending[name] = tensor.contiguous()
+    if folder is None:
+        return
+    if failure is None:
+        flush()
+    if failure is not None:
+        raise failure
+    weight_map = {}
+    for index, names in enumerate(shards):
+        whole = len(shards) == 1
+        file = f"{stem}.safetensors" if whole else f"{stem}-{index + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"{stem}.part{index:05d}").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index_text = json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2)
+        write_text(folder / f"{stem}.safetensors.index.json", index_text)
+
+
+class TensorReader:
+    """Reads tensors one at a time from what write_tensors has written."""
+
+    def __init__(self, folder: Path, stem: str) -> None:
+        """Raises:
+        UserError: missing or damaged files.
+        """
+        self.folder, self.stem = folder, stem
+        self._file_of: dict[str, Path] = {}
+        files = sorted(folder.glob(f"{stem}.safetensors")) or sorted(folder.glob(f"{stem}-*.safetensors"))
+        if not files:
+            raise UserError(f"{folder / stem}.safetensors is missing; resume from another checkpoint")
+        for file in files:
+            try:
+                with safe_open(file, framework="pt") as handle:
+                    self._file_of |= dict.fromkeys(handle.keys(), file)
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{file} is damaged ({error}); resume from another checkpoint") from error
+
+    def __call__(self, name: str) -> torch.Tensor:
+        """One tensor, on CPU.
+
+        Raises:
+            UserError: there is none of that name.
+        """
+        if name not in self._file_of:
+            raise UserError(f"{self.folder / self.stem}.safetensors holds no '{name}'; it belongs to another model")
+        with safe_open(self._file_of[name], framework="pt") as handle:
+            return handle.get_tensor(name)
+
+
+def guard_disk(work: Callable[[], Any], path: Path) -> None:
+    """Run something that writes `path`, and turn an operating system's refusal into a UserError."""
+    try:
+        work()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    code = getattr(error, "errno", None)
+    if code == errno.ENOSPC or "No space left" in str(error):
+        return "the disk is full"
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,228 @@
+"""From a command line to a checked config: Fire splits the words, the declared types read the values.
+
+Fire alone calls a function first and complains about unknown flags after it returns, and guesses types from
+the text. So Fire is given a function that only collects, and the config decides what the values mean.
+"""
+
+import ast
+import dataclasses
+import inspect
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import fire
+import yaml
+from fire.decorators import SetParseFn
+
+from dsft.errors import UserError, did_you_mean
+
+Config = TypeVar("Config")
+LAUNCHER_FLAGS = {"local_rank"}  # the DeepSpeed launcher puts it before the user's flags; LOCAL_RANK says the same
+
+
+def main(config_class: type[Config], run: Callable[[Config], None], argv: Sequence[str] | None = None) -> None:
+    """Parse, run, and turn errors into one line and an exit status. The body of every command."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "--help" in argv or "-h" in argv:
+        print(help_text(config_class))
+        return
+    try:
+        config = parse(config_class, argv)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":  # every rank sees the same flags; one says so
+            print_error(error)
+        sys.exit(1)
+    run(config)
+
+
+def print_error(error: UserError) -> None:
+    """Print a user error as the lines it has, on standard error."""
+    for line in str(error).splitlines():
+        print(f"error: {line}", file=sys.stderr, flush=True)
+
+
+def parse(config_class: type[Config], argv: Sequence[str]) -> Config:
+    """Flags over the YAML file over the defaults, each value read by its declared type.
+
+    Raises:
+        UserError: unknown flags, unreadable values and missing flags, all of them at once.
+    """
+    values = _collect(config_class, argv)
+    if values.get("config"):
+        values = _read_yaml(config_class, values["config"]) | values
+    return build(config_class, values)
+
+
+def build(config_class: type[Config], values: dict[str, Any]) -> Config:
+    """A checked config from text or native values.
+
+    Raises:
+        UserError: a line for each value that cannot be read, or a required one that is missing.
+    """
+    problems, known = [], {}
+    hints = typing.get_type_hints(config_class)
+    for f in dataclasses.fields(config_class):  # type: ignore[arg-type]
+        if f.name in values:
+            try:
+                known[f.name] = read_value(values[f.name], hints[f.name])
+            except ValueError:
+                problems.append(f"{f.name} must be {type_text(hints[f.name])}, got {values[f.name]!r}")
+        elif f.metadata["required"]:
+            problems.append(f"--{f.name} is required: {meanings(config_class)[f.name]}")
+    if problems:
+        raise UserError("\n".join(problems))
+    config = config_class(**known)
+    config.check()  # type: ignore[attr-defined]
+    return config
+
+
+def as_yaml(config: Any) -> str:
+    """The resolved config as YAML that --config reads back to the same values."""
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _collect(config_class: type, argv: Sequence[str]) -> dict[str, str]:
+    hints = typing.get_type_hints(config_class)
+    argv = [word for word in argv if word.lstrip("-").replace("-", "_").split("=")[0] not in LAUNCHER_FLAGS]
+    problems = []
+    for word, following in zip(argv, [*argv[1:], "--"], strict=True):
+        name = word.lstrip("-").replace("-", "_")
+        if word.startswith("--") and following.startswith("--") and name in hints and hints[name] is not bool:
+            problems.append(f"--{name} needs a value: {type_text(hints[name])}")
+    collected: dict[str, str] = {}
+
+    @SetParseFn(str)
+    def collect(*words: str, **flags: str) -> None:
+        problems.extend(f"'{word}' belongs to no flag; write --name value" for word in words)
+        collected.update(flags)
+
+    fire.Fire(collect, command=argv)
+    for name in list(collected):
+        if name not in hints and name.startswith("no") and hints.get(name[2:]) is bool:
+            collected[name[2:]] = str(collected.pop(name) != "True")
+        elif name not in hints:
+            problems.append(f"unknown flag --{name}{did_you_mean(name, hints)}; --help lists all flags")
+    if problems:
+        raise UserError("\n".join(problems))
+    return collected
+
+
+def _read_yaml(config_class: type, path: str) -> dict[str, Any]:
+    hints = typing.get_type_hints(config_class)
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path} is no YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path} must hold 'flag: value' lines, got a {type(values).__name__}")
+    unknown = [f"{path}: unknown flag '{n}'{did_you_mean(str(n), hints)}" for n in values if n not in hints]
+    if unknown:
+        raise UserError("\n".join(unknown))
+    return values
+
+
+def read_value(value: Any, kind: Any) -> Any:
+    """Read text from a command line, or a native YAML value, as the declared type.
+
+    Raises:
+        ValueError: the value is not of that type.
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if type(None) in arguments and (value is None or value == "None"):
+            return None
+        for choice in arguments:
+            if choice is not type(None):
+                try:
+                    return read_value(value, choice)
+                except ValueError:
+                    continue
+        raise ValueError
+    if origin is Literal:
+        if value in arguments:
+            return value
+        raise ValueError
+    if origin in (list, tuple):
+        items = [part.strip() for part in value.strip("[]()").split(",")] if isinstance(value, str) else value
+        if not isinstance(items, (list, tuple)):
+            raise ValueError
+        items = [item for item in items if item != ""]
+        if origin is list:
+            return [read_value(item, arguments[0]) for item in items]
+        if len(items) != len(arguments):
+            raise ValueError
+        return tuple(read_value(item, argument) for item, argument in zip(items, arguments, strict=True))
+    if kind is bool:
+        text = str(value).lower()
+        if text not in ("true", "false", "1", "0"):
+            raise ValueError
+        return text in ("true", "1")
+    if kind is int:
+        if isinstance(value, (bool, float)):
+            raise ValueError
+        return int(value)
+    if kind is float:
+        if isinstance(value, bool):
+            raise ValueError
+        number = float(value)
+        if number != number or abs(number) == float("inf"):
+            raise ValueError
+        return number
+    assert kind is str, kind
+    if value is None or isinstance(value, (list, dict)):
+        raise ValueError
+    return str(value)
+
+
+def type_text(kind: Any) -> str:
+    """A declared type as a user reads it."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(type_text(a) for a in arguments if a is not type(None))
+    if origin is Literal:
+        return " or ".join(f'"{a}"' for a in arguments) if len(arguments) < 2 else f"one of {', '.join(arguments)}"
+    if origin is list:
+        return "a list"
+    if origin is tuple:
+        return f"{len(arguments)} numbers"
+    return {bool: "True or False", int: "a whole number", float: "a number", str: "text"}[kind]
+
+
+def meanings(config_class: type) -> dict[str, str]:
+    """The string that stands under each field of a config class."""
+    body = ast.parse(inspect.getsource(config_class)).body[0].body  # type: ignore[attr-defined]
+    found = {}
+    for statement, following in zip(body, body[1:], strict=False):
+        if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
+            found[statement.target.id] = following.value.value  # type: ignore[union-attr,attr-defined]
+    return found
+
+
+def default_text(f: "dataclasses.Field[Any]") -> str:
+    """A field's default as it would be typed, or "required"."""
+    if f.metadata["required"]:
+        return "required"
+    default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+    return ",".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
+
+
+def help_text(config_class: type) -> str:
+    """--help: every flag with type, default and meaning, in the order of the config class."""
+    hints, meaning = typing.get_type_hints(config_class), meanings(config_class)
+    lines = [inspect.cleandoc(config_class.__doc__ or ""), "", "Flags (--name value or --name=value):"]
+    for f in dataclasses.fields(config_class):
+        if f.metadata["section"]:
+            lines += ["", f.metadata["section"]]
+        lines.append(f"  --{f.name}  ({type_text(hints[f.name])}; {default_text(f)})")
+        lines.append(f"      {meaning[f.name]}")
+    return "\n".join(lines)

@@ -1,0 +1,211 @@
+"""Every flag of every command, defined once: name, type, default, meaning.
+
+The string under a field is its meaning; --help, config.yaml and docs/flags.md are made from it.
+A field without a default is a required flag. Nothing here imports torch.
+"""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from dsft.errors import UserError
+
+EVERY_EPOCH = "epoch"
+Interval = int | Literal["epoch"]
+
+
+def flag(default: Any = None, *, section: str | None = None, run_identity: bool = False, required: bool = False) -> Any:
+    """One flag. `section` starts a group in --help; `run_identity` marks what may not change on resume."""
+    metadata = {"section": section, "run_identity": run_identity, "required": required}
+    if required:
+        return field(metadata=metadata)
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """Fine-tune a causal language model on parquet rows."""
+
+    backend: Literal["fsdp", "zero3"] = flag("fsdp", section="Model")
+    """Sharding library: fsdp (PyTorch FSDP2) or zero3 (DeepSpeed ZeRO-3). The numbers are the same."""
+    model: str = flag(required=True, run_identity=True)
+    """Hugging Face name, a folder with safetensors, or smollm2-135m (the embedded small model)."""
+    dtype: Literal["auto", "bfloat16", "float32"] = flag("auto")
+    """Compute dtype; auto is bfloat16 where the hardware computes it, else float32."""
+    attn_implementation: str = flag("auto")
+    """Attention of transformers: auto, sdpa, eager, flash_attention_2, …"""
+    gradient_checkpointing: bool = flag(False)
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    cpu_offload: bool = flag(False)
+    """Keep parameters and optimizer state in CPU memory between uses."""
+    trust_remote_code: bool = flag(False)
+    """Run Python code that comes with the model. Off unless you have read that code."""
+
+    train_files: list[str] = flag(required=True, section="Data")
+    """Parquet: a file, a comma-separated list, a glob, or a folder."""
+    val_files: list[str] | None = flag(None)
+    """Parquet for the validation loss, written as train_files."""
+    prompt_key: str = flag("prompt", run_identity=True)
+    """Column of the prompt: a string, or a list of {role, content}."""
+    response_key: str = flag("response", run_identity=True)
+    """Column of the response: a string, or one {role, content} message."""
+    messages_key: str | None = flag(None, run_identity=True)
+    """Column of whole conversations, every assistant turn a target; replaces prompt_key and response_key."""
+    prompt_dict_keys: list[str] | None = flag(None, run_identity=True)
+    """Keys that lead from the prompt column's nested value to the prompt."""
+    response_dict_keys: list[str] | None = flag(None, run_identity=True)
+    """Keys that lead from the response column's nested value to the response."""
+    with_thinking: bool = flag(False, run_identity=True)
+    """End the prompt with <think>, which the response then closes."""
+    max_length: int = flag(2048, run_identity=True)
+    """Longest row in tokens, prompt and response together."""
+    truncation: Literal["error", "left", "right", "drop"] = flag("error", run_identity=True)
+    """A longer row: error stops, left cuts the prompt's front, right cuts the end, drop leaves the row out."""
+    max_train_rows: int | None = flag(None, run_identity=True)
+    """Use the first N training rows only."""
+    max_val_rows: int | None = flag(None)
+    """Use the first N validation rows only."""
+
+    lora_rank: int = flag(64, section="LoRA", run_identity=True)
+    """Rank of the LoRA matrices; 0 is full fine-tuning."""
+    lora_alpha: float = flag(32.0, run_identity=True)
+    """LoRA scale: the update is multiplied by lora_alpha / lora_rank."""
+    lora_dropout: float = flag(0.0, run_identity=True)
+    """Dropout before the LoRA matrices."""
+    target_modules: list[str] = flag(["all-linear"], run_identity=True)
+    """Modules that get LoRA: all-linear (all but the head), or names such as q_proj,v_proj."""
+    use_rslora: bool = flag(False, run_identity=True)
+    """Scale by lora_alpha / sqrt(lora_rank) instead (rank-stabilised LoRA)."""
+    use_dora: bool = flag(False, run_identity=True)
+    """Weight-decomposed LoRA: a trained magnitude per output beside the direction."""
+
+    train_batch_size: int = flag(128, section="Optimization", run_identity=True)
+    """Rows per optimizer step, over all ranks. The last batch of an epoch may be smaller; no row is dropped."""
+    micro_batch_size: int = flag(8)
+    """Rows per forward pass on one rank; changes memory and speed, not the numbers."""
+    lr: float = flag(1e-4, run_identity=True)
+    """Peak learning rate of AdamW."""
+    betas: tuple[float, float] = flag((0.9, 0.95), run_identity=True)
+    """AdamW's decay rates of the two moments."""
+    weight_decay: float = flag(0.01, run_identity=True)
+    """AdamW's decoupled weight decay, on every trained parameter."""
+    warmup_ratio: float = flag(0.1, run_identity=True)
+    """Share of all steps over which the learning rate rises linearly."""
+    schedule: Literal["cosine", "linear", "constant"] = flag("cosine", run_identity=True)
+    """Learning rate after the warmup."""
+    min_lr_ratio: float = flag(0.0, run_identity=True)
+    """The schedule ends at lr times this."""
+    clip_grad: float = flag(1.0, run_identity=True)
+    """Clip the global gradient norm to this; 0 turns clipping off."""
+    total_epochs: int = flag(1, run_identity=True)
+    """Passes over the training rows."""
+    total_training_steps: int | None = flag(None, run_identity=True)
+    """Stop after this many optimizer steps instead; the schedule ends there too."""
+    seed: int = flag(1, run_identity=True)
+    """Seed of LoRA's initial weights, the order of rows and dropout."""
+    deterministic: bool = flag(False)
+    """Refuse kernels whose results vary from run to run (slower on CUDA)."""
+
+    output_dir: str = flag(required=True, section="Output")
+    """Folder of the run: config.yaml, metrics.jsonl and checkpoints."""
+    validate_before_training: bool = flag(False)
+    """Compute the validation loss before the first step too."""
+    eval_steps: Interval = flag(EVERY_EPOCH)
+    """Validate every N steps, each "epoch", or 0 for never; also at every checkpoint, so that best is known."""
+    save_steps: Interval = flag(EVERY_EPOCH)
+    """Save every N steps, each "epoch", or 0 for never; the last step is always saved."""
+    max_checkpoints: int | None = flag(None)
+    """Keep the newest N checkpoints, and best and latest whatever their age."""
+    resume: str = flag("auto")
+    """auto goes on from the latest checkpoint in output_dir, never refuses to, a path names a checkpoint."""
+    logger: list[str] = flag(["console"])
+    """Any of console, wandb, tensorboard; metrics.jsonl is always written."""
+    project_name: str = flag("dsft")
+    """Project in wandb."""
+    experiment_name: str | None = flag(None)
+    """Name of the run in wandb and tensorboard; the output folder's name by default."""
+    ds_config: str | None = flag(None)
+    """A DeepSpeed JSON file whose settings go over those of ds_configs/zero3.json (zero3 only)."""
+    config: str | None = flag(None)
+    """YAML file with values for these flags; flags on the command line win."""
+    debug: bool = flag(False)
+    """Show tracebacks and the libraries' own messages."""
+
+    def check(self) -> None:
+        """Raise UserError with every problem that can be seen without reading data or model."""
+        problems = []
+        positive = ["max_length", "train_batch_size", "micro_batch_size", "total_epochs"]
+        positive += ["max_train_rows", "max_val_rows", "total_training_steps", "max_checkpoints"]
+        for name in positive:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                problems.append(f"{name} must be 1 or more, got {value}")
+        if self.lora_rank < 0:
+            problems.append(f"lora_rank must be 0 (full fine-tuning) or more, got {self.lora_rank}")
+        for name in ("lr", "lora_alpha"):
+            if getattr(self, name) <= 0:
+                problems.append(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("weight_decay", "clip_grad"):
+            if getattr(self, name) < 0:
+                problems.append(f"{name} must be 0 or more, got {getattr(self, name)}")
+        for name in ("warmup_ratio", "min_lr_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                problems.append(f"{name} must be between 0 and 1, got {getattr(self, name)}")
+        if not 0 <= self.lora_dropout < 1:
+            problems.append(f"lora_dropout must be 0 or more and below 1, got {self.lora_dropout}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            problems.append(f"betas must each be 0 or more and below 1, got {self.betas}")
+        for name in ("eval_steps", "save_steps"):
+            value = getattr(self, name)
+            if value != EVERY_EPOCH and value < 0:
+                problems.append(f'{name} must be a number of steps, "epoch", or 0 for never, got {value}')
+        if self.seed < 0:
+            problems.append(f"seed must be 0 or more, got {self.seed}")
+        if self.lora_rank == 0 and (self.use_dora or self.use_rslora or self.lora_dropout):
+            problems.append("use_dora, use_rslora and lora_dropout need lora_rank above 0, got lora_rank=0")
+        if not self.target_modules:
+            problems.append("target_modules is empty; name modules, or all-linear")
+        unknown = [name for name in self.logger if name not in ("console", "wandb", "tensorboard")]
+        if unknown:
+            problems.append(f"logger must be any of console, wandb, tensorboard, got {', '.join(unknown)}")
+        if self.ds_config is not None and self.backend != "zero3":
+            problems.append(f"ds_config is for --backend zero3, got --backend {self.backend}; drop one of them")
+        if self.messages_key is not None and self.with_thinking:
+            problems.append("with_thinking needs prompt and response columns; it cannot go with messages_key")
+        if Path(self.output_dir).exists() and not Path(self.output_dir).is_dir():
+            problems.append(f"output_dir {self.output_dir} is a file; name a folder")
+        if problems:
+            raise UserError("\n".join(problems))
+
+    def run_identity(self) -> dict[str, Any]:
+        """The values that define the run: a resume with others would be another run."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["run_identity"]}
+
+
+@dataclass(kw_only=True)
+class MergeConfig:
+    """Merge a LoRA checkpoint into its base model, and prove that the result is right."""
+
+    checkpoint: str = flag(required=True)
+    """A run's folder (its best checkpoint is taken, else the latest) or one checkpoint folder."""
+    output: str | None = flag(None)
+    """Folder of the merged model; the run's folder plus /merged by default. Must not exist."""
+    base: str | None = flag(None)
+    """Base model, where it is not the one named in the adapter's config."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = flag("auto")
+    """Dtype of the merged weights; auto keeps the base model's. The sum itself is done in float32."""
+    max_shard_size: str = flag("5GB")
+    """Largest safetensors file."""
+    tolerance: float | None = flag(None)
+    """Largest difference of logits, relative to their spread; by default 1e-3 (float32) or 0.1 (16 bit)."""
+    trust_remote_code: bool = flag(False)
+    """Run Python code that comes with the base model."""
+    debug: bool = flag(False)
+    """Show tracebacks and the libraries' own messages."""
+
+    def check(self) -> None:
+        """Raise UserError with every problem that can be seen without reading the model."""
+        if self.tolerance is not None and self.tolerance < 0:
+            raise UserError(f"tolerance must be 0 or more, got {self.tolerance}")

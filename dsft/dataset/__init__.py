@@ -1,0 +1,1 @@
+"""From parquet rows to micro-batches."""

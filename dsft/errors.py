@@ -1,0 +1,18 @@
+"""Errors that a user can cause, and nothing else."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Bad input. Its text is one line: what is wrong, where, and how to mend it.
+
+    Command lines print the text and exit with status 1; a traceback is shown with --debug only.
+    Several problems found together stand on a line each.
+    """
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """ " (did you mean 'x'?)" for the closest known name, or "" where nothing is close."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" (did you mean '{close[0]}'?)" if close else ""

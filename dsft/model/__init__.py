@@ -1,0 +1,1 @@
+"""Tokenizer, base model, LoRA, the embedded default model, and merging."""

@@ -1,0 +1,244 @@
+"""The process among its peers: ranks, device, threads, seeds, and agreeing with the other ranks."""
+
+import logging
+import os
+import random
+import resource
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from dsft.errors import UserError
+
+Result = TypeVar("Result")
+
+
+class PeerFailedError(Exception):
+    """Another rank has a UserError and prints it; this rank ends quietly with status 1."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: from the variables that torchrun and the DeepSpeed launcher set."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+
+    @classmethod
+    def from_environment(cls) -> "World":
+        """One process where no launcher set RANK."""
+        env = os.environ
+        size = int(env.get("WORLD_SIZE", 1))
+        local_size = int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or size)
+        return cls(int(env.get("RANK", 0)), size, int(env.get("LOCAL_RANK", 0)), local_size)
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0: the one that prints, logs and writes."""
+        return self.rank == 0
+
+
+def pick_device(world: World) -> torch.device:
+    """cuda:LOCAL_RANK where there is CUDA, else cpu.
+
+    Raises:
+        UserError: more local ranks than GPUs.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if world.local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {world.local_rank} has no GPU: this machine shows {torch.cuda.device_count()}; "
+            "start as many processes as GPUs, or set CUDA_VISIBLE_DEVICES= to train on CPU"
+        )
+    device = torch.device("cuda", world.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def start_process_group(world: World, device: torch.device) -> None:
+    """Join the other ranks: nccl on CUDA, gloo on CPU. A lone process needs no address to meet at."""
+    options: dict[str, Any] = {"backend": "nccl" if device.type == "cuda" else "gloo"}
+    if device.type == "cuda":
+        options["device_id"] = device
+    if "RANK" not in os.environ:
+        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(**options)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The compute dtype for --dtype. auto is bfloat16 where the hardware multiplies it natively.
+
+    On CPU this means AVX512-BF16 or AMX: elsewhere bfloat16 is emulated and slower than float32.
+    """
+    if name != "auto":
+        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def set_threads(world: World) -> None:
+    """Share this machine's cores among its ranks, unless the user set OMP_NUM_THREADS.
+
+    torchrun sets OMP_NUM_THREADS=1 for several processes, the DeepSpeed launcher sets nothing: left alone,
+    the first wastes cores and the second makes ranks fight for them.
+    """
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and world.local_size > 1
+    if "OMP_NUM_THREADS" in os.environ and not (by_torchrun and os.environ["OMP_NUM_THREADS"] == "1"):
+        return
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
+
+
+def silence_libraries() -> None:
+    """Turn off the libraries' warnings and progress bars; --debug does not call this."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # else it warns
+    os.environ.setdefault("GLOG_minloglevel", "2")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    warnings.filterwarnings("ignore")
+    for name in ("DeepSpeed", "transformers", "torch.distributed", "peft", "torch.fx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def seed_everything(seed: int, *, deterministic: bool = False) -> None:
+    """Seed Python, NumPy and torch alike on every rank, so that LoRA starts from the same weights."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed torch for one step on one rank.
+
+    Dropout then depends on (seed, step, rank) alone, so a resumed run draws what an unbroken one would have,
+    and no random state has to be stored.
+    """
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]))
+
+
+def together(work: Callable[[], Result]) -> Result:
+    """Run `work` on every rank; if it fails for one with a UserError, all ranks end here.
+
+    `work` must not use collectives: a rank that failed before one would leave the others waiting in it.
+
+    Raises:
+        UserError: on the lowest rank that failed, the one that prints it.
+        PeerFailedError: on every other rank.
+    """
+    result, error = None, None
+    try:
+        result = work()
+    except UserError as failure:
+        error = failure
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        errors: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, None if error is None else str(error))
+        failed = [rank for rank, text in enumerate(errors) if text is not None]
+        if failed and failed[0] != dist.get_rank():
+            raise PeerFailedError
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
+
+
+def check_same_everywhere(value: str, what: str) -> None:
+    """Raise a UserError on every rank where `value` differs between ranks."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    values: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+
+    def compare() -> None:
+        different = [rank for rank in range(len(values)) if values[rank] != values[0]]
+        if different:
+            raise UserError(f"{what} on rank {different[0]} differ from rank 0's; start all ranks alike")
+
+    together(compare)
+
+
+def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
+    """Element-wise sum over all ranks, in float64. One collective and one host synchronization."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory of this rank in GiB: allocated on the GPU, or resident in the process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class StopSignals:
+    """Remember SIGTERM and SIGINT until the running step has ended. A second SIGINT ends at once."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+
+    def __enter__(self) -> "StopSignals":
+        self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, _frame: FrameType | None) -> None:
+        if self.received == "SIGINT" and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = self.received or signal.Signals(number).name
+
+
+def run_to_exit(work: Callable[[], Any], *, debug: bool) -> None:
+    """Run a command's work and end the process: one line and status 1 for an error, no traceback.
+
+    A rank that fails alone must not wait for the others in a library's clean-up, so the process ends at once
+    and the launcher ends the rest.
+    """
+    from dsft.cli import print_error
+
+    status = 0
+    try:
+        work()
+    except PeerFailedError:
+        status = 1
+    except UserError as error:
+        if debug:
+            raise
+        print_error(error)
+        status = 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        status = 130
+    except Exception as error:
+        if debug:
+            raise
+        where = f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+        print_error(UserError(f"{where}{type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)"))
+        status = 1
+    if status == 0 and dist.is_initialized():
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status:
+        os._exit(status)

@@ -1,0 +1,32 @@
+"""Command line: flags -> TrainConfig -> Trainer. Runs as a module and, under both launchers, by path."""
+
+import sys
+from pathlib import Path
+
+if not __package__ and sys.path[0] == str(Path(__file__).resolve().parent):
+    # Run by path, Python puts dsft/ itself first: its modules would shadow the standard library's for everyone.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from dsft.cli import main as command_line
+from dsft.config import TrainConfig
+
+
+def run(config: TrainConfig) -> None:
+    """Train; torch is imported only here, when the flags are known to be good."""
+    from dsft import runtime
+
+    def work() -> None:
+        from dsft.trainer import Trainer
+
+        Trainer(config).train()
+
+    runtime.run_to_exit(work, debug=config.debug)
+
+
+def main() -> None:
+    """The dsft-train command."""
+    command_line(TrainConfig, run)
+
+
+if __name__ == "__main__":
+    main()

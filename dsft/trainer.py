@@ -1,0 +1,505 @@
+"""The Trainer: build, one step, evaluate, save, in the order in which they run. It names no backend."""
+
+import math
+import time
+from dataclasses import asdict, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch.optim.lr_scheduler import LambdaLR
+
+from dsft import runtime
+from dsft.backends import backend_class
+from dsft.backends.base import BackendOptions
+from dsft.checkpoint import (
+    ADAPTER,
+    CONFIG,
+    MODEL,
+    OPTIMIZER,
+    CheckpointFolder,
+    TensorReader,
+    TrainerState,
+    find_checkpoint,
+    guard_disk,
+    read_state,
+    write_state,
+    write_tensors,
+    write_text,
+)
+from dsft.cli import as_yaml
+from dsft.config import EVERY_EPOCH, TrainConfig
+from dsft.dataset.batches import global_batch, spread, steps_per_epoch
+from dsft.dataset.tokens import DataFormat, TokenDataset, load_dataset
+from dsft.errors import UserError
+from dsft.loss import TargetHead, count_targets, make_micro_batch, summed_loss
+from dsft.model.lora import LoraOptions, LoraStart, add_lora
+from dsft.model.source import ModelSource, load_tokenizer, resolve_model
+from dsft.schedule import learning_rate_factor
+from dsft.tracking import Tracker
+
+
+class Trainer:
+    """One run. `Trainer(config).train()` is all that a command line calls."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        """Build everything up to the first step, on every rank.
+
+        Raises:
+            UserError: on the rank that says what is wrong; PeerFailedError on the others.
+        """
+        self.config = config
+        self.world = runtime.World.from_environment()
+        self._start_runtime()
+        self.folder = CheckpointFolder(config.output_dir)
+        self.resume_from = runtime.together(self._find_resume)
+        self._load_data()
+        self._load_model()
+        runtime.together(self._check_output)
+        self.state = TrainerState(0, 0.0, config.backend, self.world.size, self.train_data.fingerprint)
+        if self.resume_from is not None:
+            self._restore(self.resume_from)
+        self._open_output()
+
+    # Building
+
+    def _start_runtime(self) -> None:
+        config = self.config
+        if not config.debug:
+            runtime.silence_libraries()
+        runtime.set_threads(self.world)
+        self.device = runtime.pick_device(self.world)
+        runtime.start_process_group(self.world, self.device)
+        runtime.check_same_everywhere(as_yaml(config), "the flags")
+        runtime.seed_everything(config.seed, deterministic=config.deterministic)
+        dtype = runtime.pick_dtype(config.dtype, self.device)
+        self.dtype_name = str(dtype).removeprefix("torch.")
+        chosen = backend_class(config.backend)
+        owned = {
+            "train_batch_size": ("train_batch_size", config.train_batch_size),
+            "train_micro_batch_size_per_gpu": ("micro_batch_size", config.micro_batch_size),
+            "gradient_accumulation_steps": (
+                "train_batch_size",
+                math.ceil(config.train_batch_size / (self.world.size * config.micro_batch_size)),
+            ),
+            "gradient_clipping": ("clip_grad", config.clip_grad),
+            "bf16.enabled": ("dtype", dtype == torch.bfloat16),
+            "fp16.enabled": ("dtype", False),
+            "zero_optimization.stage": ("backend", 3),
+        }
+        library_config = runtime.together(lambda: chosen.read_library_config(config.ds_config, owned))
+        self.backend = chosen(
+            BackendOptions(
+                device=self.device,
+                dtype=dtype,
+                trains_base=config.lora_rank == 0,
+                clip_grad=config.clip_grad,
+                cpu_offload=config.cpu_offload,
+                library_config=library_config,
+            )
+        )
+
+    def _find_resume(self) -> Path | None:
+        """The checkpoint to go on from; refuses an output folder that belongs to another run."""
+        config, latest = self.config, self.folder.latest()
+        if config.resume == "never":
+            if latest is not None:
+                raise UserError(f"{config.output_dir} holds {latest.name} and --resume is never; name another folder")
+            return None
+        found = latest if config.resume == "auto" else find_checkpoint(config.resume, "resume")
+        if found is None:
+            return None
+        stored_file = found.parent / CONFIG
+        try:
+            stored = yaml.safe_load(stored_file.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise UserError(f"{stored_file} cannot be read, so {found.name} cannot be continued") from error
+        now = yaml.safe_load(as_yaml(config))
+        names = [f.name for f in fields(config) if f.metadata["run_identity"]]
+        changed = [f"{n} was {stored.get(n)}, is {now[n]}" for n in names if stored.get(n) != now[n]]
+        if changed:
+            raise UserError(
+                f"{found.parent} holds a run with other flags: {'; '.join(changed)}; "
+                "use its values, or another --output_dir"
+            )
+        return found
+
+    def _load_data(self) -> None:
+        config = self.config
+        self.model_path = self._on_first_local_rank(lambda: resolve_model(config.model))
+        self.tokenizer = runtime.together(
+            lambda: load_tokenizer(self.model_path, trust_remote_code=config.trust_remote_code)
+        )
+        data_format = DataFormat(
+            config.prompt_key,
+            config.response_key,
+            config.messages_key,
+            tuple(config.prompt_dict_keys or ()),
+            tuple(config.response_dict_keys or ()),
+            config.with_thinking,
+            config.max_length,
+            config.truncation,
+        )
+
+        def load(names: list[str], flag: str, max_rows: int | None) -> TokenDataset:
+            return self._on_first_local_rank(
+                lambda: load_dataset(
+                    names, flag, self.tokenizer, data_format, max_rows=max_rows, show_progress=self.world.is_main
+                )
+            )
+
+        self.train_data = load(config.train_files, "train_files", config.max_train_rows)
+        self.val_data = load(config.val_files, "val_files", config.max_val_rows) if config.val_files else None
+        self.steps_per_epoch = steps_per_epoch(len(self.train_data), config.train_batch_size)
+        self.total_steps = config.total_training_steps or config.total_epochs * self.steps_per_epoch
+
+    def _on_first_local_rank(self, work: Any) -> Any:
+        """Work that fills the cache: the first rank of each machine does it, the others then find it done."""
+        first = self.world.local_rank == 0
+        result = runtime.together(lambda: work() if first else None)
+        return runtime.together(lambda: result if first else work())
+
+    def _load_model(self) -> None:
+        config = self.config
+        source = ModelSource(
+            self.model_path,
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=config.trust_remote_code,
+        )
+        runtime.together(source.check)
+        self.backend.setup()
+        model: Any = self.backend.load_model(source)
+        model.config.use_cache = False
+        if config.lora_rank:
+            options = LoraOptions(
+                config.lora_rank,
+                config.lora_alpha,
+                config.lora_dropout,
+                config.target_modules,
+                config.use_rslora,
+                config.use_dora,
+            )
+            name = (
+                config.model if self.model_path != str(Path(config.model).expanduser().resolve()) else self.model_path
+            )
+            base = model
+            model = runtime.together(lambda: add_lora(base, options, name))
+            source.after_fill = LoraStart(model, config.seed)
+            source.after_fill(model)
+        self.head = TargetHead(model)
+        if config.gradient_checkpointing:
+            reentrant = self.backend.reentrant_checkpointing
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            if reentrant:
+                model.enable_input_require_grads()
+        self.full_model = model
+        self.backend.prepare(model, self._make_optimizer, self._make_scheduler)
+
+    def _make_optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        config = self.config
+        return torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+
+    def _make_scheduler(self, optimizer: torch.optim.Optimizer) -> LambdaLR:
+        config = self.config
+        warmup = int(config.warmup_ratio * self.total_steps)
+        return LambdaLR(
+            optimizer,
+            lambda step: learning_rate_factor(step, warmup, self.total_steps, config.schedule, config.min_lr_ratio),
+        )
+
+    def _check_output(self) -> None:
+        """Fail now, not at the first checkpoint."""
+        if self.world.is_main:
+            root = self.folder.root
+            guard_disk(lambda: root.mkdir(parents=True, exist_ok=True), root)
+            guard_disk(self.folder.remove_unfinished, root)
+            guard_disk(lambda: write_text(root / CONFIG, as_yaml(self.config)), root / CONFIG)
+
+    def _restore(self, checkpoint: Path) -> None:
+        stem = ADAPTER if self.config.lora_rank else MODEL
+
+        def read() -> tuple[TrainerState, TensorReader, TensorReader]:
+            state = read_state(checkpoint)
+            if state.data != self.train_data.fingerprint:
+                raise UserError(
+                    f"{checkpoint} was trained on other rows than --train_files {','.join(self.config.train_files)} "
+                    "gives now; use the same files, or another --output_dir"
+                )
+            return state, TensorReader(checkpoint, stem), TensorReader(checkpoint, OPTIMIZER)
+
+        self.state, weights, moments = runtime.together(read)
+        stored_name = self._stored_names()
+        self.backend.load_state(
+            lambda name: weights(stored_name[name]),
+            lambda name, moment: moments(f"{moment}.{name}"),
+            self.state.step,
+        )
+        self.state.backend, self.state.world_size = self.config.backend, self.world.size
+
+    def _stored_names(self) -> dict[str, str]:
+        """Parameter name -> its name in a checkpoint's weights (PEFT leaves the adapter's name out)."""
+        names = [name for name, p in self.full_model.named_parameters() if p.requires_grad]
+        if self.config.lora_rank:
+            return {name: name.replace(".default", "") for name in names}
+        return {name: name for name in names}
+
+    def _open_output(self) -> None:
+        config = self.config
+        self.tracker: Tracker | None = None
+
+        def open_tracker() -> None:
+            if self.world.is_main:
+                self.tracker = Tracker(
+                    self.folder.root,
+                    config.logger,
+                    project=config.project_name,
+                    name=config.experiment_name or self.folder.root.resolve().name,
+                    config=asdict(config) | {"dtype": self.dtype_name},
+                    total_steps=self.total_steps,
+                    first_step=self.state.step,
+                )
+                self._print_start(self.tracker)
+
+        runtime.together(open_tracker)
+
+    def _print_start(self, tracker: Tracker) -> None:
+        config, data = self.config, self.train_data
+        parameters = [(p.numel() if not hasattr(p, "ds_numel") else p.ds_numel, p.requires_grad)
+                      for p in self.full_model.parameters()]  # fmt: skip
+        total, trained = sum(n for n, _ in parameters), sum(n for n, grad in parameters if grad)
+        lines = [
+            f"model    {config.model}, {total / 1e6:.1f} M parameters, {trained / 1e6:.2f} M trained, {self.dtype_name}",
+            f"data     {len(data)} rows, {data.counts.tokens} tokens, {data.counts.targets} targets"
+            + (f"; {data.counts.losses()}" if data.counts.losses() else ""),
+            f"batch    {config.train_batch_size} rows: {self.world.size} ranks, micro-batches of at most "
+            f"{config.micro_batch_size} rows; {self.steps_per_epoch} steps an epoch, {self.total_steps} in all",
+            f"backend  {config.backend} on {self.device.type}, {torch.get_num_threads()} threads a rank",
+            f"output   {config.output_dir}",
+        ]
+        if self.val_data is not None:
+            lost = self.val_data.counts.losses()
+            validation = f"val      {len(self.val_data)} rows, {self.val_data.counts.targets} targets"
+            lines.insert(2, validation + (f"; {lost}" if lost else ""))
+        if self.resume_from is not None:
+            lines.append(f"resumed  {self.resume_from}, goes on at step {self.state.step + 1}")
+        for line in lines:
+            tracker.say(line)
+
+    # Running
+
+    def train(self) -> None:
+        """Every step that is left, with its evaluations and checkpoints; or up to a stop signal."""
+        with runtime.StopSignals() as stop:
+            if self.config.validate_before_training and self.state.step == 0 and self.val_data is not None:
+                self._validate()
+            while self.state.step < self.total_steps:
+                stopping = self._step(stop)
+                step = self.state.step
+                last = step == self.total_steps
+                save = last or stopping or self._is_due(self.config.save_steps)
+                evaluate = self._is_due(self.config.eval_steps) or (save and not stopping)
+                if self.val_data is not None and self.config.eval_steps != 0 and evaluate:
+                    self._validate()
+                if save:
+                    self._save()
+                if stopping and not last:
+                    self._say(f"stopped by {stopping} after step {step}; start the same command again to go on")
+                    break
+            else:
+                self._say_end()
+        if self.tracker is not None:
+            self.tracker.close()
+        self.backend.close()
+
+    def _is_due(self, interval: int | str) -> bool:
+        every = self.steps_per_epoch if interval == EVERY_EPOCH else int(interval)
+        return every > 0 and self.state.step % every == 0
+
+    def _step(self, stop: runtime.StopSignals) -> str | None:
+        """One optimizer step over one global batch.
+
+        Returns:
+            The stop signal that some rank has received, if any.
+        """
+        config, step = self.config, self.state.step
+        started = time.perf_counter()
+        runtime.seed_step(config.seed, step, self.world.rank)
+        rows = global_batch(len(self.train_data), config.train_batch_size, config.seed, step)
+        targets = sum(count_targets(self.train_data[row][1]) for row in rows)
+        plan = spread(self.train_data.lengths[rows], self.world.size, config.micro_batch_size)[self.world.rank]
+        self.backend.model.train()
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        for index, members in enumerate(plan):
+            batch = self._micro_batch(self.train_data, rows[members])
+            loss = summed_loss(self.backend.model, self.head, batch)
+            self.backend.backward(loss / targets, last_micro_batch=index == len(plan) - 1)
+            loss_sum += loss.detach()
+        signal_code = {None: 0, "SIGTERM": 1, "SIGINT": 1_000_000}[stop.received]
+        total, stop_code = runtime.sum_over_ranks([loss_sum.item(), signal_code], self.device)
+        self._refuse_non_finite(total, "the loss", step)
+        rate = self.backend.learning_rate()
+        norm = self.backend.step()
+        self._refuse_non_finite(norm, "the gradient norm", step)
+        self.state.step = step + 1
+        self.state.epoch = self.state.step / self.steps_per_epoch
+        seconds = time.perf_counter() - started
+        tokens = int(self.train_data.lengths[rows].sum())
+        metrics = {
+            "train/loss": total / targets,
+            "train/grad_norm": norm,
+            "train/lr": rate,
+            "train/targets": targets,
+            "train/tokens": tokens,
+            "train/tokens_per_second": tokens / seconds,
+            "train/step_seconds": seconds,
+            "memory": runtime.peak_memory_gib(self.device),
+        }
+        self._log("step", metrics)
+        return None if not stop_code else "SIGINT" if stop_code >= 1_000_000 else "SIGTERM"
+
+    def _micro_batch(self, data: TokenDataset, rows: np.ndarray) -> Any:
+        pad = self.tokenizer.pad_token_id
+        return make_micro_batch([data[row] for row in rows], 0 if pad is None else pad).to(self.device)
+
+    def _refuse_non_finite(self, value: float, what: str, step: int) -> None:
+        """The value is the same on all ranks, so all of them stop here."""
+        if math.isfinite(value):
+            return
+
+        def refuse() -> None:
+            latest = self.folder.latest()
+            raise UserError(
+                f"{what} of step {step + 1} is {value}; the weights are those of step {step}, and "
+                f"{f'{latest} is valid' if latest else 'nothing was saved yet'}; try a lower --lr, or --dtype float32"
+            )
+
+        runtime.together(refuse)
+
+    @torch.no_grad()
+    def _validate(self) -> None:
+        """Validation loss: sum over sum, over every row, whatever the micro-batch and the number of ranks."""
+        data = self.val_data
+        assert data is not None
+        self.backend.model.eval()
+        plan = spread(data.lengths, self.world.size, self.config.micro_batch_size)[self.world.rank]
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        for rows in plan:
+            loss_sum += summed_loss(self.backend.model, self.head, self._micro_batch(data, rows))
+        (total,) = runtime.sum_over_ranks([loss_sum.item()], self.device)
+        targets = sum(count_targets(data[row][1]) for row in range(len(data)))
+        loss = total / targets
+        self.state.val_loss = loss
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        self._log("evaluation", {"val/loss": loss, "val/perplexity": perplexity})
+        self._evaluated_step = self.state.step
+
+    def _log(self, kind: str, metrics: dict[str, Any]) -> None:
+        """Rank 0 writes; a full disk ends all ranks, at the cost of one small collective."""
+
+        def write() -> None:
+            if self.tracker is not None:
+                values = {"step": self.state.step, "epoch": round(self.state.epoch, 6)} | metrics
+                getattr(self.tracker, kind)(values)
+
+        runtime.together(write)
+
+    # Saving
+
+    def _save(self) -> None:
+        """Write a checkpoint and move the links; every rank takes part in the gathering, rank 0 writes."""
+        state = self.state
+        if getattr(self, "_evaluated_step", None) != state.step:
+            state.val_loss = None
+        better = state.val_loss is not None and (state.best_val_loss is None or state.val_loss < state.best_val_loss)
+        if better:
+            state.best_step, state.best_val_loss = state.step, state.val_loss
+        state.versions = {name: version(name) for name in ("dsft", "torch", "transformers", "peft", "deepspeed")}
+        if self.world.is_main:
+            failure: UserError | None = None
+            gathered = _Once(self._gather())
+            try:
+                with self.folder.writing(state.step) as target:
+                    self._write(target, gathered)
+                checkpoint = self.folder.latest()
+                assert checkpoint is not None
+                guard_disk(lambda: self._move_links(checkpoint, better), checkpoint)
+            except UserError as error:
+                failure = error
+            gathered.drain()
+        else:
+            failure = None
+            for _ in self._gather():
+                pass
+
+        def check() -> None:
+            if failure is not None:
+                raise failure
+
+        runtime.together(check)
+
+    def _gather(self) -> Any:
+        """(stem, name, tensor) of everything a checkpoint holds, one at a time, on every rank in the same order."""
+        weights = ADAPTER if self.config.lora_rank else MODEL
+        stored_name = self._stored_names()
+        for name, tensor in self.backend.named_trainable():
+            yield weights, stored_name[name], tensor
+        for name, moment, tensor in self.backend.optimizer_state():
+            yield OPTIMIZER, f"{moment}.{name}", tensor
+
+    def _write(self, target: Path, gathered: "_Once") -> None:
+        for stem in (ADAPTER if self.config.lora_rank else MODEL, OPTIMIZER):
+            write_tensors(target, stem, gathered.of(stem))
+        if self.config.lora_rank:
+            self.full_model.peft_config["default"].save_pretrained(target)
+        else:
+            self.full_model.config.save_pretrained(target)
+            self.full_model.generation_config.save_pretrained(target)
+        self.tokenizer.save_pretrained(target)
+        write_state(target, self.state)
+
+    def _move_links(self, checkpoint: Path, better: bool) -> None:
+        self.folder.point("latest", checkpoint)
+        if better:
+            self.folder.point("best", checkpoint)
+        self.folder.rotate(self.config.max_checkpoints)
+
+    def _say(self, line: str) -> None:
+        if self.tracker is not None:
+            self.tracker.say(line)
+
+    def _say_end(self) -> None:
+        best = self.folder.best()
+        if best is not None:
+            self._say(f"best     {best.name}, val/loss {self.state.best_val_loss:.6f}")
+        if self.config.lora_rank:
+            self._say(f"merge    python -m dsft.merge --checkpoint {self.config.output_dir}")
+
+
+class _Once:
+    """A stream of (stem, name, tensor), read part by part in one pass; drained to its end even after a failure,
+    because its tensors come from collectives.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._ahead: tuple[str, str, torch.Tensor] | None = None
+
+    def of(self, stem: str) -> Any:
+        """(name, tensor) of the next items, as long as they belong to `stem`."""
+        while True:
+            item = self._ahead or next(self._stream, None)
+            self._ahead = None
+            if item is None:
+                return
+            if item[0] != stem:
+                self._ahead = item
+                return
+            yield item[1], item[2]
+
+    def drain(self) -> None:
+        """Go through what is left."""
+        for _ in self._stream:
+            pass
