@@ -58,7 +58,8 @@ class CheckpointFolder:
 
     def latest(self) -> Path | None:
         """The complete checkpoint with the most steps."""
-        return (self.all() or [None])[-1]
+        complete = self.all()
+        return complete[-1] if complete else None
 
     def best(self) -> Path | None:
         """What the link `best` points to, if that is a complete checkpoint."""
@@ -201,7 +202,7 @@ def write_tensors(folder: Path | None, stem: str, tensors: Iterable[tuple[str, t
         flush()
     if failure is not None:
         raise failure
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for index, names in enumerate(shards):
         whole = len(shards) == 1
         file = f"{stem}.safetensors" if whole else f"{stem}-{index + 1:05d}-of-{len(shards):05d}.safetensors"

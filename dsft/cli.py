@@ -7,6 +7,7 @@ the text. So Fire is given a function that only collects, and the config decides
 import ast
 import dataclasses
 import inspect
+import itertools
 import os
 import sys
 import types
@@ -202,7 +203,7 @@ def meanings(config_class: type) -> dict[str, str]:
     """The string that stands under each field of a config class."""
     body = ast.parse(inspect.getsource(config_class)).body[0].body  # type: ignore[attr-defined]
     found = {}
-    for statement, following in zip(body, body[1:], strict=False):
+    for statement, following in itertools.pairwise(body):
         if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
             found[statement.target.id] = following.value.value  # type: ignore[union-attr,attr-defined]
     return found

@@ -27,8 +27,10 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on a device."""
-        moved = (t.to(device, non_blocking=True) for t in (self.input_ids, self.positions, self.labels))
-        return MicroBatch(*moved, tokens=self.tokens)
+        ids, positions, labels = (
+            t.to(device, non_blocking=True) for t in (self.input_ids, self.positions, self.labels)
+        )
+        return MicroBatch(ids, positions, labels, self.tokens)
 
 
 def count_targets(is_target: np.ndarray) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ def _start_wandb(output_dir: Path, project: str, name: str, config: dict[str, An
         import wandb
 
         stored = output_dir / WANDB_ID
-        run_id = stored.read_text(encoding="utf-8") if stored.is_file() else wandb.util.generate_id()
+        run_id = stored.read_text(encoding="utf-8") if stored.is_file() else uuid.uuid4().hex[:8]
         settings = wandb.Settings(silent=True, init_timeout=60)
         run = wandb.init(
             project=project, name=name, config=config, dir=output_dir, id=run_id, resume="allow", settings=settings

@@ -123,7 +123,7 @@ class Backend(ABC):
             step: optimizer steps taken so far.
         """
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (a library may hold nothing)
         """Free what the library holds."""
 
 

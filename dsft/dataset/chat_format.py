@@ -64,10 +64,12 @@ class ChatFormat:
 
     def _render(self, messages: list[dict[str, str]], cell: Cell | None, *, generation: bool) -> str:
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
             where = f"{cell}: " if cell else ""
             raise UserError(f"{where}the chat template refuses the messages: {' '.join(str(error).split())}") from error
+        assert isinstance(text, str)
+        return text
 
     def prompt_and_response(self, prompt: Any, response: Any, cell: Cell) -> list[Segment]:
         """A prompt (string, or list of messages) and a response (string, or one message) as segments.
@@ -103,7 +105,7 @@ class ChatFormat:
         turns = _messages(messages, "conversation", cell)
         if not self.has_template:
             raise UserError(f"{cell}: messages_key needs a tokenizer with a chat template")
-        end = self.tokenizer.convert_ids_to_tokens(self.end_of_turn)
+        end = str(self.tokenizer.convert_ids_to_tokens(self.end_of_turn))
         segments: list[Segment] = []
         so_far = ""
         for index, turn in enumerate(turns):

@@ -70,12 +70,15 @@ class LoraStart:
     """
 
     def __init__(self, model: PeftModel, seed: int) -> None:
-        self._waiting = {layer: name for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+        self._waiting: dict[nn.Module, str] = {
+            layer: name for name, layer in model.named_modules() if isinstance(layer, LoraLayer)
+        }
         self._seed = seed
 
     def __call__(self, module: nn.Module) -> None:
         for layer in [layer for layer in module.modules() if layer in self._waiting]:
-            weight = layer.get_base_layer().weight
+            assert isinstance(layer, LoraLayer)
+            weight: Any = layer.get_base_layer().weight
             if weight.is_meta:
                 continue
             name = self._waiting.pop(layer)
@@ -97,7 +100,8 @@ def _start_magnitudes(layer: LoraLayer, weight: torch.Tensor) -> None:
     PEFT computes them while it wraps, when a skeleton has no weights yet. LoRA's B is zero at the start, so the
     norm is that of the base weight alone (Liu et al. 2024, DoRA, equation 5).
     """
-    for magnitude in layer.lora_magnitude_vector.values():
+    magnitudes: Any = layer.lora_magnitude_vector
+    for magnitude in magnitudes.values():
         with torch.no_grad():
             magnitude.weight.copy_(torch.linalg.norm(weight.float(), dim=1))
 

@@ -1,5 +1,6 @@
 """Where a base model comes from: its folder or name, tokenizer, skeleton and weights."""
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -103,10 +104,8 @@ class ModelSource:
         if model.can_generate():
             from transformers import GenerationConfig
 
-            try:
+            with contextlib.suppress(OSError):  # a model may come without one; it is then derived from the config
                 model.generation_config = GenerationConfig.from_pretrained(self.path)
-            except OSError:
-                pass  # a model may come without one; transformers has then derived it from the config
         names = dict(model.named_parameters())  # a tied weight appears once
         self._weights = self._open_weights(model, dtype)
         self._names = {id(parameter): name for name, parameter in names.items()}
@@ -144,7 +143,7 @@ class ModelSource:
         readers = {}
         for file in self._files():
             with safe_open(file, framework="pt") as handle:
-                for name in handle.keys():
+                for name in handle.keys():  # noqa: SIM118 (no dict)
                     readers[name] = (file, list(handle.get_slice(name).get_shape()))
         expected = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
         prefix = getattr(model, "base_model_prefix", "")

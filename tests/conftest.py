@@ -1,0 +1,68 @@
+"""Fixtures shared by all tests. The embedded model's tokenizer is real; the tiny model is a real Llama, untrained."""
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import write_parquet
+
+
+@pytest.fixture(scope="session")
+def embedded() -> str:
+    """Folder of the embedded model."""
+    from dsft.model.embedded import embedded_model
+
+    return str(embedded_model())
+
+
+@pytest.fixture(scope="session")
+def tokenizer(embedded):
+    from dsft.model.source import load_tokenizer
+
+    return load_tokenizer(embedded, trust_remote_code=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, tokenizer) -> Path:
+    """A two-layer Llama with random float32 weights and the embedded model's tokenizer: a step takes milliseconds."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def uneven_rows(tmp_path_factory) -> Path:
+    """Ten rows of very different lengths, as parquet."""
+    words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
+    rows = [
+        {"prompt": " ".join(words[: 1 + i % 7] * (1 + i * i % 11)), "response": " ".join(words[i % 5 :] * (1 + i % 4))}
+        for i in range(10)
+    ]
+    return write_parquet(tmp_path_factory.mktemp("rows") / "uneven.parquet", rows)
+
+
+@pytest.fixture
+def port() -> int:
+    """A free TCP port, so that two launchers never meet."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

@@ -1,0 +1,72 @@
+"""What several tests need: running a command as a user types it, and reading what a run wrote."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+MEDICAL = ROOT.parent / "shared" / "data" / "MTMedDialog_sft_val.parquet"
+SAMPLE_TRAIN, SAMPLE_VAL = ROOT / "data" / "sample_train.parquet", ROOT / "data" / "sample_val.parquet"
+
+
+@dataclass
+class Done:
+    """A finished command."""
+
+    status: int
+    out: str
+    err: str
+    seconds: float
+
+    @property
+    def errors(self) -> list[str]:
+        """The lines that dsft printed for the user."""
+        return [line for line in self.err.splitlines() if line.startswith("error: ")]
+
+
+def start_words(backend: str, ranks: int, port: int = 29500) -> list[str]:
+    """The start of a command line, as the README writes it: no launcher, torchrun, or deepspeed."""
+    if ranks == 1:
+        return [sys.executable, "-m", "dsft.train", "--backend", backend]
+    if backend == "zero3":
+        launcher = [str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(port)]
+    else:
+        launcher = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", str(ranks)]
+    return [*launcher, "dsft/train.py", "--backend", backend]
+
+
+def run(words: Sequence[Any], *, timeout: float = 300, env: dict[str, str] | None = None) -> Done:
+    """Run a command at the project's root and wait for it."""
+    started = time.monotonic()
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | (env or {})
+    done = subprocess.run(
+        [str(word) for word in words], cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=environment
+    )
+    return Done(done.returncode, done.stdout, done.stderr, time.monotonic() - started)
+
+
+def flags(**values: Any) -> list[str]:
+    """Keyword arguments as --name value."""
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+def metrics(output_dir: Path, key: str = "train/loss") -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that have a key."""
+    lines = (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [line for line in map(json.loads, lines) if key in line]
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Rows as a parquet file."""
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
