@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,3 +71,11 @@ def write_parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
     """Rows as a parquet file."""
     pq.write_table(pa.Table.from_pylist(rows), path)
     return path
+
+
+def seeded_tensor(name: str, shape: Sequence[int]) -> "Any":
+    """A small random tensor that depends on the name alone, the same in every process."""
+    import torch
+
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    return torch.randn(*shape, generator=generator) * 0.05

@@ -1,0 +1,32 @@
+"""Command line: LoRA checkpoint -> full model."""
+
+from dsft.cli import main as command_line
+from dsft.config import MergeConfig
+
+
+def run(config: MergeConfig) -> None:
+    """Merge and print what the proof measured."""
+    from dsft import runtime
+
+    def work() -> None:
+        if not config.debug:
+            runtime.silence_libraries()
+        from dsft.model.merging import merge
+
+        report = merge(config)
+        print(f"merged   {report.checkpoint} into {report.output}: {report.merged_weights} weights changed, no other")
+        print(
+            f"proof    reloaded against base + adapter: largest difference of a logit {report.largest_difference:.3g}, "
+            f"{report.relative_difference:.3g} of their spread (tolerance {report.tolerance:g})"
+        )
+
+    runtime.run_to_exit(work, debug=config.debug)
+
+
+def main() -> None:
+    """The dsft-merge command."""
+    command_line(MergeConfig, run)
+
+
+if __name__ == "__main__":
+    main()

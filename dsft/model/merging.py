@@ -1,0 +1,169 @@
+"""LoRA checkpoint -> full model, and the proof that the result is right."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from dsft.checkpoint import ADAPTER, TensorReader, find_checkpoint
+from dsft.config import MergeConfig
+from dsft.errors import UserError
+from dsft.model.source import ModelSource, load_tokenizer, resolve_model
+
+FLOAT32_TOLERANCE = 1e-3  # measured: 1e-5 on the embedded model
+ROUNDED_TOLERANCE = 0.25  # rounding every weight to 16 bits: 0.08 on the embedded model
+PROMPTS = (
+    "What is the capital of France?",
+    "I have had a headache for three days. What should I do?",
+    "Write one sentence about the sea.",
+)
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What the proof measured."""
+
+    output: Path
+    checkpoint: Path
+    merged_weights: int
+    largest_difference: float
+    """Largest difference of a logit between the reloaded model and base + adapter."""
+    relative_difference: float
+    """The same over the standard deviation of base + adapter's logits."""
+    tolerance: float
+
+
+def merge(config: MergeConfig) -> MergeReport:
+    """Merge, write under a temporary name, prove, and only then give the folder its name.
+
+    Raises:
+        UserError: bad input, or a result that does not prove itself; then nothing is left behind.
+    """
+    checkpoint = find_checkpoint(config.checkpoint, "checkpoint")
+    given = Path(config.checkpoint).expanduser()
+    run = given if given.resolve() != checkpoint else checkpoint.parent
+    output = Path(config.output).expanduser() if config.output else run / "merged"
+    if output.exists():
+        raise UserError(f"{output} exists and is not overwritten; name another --output, or remove it")
+    base_name = config.base or _base_of(checkpoint)
+    path = resolve_model(base_name)
+    source = ModelSource(path, trust_remote_code=config.trust_remote_code)
+    source.check()
+    tokenizer = load_tokenizer(str(checkpoint), trust_remote_code=config.trust_remote_code)
+    original = source.pretrained("auto")
+    dtype = getattr(torch, config.dtype) if config.dtype != "auto" else original.dtype
+    prompts = [_encode(tokenizer, prompt) for prompt in PROMPTS]
+    unfinished = output.with_name(f".{output.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        model = _with_adapter(source.pretrained(torch.float32), checkpoint, base_name)
+        expected = _logits(model, prompts)
+        merged, targets = _merge_layers(model)
+        _accept(*_difference(_logits(merged, prompts), expected), FLOAT32_TOLERANCE, base_name)
+        for parameter in merged.parameters():
+            parameter.data = parameter.data.to(dtype)
+        merged.save_pretrained(unfinished, max_shard_size=config.max_shard_size)
+        tokenizer.save_pretrained(unfinished)
+        reloaded = ModelSource(str(unfinished)).pretrained(dtype)
+        _check_weights(reloaded, merged, original, targets)
+        default = FLOAT32_TOLERANCE if dtype == torch.float32 else ROUNDED_TOLERANCE
+        tolerance = default if config.tolerance is None else config.tolerance
+        largest, relative = _difference(_logits(reloaded.float(), prompts), expected)
+        _accept(largest, relative, tolerance, base_name)
+        unfinished.rename(output)
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return MergeReport(output, checkpoint, len(targets), largest, relative, tolerance)
+
+
+def _accept(largest: float, relative: float, tolerance: float, base_name: str) -> None:
+    if not relative <= tolerance:
+        raise UserError(
+            f"the merged model's logits differ from base + adapter by {largest:.3g}, {relative:.3g} of their "
+            f"spread, tolerance {tolerance:g}; is {base_name} the adapter's base? Or merge with --dtype float32"
+        )
+
+
+def _base_of(checkpoint: Path) -> str:
+    config = checkpoint / "adapter_config.json"
+    if not config.is_file():
+        raise UserError(f"{checkpoint} holds no adapter; a fully fine-tuned model needs no merge, use it as it is")
+    try:
+        name = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{config} is damaged ({error}); name another checkpoint") from error
+    if not name:
+        raise UserError(f"{config} names no base model; name it with --base")
+    return name
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
+    """int64 [1, length]."""
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}]
+        prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    ids: Any = tokenizer(prompt, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+    return torch.tensor([ids])
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, prompts: list[torch.Tensor]) -> list[torch.Tensor]:
+    """float32 [length, vocabulary] for each prompt, from a float32 model."""
+    return [model(input_ids=ids, use_cache=False).logits[0] for ids in prompts]
+
+
+def _difference(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> tuple[float, float]:
+    """Largest difference of a logit, absolute and relative to the standard deviation of theirs."""
+    pairs = list(zip(ours, theirs, strict=True))
+    absolute = [float((our - their).abs().max()) for our, their in pairs]
+    return max(absolute), max(d / float(their.std()) for d, (_, their) in zip(absolute, pairs, strict=True))
+
+
+def _with_adapter(base: Any, checkpoint: Path, base_name: str) -> PeftModel:
+    """Base + adapter, all in float32."""
+    TensorReader(checkpoint, ADAPTER)  # a damaged file is refused in one line
+    try:
+        return PeftModel.from_pretrained(base.float(), str(checkpoint)).eval()
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"the adapter of {checkpoint} does not fit {base_name}: {reason}; name another --base"
+        ) from error
+
+
+def _merge_layers(model: PeftModel) -> tuple[Any, set[str]]:
+    """The plain model with the adapter added to its weights in place, and the names of the weights targeted."""
+    layers = [(name, layer) for name, layer in model.base_model.model.named_modules() if isinstance(layer, LoraLayer)]
+    for _, layer in tqdm(layers, desc="merging", unit=" weights", disable=None):
+        layer.merge(safe_merge=True)
+    return model.unload(), {f"{name}.weight" for name, _ in layers}
+
+
+def _check_weights(reloaded: nn.Module, merged: nn.Module, original: nn.Module, targets: set[str]) -> None:
+    """What was written is what was merged; every targeted weight changed, and no other did.
+
+    Raises:
+        UserError: naming the first weight for which that is not so.
+    """
+    written, before = reloaded.state_dict(), original.state_dict()
+    for name, weight in merged.state_dict().items():
+        if not torch.equal(written[name], weight):
+            raise UserError(f"{name} reads back other than it was written; is the disk sound?")
+        same = torch.equal(weight, before[name].to(weight.dtype))
+        if same and name in targets:
+            raise UserError(
+                f"{name} is a target of the adapter but did not change: the update is smaller than {weight.dtype} "
+                "resolves, or was never trained; train longer, or merge with --dtype float32"
+            )
+        if not same and name not in targets:
+            raise UserError(f"{name} changed, though the adapter does not target it; the merge is wrong")
