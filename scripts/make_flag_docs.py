@@ -1,0 +1,45 @@
+#!/usr/bin/env python
+"""Write docs/flags.md from dsft/config.py.
+
+python scripts/make_flag_docs.py [--check]
+
+With --check nothing is written; the exit status is 1 where the file is out of date.
+"""
+
+import sys
+import typing
+from dataclasses import fields
+from pathlib import Path
+
+from dsft.cli import default_text, meanings, type_text
+from dsft.config import MergeConfig, TrainConfig
+
+TARGET = Path(__file__).resolve().parent.parent / "docs" / "flags.md"
+
+
+def table(title: str, config_class: type) -> list[str]:
+    """One command's flags as a Markdown table per section."""
+    hints, meaning = typing.get_type_hints(config_class), meanings(config_class)
+    lines = [f"## {title}", "", config_class.__doc__ or "", ""]
+    header = ["| flag | type | default | meaning |", "| --- | --- | --- | --- |"]
+    for index, f in enumerate(fields(config_class)):
+        if f.metadata["section"]:
+            lines += [*([""] if index else []), f"### {f.metadata['section']}", "", *header]
+        elif index == 0:
+            lines += header
+        lines.append(f"| `--{f.name}` | {type_text(hints[f.name])} | {default_text(f)} | {meaning[f.name]} |")
+    return [*lines, ""]
+
+
+def main() -> None:
+    """Write, or check."""
+    lines = ["# Flags", "", "Made from dsft/config.py by `python scripts/make_flag_docs.py`; do not edit.", ""]
+    lines += table("dsft.train", TrainConfig) + table("dsft.merge", MergeConfig)
+    text = "\n".join(lines)
+    if "--check" in sys.argv[1:]:
+        sys.exit(TARGET.read_text(encoding="utf-8") != text and f"error: {TARGET} is out of date; run this script")
+    TARGET.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""A run that is killed and started again gives the numbers of one that was not, bit for bit."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import ROOT, SAMPLE_TRAIN, flags, metrics, run, start_words
+
+COMPARED = ("step", "epoch", "train/loss", "train/grad_norm", "train/lr", "train/targets", "train/tokens")
+
+
+def numbers(output_dir: Path) -> list[tuple]:
+    return [tuple(line[key] for key in COMPARED) for line in metrics(output_dir)]
+
+
+def validations(output_dir: Path) -> list[tuple]:
+    return [(line["step"], line["val/loss"]) for line in metrics(output_dir, "val/loss")]
+
+
+def kill_after_checkpoint(words: list, checkpoint: Path) -> None:
+    """Start a command in its own process group and SIGKILL all of it as soon as a checkpoint is complete."""
+    process = subprocess.Popen(
+        list(map(str, words)), cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 300
+    while not (checkpoint / "COMPLETE").exists():
+        assert process.poll() is None, "the run ended before the checkpoint"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.parametrize("lora_rank", [4, 0], ids=["lora", "full"])
+@pytest.mark.parametrize(("backend", "ranks"), [("fsdp", 1), ("fsdp", 2), ("zero3", 1), ("zero3", 2)])
+def test_sigkill_after_step_2_then_resume(backend, ranks, lora_rank, tiny_model, tmp_path, port):
+    words = [
+        *start_words(backend, ranks, port),
+        *flags(
+            model=tiny_model, train_files=SAMPLE_TRAIN, val_files=SAMPLE_TRAIN, max_val_rows=9, dtype="float32",
+            lora_rank=lora_rank, lora_dropout=0.1 if lora_rank else 0, lr=1e-3, train_batch_size=24,
+            total_training_steps=4, save_steps=1,
+        ),
+    ]  # fmt: skip
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert run([*words, "--output_dir", whole]).status == 0
+    kill_after_checkpoint([*words, "--output_dir", broken], broken / "checkpoint-000002")
+    for later in ("checkpoint-000003", "checkpoint-000004"):  # the kill may have come late
+        shutil.rmtree(broken / later, ignore_errors=True)
+    (broken / ".checkpoint-000003.tmp").mkdir(exist_ok=True)  # or in the middle of a save
+    done = run([*words, "--output_dir", broken])
+    assert done.status == 0, done.err
+    assert "resumed" in done.out
+    assert "goes on at step 3" in done.out
+    assert numbers(broken) == numbers(whole)
+    assert validations(broken) == validations(whole)
+    assert not list(broken.glob(".*tmp"))
+
+
+def test_resume_of_a_finished_run_changes_nothing(tiny_model, tmp_path):
+    words = [
+        *start_words("fsdp", 1),
+        *flags(model=tiny_model, train_files=SAMPLE_TRAIN, max_train_rows=8, train_batch_size=4, output_dir=tmp_path),
+    ]
+    assert run(words).status == 0
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    done = run(words)
+    assert done.status == 0, done.err
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_best_is_the_lowest_validation_loss_and_rotation_keeps_it(tiny_model, tmp_path):
+    """A rate so high that the loss rises after the first steps: best is not latest."""
+    words = [
+        *start_words("fsdp", 1),
+        *flags(
+            model=tiny_model, train_files=SAMPLE_TRAIN, val_files=SAMPLE_TRAIN, max_val_rows=8, max_train_rows=24,
+            dtype="float32", lora_rank=4, lr=0.3, warmup_ratio=0, train_batch_size=4, save_steps=1, eval_steps=1,
+            max_checkpoints=1, output_dir=tmp_path,
+        ),
+    ]  # fmt: skip
+    assert run(words).status == 0
+    losses = dict(validations(tmp_path))
+    best = min(losses, key=losses.__getitem__)
+    assert best != 6, "the loss was meant to rise"
+    assert (tmp_path / "best").resolve().name == f"checkpoint-{best:06d}"
+    assert (tmp_path / "latest").resolve().name == "checkpoint-000006"
+    kept = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    assert kept == [f"checkpoint-{best:06d}", "checkpoint-000006"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["fsdp", "zero3"])
+def test_sigkill_of_the_embedded_model_then_resume(backend, tmp_path, port):
+    words = [
+        *start_words(backend, 2, port),
+        *flags(
+            model="smollm2-135m", train_files=SAMPLE_TRAIN, dtype="float32", lora_rank=8, train_batch_size=4,
+            total_training_steps=4, save_steps=2, max_train_rows=16,
+        ),
+    ]  # fmt: skip
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert run([*words, "--output_dir", whole]).status == 0
+    kill_after_checkpoint([*words, "--output_dir", broken], broken / "checkpoint-000002")
+    done = run([*words, "--output_dir", broken])
+    assert done.status == 0, done.err
+    assert "goes on at step 3" in done.out
+    assert numbers(broken) == numbers(whole)
