@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,10 +51,17 @@ class CheckpointFolder:
 
     def all(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
-        if not self.root.is_dir():
+        try:
+            found = [p for p in self.root.iterdir() if NAME.fullmatch(p.name) and (p / COMPLETE).is_file()]
+        except (FileNotFoundError, NotADirectoryError):
             return []
-        found = [p for p in self.root.iterdir() if NAME.fullmatch(p.name) and (p / COMPLETE).is_file()]
+        except OSError as error:
+            raise UserError(f"{self.root} cannot be read: {_reason(error)}; name another folder") from error
         return sorted(found, key=step_of)
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step stands."""
+        return self.root / f"checkpoint-{step:06d}"
 
     def latest(self) -> Path | None:
         """The complete checkpoint with the most steps."""
@@ -82,23 +89,30 @@ class CheckpointFolder:
         Raises:
             UserError: the disk is full or not writable. Older checkpoints are as they were.
         """
-        target = self.root / f"checkpoint-{step:06d}"
+        target = self.path(step)
         unfinished = self.root / f".{target.name}.tmp"
         try:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir()
             yield unfinished
-            for path in [*unfinished.iterdir(), unfinished]:
+            for path in unfinished.iterdir():
                 _sync(path)
-            shutil.rmtree(target, ignore_errors=True)  # a run that is repeated from an older checkpoint
+            write_text(unfinished / COMPLETE, "")
+            _sync(unfinished)
+            (target / COMPLETE).unlink(missing_ok=True)  # there is one if a run is repeated from an older checkpoint
+            shutil.rmtree(target, ignore_errors=True)
             unfinished.rename(target)
-            write_text(target / COMPLETE, "")
             _sync(self.root)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(unfinished, ignore_errors=True)
+        except Exception as error:
+            if not _is_refusal(error):
+                raise
             latest = self.latest()
             keeps = f"{latest} is still valid" if latest else "there is no older checkpoint"
-            raise UserError(f"cannot save {target}: {_reason(error)}; {keeps}; make room and start again") from error
+            raise UserError(
+                f"cannot save {target}: {_reason(error)}; {keeps}; make room and start the same command again"
+            ) from error
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)  # renamed already where all went well
 
     def point(self, name: str, checkpoint: Path) -> None:
         """Let the link `best` or `latest` show to a checkpoint; the change is atomic."""
@@ -133,26 +147,33 @@ def find_checkpoint(path: str, flag: str) -> Path:
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        raise UserError(f"--{flag} {path}: no such folder")
+        raise UserError(f"--{flag} {path}: no such folder; name a run's folder, or one of its checkpoints")
     if (folder / COMPLETE).is_file():
         return folder.resolve()
     if (folder / STATE).is_file():
-        raise UserError(f"--{flag} {path}: the checkpoint has no {COMPLETE} file; its writing was interrupted")
+        raise UserError(
+            f"--{flag} {path}: the checkpoint has no {COMPLETE} file; its writing was interrupted; name another"
+        )
     run = CheckpointFolder(folder)
     found = run.best() or run.latest()
     if found is None:
-        raise UserError(f"--{flag} {path}: the folder holds no complete checkpoint")
+        raise UserError(f"--{flag} {path}: the folder holds no complete checkpoint; name one that does")
     return found
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file under a temporary name, flush it to the disk, and rename it."""
     unfinished = path.with_name(f".{path.name}.tmp")
-    with open(unfinished, "w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    unfinished.replace(path)
+    try:
+        with open(unfinished, "w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        unfinished.replace(path)
+    except OSError:
+        with suppress(OSError):
+            unfinished.unlink()
+        raise
 
 
 def write_state(folder: Path, state: TrainerState) -> None:
@@ -165,7 +186,7 @@ def read_state(checkpoint: Path) -> TrainerState:
     try:
         return TrainerState(**json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{checkpoint / STATE} is damaged ({error}); resume from an older checkpoint") from error
+        raise UserError(f"{checkpoint / STATE} is damaged ({error}); {_another(checkpoint)}") from error
 
 
 def write_tensors(folder: Path | None, stem: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -224,13 +245,33 @@ class TensorReader:
         self._file_of: dict[str, Path] = {}
         files = sorted(folder.glob(f"{stem}.safetensors")) or sorted(folder.glob(f"{stem}-*.safetensors"))
         if not files:
-            raise UserError(f"{folder / stem}.safetensors is missing; resume from another checkpoint")
+            raise UserError(f"{folder / stem}.safetensors is missing; {_another(folder)}")
+        count = 1 if files[0].name == f"{stem}.safetensors" else int(files[0].stem.rsplit("-", 1)[1])
+        if len(files) < count:
+            missing = f"{count - len(files)} of the {count} files {folder / stem}-*.safetensors"
+            raise UserError(f"missing: {missing}; {_another(folder)}")
         for file in files:
             try:
                 with safe_open(file, framework="pt") as handle:
                     self._file_of |= dict.fromkeys(handle.keys(), file)
             except (OSError, SafetensorError) as error:
-                raise UserError(f"{file} is damaged ({error}); resume from another checkpoint") from error
+                raise UserError(f"{file} is damaged ({error}); {_another(folder)}") from error
+
+    def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Raise UserError unless every one of the named tensors is there, in its shape."""
+        for name, shape in shapes.items():
+            stored = self._shape_of(name)
+            if stored != shape:
+                raise UserError(
+                    f"{self.folder / self.stem}.safetensors holds {'no' if stored is None else 'another shape of'} "
+                    f"'{name}', so it belongs to another model; {_another(self.folder)}"
+                )
+
+    def _shape_of(self, name: str) -> tuple[int, ...] | None:
+        if name not in self._file_of:
+            return None
+        with safe_open(self._file_of[name], framework="pt") as handle:
+            return tuple(handle.get_slice(name).get_shape())
 
     def __call__(self, name: str) -> torch.Tensor:
         """One tensor, on CPU.
@@ -249,7 +290,18 @@ def guard_disk(work: Callable[[], Any], path: Path) -> None:
     try:
         work()
     except OSError as error:
-        raise UserError(f"cannot write {path}: {_reason(error)}") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "make room and start the same command again" if full else "name another folder, or make it writable"
+        raise UserError(f"cannot write {path}: {_reason(error)}; {remedy}") from error
+
+
+def _another(checkpoint: Path) -> str:
+    return f"delete {checkpoint} to go on from an older checkpoint, or name one with --resume"
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether an error came from the operating system. The tokenizers library raises a plain Exception for those."""
+    return isinstance(error, (OSError, SafetensorError)) or "(os error " in str(error)
 
 
 def _reason(error: Exception) -> str:

@@ -9,7 +9,10 @@ import dataclasses
 import inspect
 import itertools
 import os
+import re
+import signal
 import sys
+import time
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -35,10 +38,26 @@ def main(config_class: type[Config], run: Callable[[Config], None], argv: Sequen
     try:
         config = parse(config_class, argv)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # every rank sees the same flags; one says so
-            print_error(error)
+        wait_for_peers()
+        print_error(error)
         sys.exit(1)
     run(config)
+
+
+def wait_for_peers() -> None:
+    """Let the first rank of a machine speak for all that have met the same error and cannot ask each other.
+
+    Once it has ended, its launcher ends the others, here with status 1. A rank that still lives after that was
+    alone with its error, and says so itself.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        end_quietly()
+
+
+def end_quietly(seconds: float = 5) -> None:
+    """Wait for the launcher to end this process, with status 1; return where none does."""
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
+    time.sleep(seconds)
 
 
 def print_error(error: UserError) -> None:
@@ -53,19 +72,27 @@ def parse(config_class: type[Config], argv: Sequence[str]) -> Config:
     Raises:
         UserError: unknown flags, unreadable values and missing flags, all of them at once.
     """
-    values = _collect(config_class, argv)
+    problems: list[str] = []
+    values: dict[str, Any] = _collect(config_class, argv, problems)
     if values.get("config"):
-        values = _read_yaml(config_class, values["config"]) | values
-    return build(config_class, values)
+        values = _read_yaml(config_class, values["config"], problems) | values
+    return build(config_class, values, problems)
 
 
-def build(config_class: type[Config], values: dict[str, Any]) -> Config:
+def build(config_class: type[Config], values: dict[str, Any], problems: Sequence[str] = ()) -> Config:
     """A checked config from text or native values.
 
+    Args:
+        config_class: whose fields are the flags.
+        values: by flag name.
+        problems: found before, told together with those found here.
+
     Raises:
-        UserError: a line for each value that cannot be read, or a required one that is missing.
+        UserError: a line for each value that cannot be read, or a required one that is missing; where there is
+            none of these, a line for each value that the config's own check refuses.
     """
-    problems, known = [], {}
+    told = {problem.split()[0] for problem in problems}
+    problems, known = list(problems), {}
     hints = typing.get_type_hints(config_class)
     for f in dataclasses.fields(config_class):  # type: ignore[arg-type]
         if f.name in values:
@@ -73,7 +100,7 @@ def build(config_class: type[Config], values: dict[str, Any]) -> Config:
                 known[f.name] = read_value(values[f.name], hints[f.name])
             except ValueError:
                 problems.append(f"{f.name} must be {type_text(hints[f.name])}, got {values[f.name]!r}")
-        elif f.metadata["required"]:
+        elif f.metadata["required"] and f"--{f.name}" not in told:
             problems.append(f"--{f.name} is required: {meanings(config_class)[f.name]}")
     if problems:
         raise UserError("\n".join(problems))
@@ -88,14 +115,25 @@ def as_yaml(config: Any) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
-def _collect(config_class: type, argv: Sequence[str]) -> dict[str, str]:
+def _collect(config_class: type, argv: Sequence[str], problems: list[str]) -> dict[str, str]:
+    """Flag name -> text. Appends to `problems` what is no flag, or lacks a value."""
     hints = typing.get_type_hints(config_class)
-    argv = [word for word in argv if word.lstrip("-").replace("-", "_").split("=")[0] not in LAUNCHER_FLAGS]
-    problems = []
-    for word, following in zip(argv, [*argv[1:], "--"], strict=True):
-        name = word.lstrip("-").replace("-", "_")
-        if word.startswith("--") and following.startswith("--") and name in hints and hints[name] is not bool:
+    argv = [word for word in argv if not (_is_flag(word) and _name(word) in LAUNCHER_FLAGS)]
+    words = []
+    for word, following in zip(argv, [*argv, "--"][1:], strict=True):
+        name = _name(word)
+        if _is_flag(word) and not name:
+            problems.append(f"'{word}' belongs to no flag; write --name value")
+        elif not _is_flag(word) or "=" in word or not _is_flag(following):
+            words.append(word)
+        elif hints.get(name) is bool:  # a flag without a value; Fire would take even --nomodel as model=False
+            words.append(f"--{name}=True")
+        elif name.startswith("no") and hints.get(name[2:]) is bool:
+            words.append(f"--{name[2:]}=False")
+        elif name in hints:
             problems.append(f"--{name} needs a value: {type_text(hints[name])}")
+        else:
+            words.append(f"--{name}=")
     collected: dict[str, str] = {}
 
     @SetParseFn(str)
@@ -103,18 +141,23 @@ def _collect(config_class: type, argv: Sequence[str]) -> dict[str, str]:
         problems.extend(f"'{word}' belongs to no flag; write --name value" for word in words)
         collected.update(flags)
 
-    fire.Fire(collect, command=argv)
-    for name in list(collected):
-        if name not in hints and name.startswith("no") and hints.get(name[2:]) is bool:
-            collected[name[2:]] = str(collected.pop(name) != "True")
-        elif name not in hints:
-            problems.append(f"unknown flag --{name}{did_you_mean(name, hints)}; --help lists all flags")
-    if problems:
-        raise UserError("\n".join(problems))
+    # What follows the last "--" is for Fire itself. Its separator would end our flags at a word "-".
+    fire.Fire(collect, command=[*words, "--", "--separator", "\0"])
+    unknown = [name for name in collected if name not in hints]
+    problems += [f"unknown flag --{name}{did_you_mean(name, hints)}; --help lists all flags" for name in unknown]
     return collected
 
 
-def _read_yaml(config_class: type, path: str) -> dict[str, Any]:
+def _is_flag(word: str) -> bool:
+    """As Fire sees it: -1e-4 is a value."""
+    return re.match(r"--|-[a-zA-Z]", word) is not None
+
+
+def _name(word: str) -> str:
+    return word.lstrip("-").split("=")[0].replace("-", "_")
+
+
+def _read_yaml(config_class: type, path: str, problems: list[str]) -> dict[str, Any]:
     hints = typing.get_type_hints(config_class)
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -126,9 +169,7 @@ def _read_yaml(config_class: type, path: str) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise UserError(f"--config {path} must hold 'flag: value' lines, got a {type(values).__name__}")
-    unknown = [f"{path}: unknown flag '{n}'{did_you_mean(str(n), hints)}" for n in values if n not in hints]
-    if unknown:
-        raise UserError("\n".join(unknown))
+    problems += [f"{path}: unknown flag '{n}'{did_you_mean(str(n), hints)}" for n in values if n not in hints]
     return values
 
 
@@ -154,10 +195,13 @@ def read_value(value: Any, kind: Any) -> Any:
             return value
         raise ValueError
     if origin in (list, tuple):
-        items = [part.strip() for part in value.strip("[]()").split(",")] if isinstance(value, str) else value
-        if not isinstance(items, (list, tuple)):
+        if isinstance(value, str):
+            if value[:1] + value[-1:] in ("[]", "()"):  # both or none: "data (1)" and "[ab].parquet" are file names
+                value = value[1:-1]
+            value = [part.strip() for part in value.split(",")]
+        if not isinstance(value, (list, tuple)):
             raise ValueError
-        items = [item for item in items if item != ""]
+        items = [item for item in value if item != ""]
         if origin is list:
             return [read_value(item, arguments[0]) for item in items]
         if len(items) != len(arguments):
@@ -169,11 +213,11 @@ def read_value(value: Any, kind: Any) -> Any:
             raise ValueError
         return text in ("true", "1")
     if kind is int:
-        if isinstance(value, (bool, float)):
+        if isinstance(value, bool) or not isinstance(value, (int, str)):
             raise ValueError
         return int(value)
     if kind is float:
-        if isinstance(value, bool):
+        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
             raise ValueError
         number = float(value)
         if number != number or abs(number) == float("inf"):

@@ -13,6 +13,6 @@ class UserError(ValueError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """ " (did you mean 'x'?)" for the closest known name, or "" where nothing is close."""
+    """The closest known name as ' (did you mean "x"?)', or nothing where none is close."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean '{close[0]}'?)" if close else ""

@@ -67,7 +67,7 @@ class Tracker:
         self._bar.close()
         self._file.close()
         if self._board is not None:
-            self._board.close()
+            _shielded("tensorboard", self._board.close)
         if self._wandb is not None:
             _shielded("wandb", self._wandb.finish)
 
@@ -81,8 +81,7 @@ class Tracker:
         if self._wandb is not None:
             self._wandb = _shielded("wandb", lambda: (self._wandb.log(values, step=metrics["step"]), self._wandb)[1])
         if self._board is not None:
-            for key, value in values.items():
-                self._board.add_scalar(key, value, metrics["step"])
+            self._board = _shielded("tensorboard", lambda: _add_scalars(self._board, values, metrics["step"]))
 
 
 def _lines_up_to(path: Path, step: int) -> list[str]:
@@ -92,7 +91,7 @@ def _lines_up_to(path: Path, step: int) -> list[str]:
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         try:
             if json.loads(line)["step"] <= step:
-                lines.append(line)
+                lines.append(line.rstrip("\n") + "\n")  # the last newline may not have been written
         except (ValueError, KeyError, TypeError):
             continue  # the last line of a run that was killed while writing it
     return lines
@@ -130,3 +129,9 @@ def _start_tensorboard(output_dir: Path) -> Any:
         return SummaryWriter(str(output_dir / "tensorboard"))
 
     return _shielded("tensorboard", start)
+
+
+def _add_scalars(board: Any, values: dict[str, Any], step: int) -> Any:
+    for key, value in values.items():
+        board.add_scalar(key, value, step)
+    return board

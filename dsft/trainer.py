@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from dsft import runtime
 from dsft.backends import backend_class
-from dsft.backends.base import BackendOptions
+from dsft.backends.base import MOMENTS, BackendOptions, trainable
 from dsft.checkpoint import (
     ADAPTER,
     CONFIG,
@@ -56,6 +56,11 @@ class Trainer:
         self._start_runtime()
         self.folder = CheckpointFolder(config.output_dir)
         self.resume_from = runtime.together(self._find_resume)
+        runtime.check_same_everywhere(
+            self.resume_from.name if self.resume_from else "none",
+            "the checkpoints to go on from",
+            f"all machines must see the same folder {config.output_dir if config.resume == 'auto' else config.resume}",
+        )
         self._load_data()
         self._load_model()
         runtime.together(self._check_output)
@@ -73,7 +78,7 @@ class Trainer:
         runtime.set_threads(self.world)
         self.device = runtime.pick_device(self.world)
         runtime.start_process_group(self.world, self.device)
-        runtime.check_same_everywhere(as_yaml(config), "the flags")
+        runtime.check_same_everywhere(as_yaml(config), "the flags", "start all ranks alike")
         runtime.seed_everything(config.seed, deterministic=config.deterministic)
         dtype = runtime.pick_dtype(config.dtype, self.device)
         self.dtype_name = str(dtype).removeprefix("torch.")
@@ -115,8 +120,13 @@ class Trainer:
         stored_file = found.parent / CONFIG
         try:
             stored = yaml.safe_load(stored_file.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
-            raise UserError(f"{stored_file} cannot be read, so {found.name} cannot be continued") from error
+            if not isinstance(stored, dict):
+                raise ValueError("it holds no flags")
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise UserError(
+                f"{stored_file} cannot be read ({' '.join(str(error).split())}), so {found.name} cannot be continued; "
+                "put the file back, or name another --output_dir"
+            ) from error
         now = yaml.safe_load(as_yaml(config))
         names = [f.name for f in fields(config) if f.metadata["run_identity"]]
         changed = [f"{n} was {stored.get(n)}, is {now[n]}" for n in names if stored.get(n) != now[n]]
@@ -153,6 +163,10 @@ class Trainer:
 
         self.train_data = load(config.train_files, "train_files", config.max_train_rows)
         self.val_data = load(config.val_files, "val_files", config.max_val_rows) if config.val_files else None
+        rows = [self.train_data.fingerprint, self.val_data.fingerprint if self.val_data else "none"]
+        runtime.check_same_everywhere(
+            "\n".join(rows), "the rows of --train_files or --val_files", "give all machines the same files and model"
+        )
         self.steps_per_epoch = steps_per_epoch(len(self.train_data), config.train_batch_size)
         self.total_steps = config.total_training_steps or config.total_epochs * self.steps_per_epoch
 
@@ -228,16 +242,29 @@ class Trainer:
                     f"{checkpoint} was trained on other rows than --train_files {','.join(self.config.train_files)} "
                     "gives now; use the same files, or another --output_dir"
                 )
-            return state, TensorReader(checkpoint, stem), TensorReader(checkpoint, OPTIMIZER)
+            weights, moments = TensorReader(checkpoint, stem), TensorReader(checkpoint, OPTIMIZER)
+            weights.check({stored_name[name]: shape for name, shape in shapes.items()})
+            moments.check({f"{moment}.{name}": shape for name, shape in shapes.items() for moment in MOMENTS})
+            return state, weights, moments
 
-        self.state, weights, moments = runtime.together(read)
         stored_name = self._stored_names()
+        parameters = trainable(self.full_model)
+        shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
+        self.state, weights, moments = runtime.together(read)
         self.backend.load_state(
             lambda name: weights(stored_name[name]),
             lambda name, moment: moments(f"{moment}.{name}"),
             self.state.step,
         )
         self.state.backend, self.state.world_size = self.config.backend, self.world.size
+        runtime.together(self._repair_best)
+
+    def _repair_best(self) -> None:
+        """The link that an ended run may not have moved any more, after its last checkpoint was complete."""
+        if self.world.is_main and self.state.best_step is not None:
+            best = self.folder.path(self.state.best_step)
+            if best in self.folder.all():
+                guard_disk(lambda: self.folder.point("best", best), best)
 
     def _stored_names(self) -> dict[str, str]:
         """Parameter name -> its name in a checkpoint's weights (PEFT leaves the adapter's name out)."""
@@ -271,7 +298,8 @@ class Trainer:
                       for p in self.full_model.parameters()]  # fmt: skip
         total, trained = sum(n for n, _ in parameters), sum(n for n, grad in parameters if grad)
         lines = [
-            f"model    {config.model}, {total / 1e6:.1f} M parameters, {trained / 1e6:.2f} M trained, {self.dtype_name}",
+            f"model    {config.model}, {total / 1e6:.1f} M parameters, {trained / 1e6:.2f} M trained, "
+            f"{self.dtype_name}",
             f"data     {len(data)} rows, {data.counts.tokens} tokens, {data.counts.targets} targets"
             + (f"; {data.counts.losses()}" if data.counts.losses() else ""),
             f"batch    {config.train_batch_size} rows: {self.world.size} ranks, micro-batches of at most "
@@ -339,10 +367,10 @@ class Trainer:
             loss_sum += loss.detach()
         signal_code = {None: 0, "SIGTERM": 1, "SIGINT": 1_000_000}[stop.received]
         total, stop_code = runtime.sum_over_ranks([loss_sum.item(), signal_code], self.device)
-        self._refuse_non_finite(total, "the loss", step)
+        self._refuse_non_finite(total, f"the loss of step {step + 1}")
         rate = self.backend.learning_rate()
         norm = self.backend.step()
-        self._refuse_non_finite(norm, "the gradient norm", step)
+        self._refuse_non_finite(norm, f"the gradient norm of step {step + 1}")
         self.state.step = step + 1
         self.state.epoch = self.state.step / self.steps_per_epoch
         seconds = time.perf_counter() - started
@@ -364,16 +392,21 @@ class Trainer:
         pad = self.tokenizer.pad_token_id
         return make_micro_batch([data[row] for row in rows], 0 if pad is None else pad).to(self.device)
 
-    def _refuse_non_finite(self, value: float, what: str, step: int) -> None:
+    def _refuse_non_finite(self, value: float, what: str) -> None:
         """The value is the same on all ranks, so all of them stop here."""
         if math.isfinite(value):
             return
 
         def refuse() -> None:
             latest = self.folder.latest()
+            if self.state.step == 0:
+                remedy = f"no weight has changed yet, so look at those of --model {self.config.model}"
+            else:
+                remedy = "try a lower --lr in another --output_dir"
             raise UserError(
-                f"{what} of step {step + 1} is {value}; the weights are those of step {step}, and "
-                f"{f'{latest} is valid' if latest else 'nothing was saved yet'}; try a lower --lr, or --dtype float32"
+                f"{what} is {value}; the run has stopped, {f'{latest} is valid' if latest else 'nothing was saved'}; "
+                + remedy
+                + (", or --dtype float32" if self.dtype_name != "float32" else "")
             )
 
         runtime.together(refuse)
@@ -389,6 +422,7 @@ class Trainer:
         for rows in plan:
             loss_sum += summed_loss(self.backend.model, self.head, self._micro_batch(data, rows))
         (total,) = runtime.sum_over_ranks([loss_sum.item()], self.device)
+        self._refuse_non_finite(total, f"the validation loss after step {self.state.step}")
         targets = sum(count_targets(data[row][1]) for row in range(len(data)))
         loss = total / targets
         self.state.val_loss = loss
@@ -423,8 +457,7 @@ class Trainer:
             try:
                 with self.folder.writing(state.step) as target:
                     self._write(target, gathered)
-                checkpoint = self.folder.latest()
-                assert checkpoint is not None
+                checkpoint = self.folder.path(state.step)
                 guard_disk(lambda: self._move_links(checkpoint, better), checkpoint)
             except UserError as error:
                 failure = error

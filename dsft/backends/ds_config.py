@@ -37,6 +37,9 @@ def read_ds_config(path: str | None, owned: dict[str, tuple[str, Any]]) -> dict[
         for section in ("optimizer", "scheduler")
         if section in user
     ]
+    for key, value in user.items():
+        if isinstance(config.get(key), dict) and not isinstance(value, dict) and value != AUTO:
+            problems.append(f"--ds_config {path}: {key} must be an object, got {json.dumps(value)}")
     for key, (flag, value) in owned.items():
         said = _pop(user, key.split("."))
         if said not in (None, AUTO, value):
@@ -72,8 +75,9 @@ def _pop(config: dict[str, Any], keys: list[str]) -> Any:
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
-        if isinstance(value, dict) and isinstance(merged.get(key), dict):
-            merged[key] = _merge(merged[key], value)
+        if isinstance(value, dict):
+            below = merged.get(key)
+            merged[key] = _merge(below if isinstance(below, dict) else {}, value)
         elif value != AUTO:
             merged[key] = value
     return merged

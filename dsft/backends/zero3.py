@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from dsft.backends.base import MOMENTS, Backend, Source, set_schedule, trainable
-from dsft.backends.ds_config import read_ds_config
+from dsft.backends.ds_config import AUTO, read_ds_config
+from dsft.errors import UserError
 
 
 class Zero3Backend(Backend):
@@ -22,8 +23,23 @@ class Zero3Backend(Backend):
 
     @classmethod
     def read_library_config(cls, path: str | None, owned: dict[str, tuple[str, Any]]) -> dict[str, Any]:
-        """DeepSpeed's JSON file over ds_configs/zero3.json."""
-        return read_ds_config(path, owned)
+        """DeepSpeed's JSON file over ds_configs/zero3.json.
+
+        Raises:
+            UserError: also where DeepSpeed itself does not know a setting of zero_optimization, or its value.
+        """
+        config = read_ds_config(path, owned)
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+        from pydantic import ValidationError
+
+        try:
+            DeepSpeedZeroConfig(**{k: v for k, v in config["zero_optimization"].items() if v != AUTO})
+        except ValidationError as error:
+            problems = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
+            raise UserError(
+                f"--ds_config {path}: zero_optimization: {'; '.join(problems)}; correct the file"
+            ) from error
+        return config
 
     def setup(self) -> None:
         """Import DeepSpeed and hand it the process group."""

@@ -59,7 +59,7 @@ class ChatFormat:
     def _own_marks(self, pieces: list[str]) -> list[str]:
         """What tells that a string was formatted with this template: its special tokens, else its literal text."""
         added = [*self.tokenizer.get_added_vocab(), *self.tokenizer.all_special_tokens]
-        marks = [token for token in dict.fromkeys(added) if any(token in piece for piece in pieces)]
+        marks = [t for t in dict.fromkeys(added) if t.strip() and any(t in piece for piece in pieces)]
         return marks or [piece.strip() for piece in pieces if piece.strip()]
 
     def _render(self, messages: list[dict[str, str]], cell: Cell | None, *, generation: bool) -> str:

@@ -71,7 +71,8 @@ def read_columns(
         try:
             parquet = pyarrow.parquet.ParquetFile(file)
         except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{file} is no readable parquet file: {' '.join(str(error).split())}") from error
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise UserError(f"{file} is no readable parquet file: {reason}; convert it, or fetch it again") from error
         with parquet:
             existing = parquet.schema_arrow.names
             for column, flag in zip(columns, flags, strict=True):
@@ -93,10 +94,10 @@ def read_columns(
                         yield rows
                     if left <= 0:
                         return
-            except pyarrow.ArrowException as error:
+            except (pyarrow.ArrowException, OSError) as error:
                 raise UserError(f"{file}, after row {row}: damaged: {' '.join(str(error).split())}") from error
     if seen == 0:
-        raise UserError(f"no rows in {', '.join(map(str, files))}")
+        raise UserError(f"no rows in {', '.join(map(str, files))}; name files that hold some")
 
 
 def walk(value: Any, keys: Sequence[str] | None, cell: Cell, column: str) -> Any:

@@ -15,6 +15,7 @@ from dsft.cache import build_once
 from dsft.dataset.chat_format import ChatFormat, Segment
 from dsft.dataset.parquet import Cell, find_files, read_columns, walk
 from dsft.errors import UserError
+from dsft.loss import count_targets
 
 CACHE_FORMAT = 1  # raise it when the same input would give other tokens
 Truncation = Literal["error", "left", "right", "drop"]
@@ -169,7 +170,7 @@ def _tokenize_files(
         )
     counts.rows = len(tokens)
     counts.tokens = sum(map(len, tokens))
-    counts.targets = int(sum(mask.sum() for mask in masks))
+    counts.targets = sum(map(count_targets, masks))
     np.save(folder / "tokens.npy", np.concatenate(tokens))
     np.save(folder / "is_target.npy", np.concatenate(masks))
     np.save(folder / "starts.npy", np.cumsum([0, *map(len, tokens)], dtype=np.int64))

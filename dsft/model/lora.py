@@ -71,7 +71,9 @@ class LoraStart:
 
     def __init__(self, model: PeftModel, seed: int) -> None:
         self._waiting: dict[nn.Module, str] = {
-            layer: name for name, layer in model.named_modules() if isinstance(layer, LoraLayer)
+            module: name  # type: ignore[misc]
+            for name, module in model.named_modules()
+            if isinstance(module, LoraLayer)
         }
         self._seed = seed
 
@@ -95,15 +97,16 @@ class LoraStart:
 
 
 def _start_magnitudes(layer: LoraLayer, weight: torch.Tensor) -> None:
-    """DoRA's magnitudes: the norms of the base weight's rows.
+    """DoRA's magnitudes: for each output the norm of the base weights that lead to it.
 
     PEFT computes them while it wraps, when a skeleton has no weights yet. LoRA's B is zero at the start, so the
-    norm is that of the base weight alone (Liu et al. 2024, DoRA, equation 5).
+    norm is that of the base weight alone (Liu et al. 2024, DoRA, equation 5). PEFT's own function knows how the
+    weight lies (GPT-2's is transposed) and rounds to its dtype.
     """
     magnitudes: Any = layer.lora_magnitude_vector
     for magnitude in magnitudes.values():
         with torch.no_grad():
-            magnitude.weight.copy_(torch.linalg.norm(weight.float(), dim=1))
+            magnitude.weight.copy_(magnitude.get_weight_norm(weight, lora_weight=weight.new_zeros(()), scaling=0.0))
 
 
 def adapter_tensors(model: PeftModel, trained: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -143,7 +143,8 @@ def _with_adapter(base: Any, checkpoint: Path, base_name: str) -> PeftModel:
 
 def _merge_layers(model: PeftModel) -> tuple[Any, set[str]]:
     """The plain model with the adapter added to its weights in place, and the names of the weights targeted."""
-    layers = [(name, layer) for name, layer in model.base_model.model.named_modules() if isinstance(layer, LoraLayer)]
+    wrapped: Any = model.base_model.model
+    layers = [(name, layer) for name, layer in wrapped.named_modules() if isinstance(layer, LoraLayer)]
     for _, layer in tqdm(layers, desc="merging", unit=" weights", disable=None):
         layer.merge(safe_merge=True)
     return model.unload(), {f"{name}.weight" for name, _ in layers}

@@ -75,12 +75,18 @@ class ModelSource:
         """Read the config and the heads of the weight files, so that a bad model fails before any collective.
 
         Raises:
-            UserError: no such model, missing or damaged files.
+            UserError: no such model, missing or damaged files, or weights that do not fit the config.
         """
-        _from_pretrained(
-            AutoConfig.from_pretrained, self.path, "model", trust_remote_code=self._options["trust_remote_code"]
-        )
-        self._files()
+        shapes = {name: shape for name, (_, shape) in self._open_files().items()}
+        model = self._empty(None)
+        if getattr(model.config, "quantization_config", None):
+            return  # packed weights have shapes of their own
+        for name, parameter in model.named_parameters():
+            if shapes.get(name, list(parameter.shape)) != list(parameter.shape):
+                raise UserError(
+                    f"--model {self.path}: '{name}' has the shape {shapes[name]} in the weight files, but "
+                    f"{list(parameter.shape)} by config.json; fetch the folder again"
+                )
 
     def pretrained(self, dtype: torch.dtype | str) -> Any:
         """The whole model through transformers; dtype "auto" is that of its config."""
@@ -92,13 +98,7 @@ class ModelSource:
         Raises:
             UserError: no such model, or its weights do not fit its config.
         """
-        from accelerate import init_empty_weights
-
-        config = _from_pretrained(
-            AutoConfig.from_pretrained, self.path, "model", trust_remote_code=self._options["trust_remote_code"]
-        )
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **self._options)
+        model = self._empty(dtype)
         model.tie_weights()
         model.name_or_path = self.path
         if model.can_generate():
@@ -134,17 +134,35 @@ class ModelSource:
                 setattr(owner, name, filled)
         self.after_fill(module)
 
+    def _empty(self, dtype: torch.dtype | None) -> Any:
+        """The model as its config describes it, parameters on the meta device."""
+        from accelerate import init_empty_weights
+
+        options = {"trust_remote_code": self._options["trust_remote_code"]}
+        config = _from_pretrained(AutoConfig.from_pretrained, self.path, "model", **options)
+
+        def build(_path: str, **options: Any) -> Any:
+            with init_empty_weights(include_buffers=False):
+                return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+
+        return _from_pretrained(build, self.path, "model", **self._options)
+
+    def _open_files(self) -> dict[str, tuple[Callable[[], torch.Tensor], list[int]]]:
+        """Name -> (reader, shape) of every tensor in the weight files."""
+        readers = {}
+        for file in self._files():
+            with safe_open(file, framework="pt") as handle:
+                for name in handle.keys():  # noqa: SIM118 (no dict)
+                    readers[name] = (_reader(file, name), list(handle.get_slice(name).get_shape()))
+        return readers
+
     def _open_weights(self, model: nn.Module, dtype: torch.dtype) -> dict[str, Callable[[], torch.Tensor]]:
         """A reader for each parameter: straight from safetensors where names agree, else through transformers.
 
         transformers renames or fuses the weights of some architectures while it loads them; those are loaded
         whole on CPU and handed out from there.
         """
-        readers = {}
-        for file in self._files():
-            with safe_open(file, framework="pt") as handle:
-                for name in handle.keys():  # noqa: SIM118 (no dict)
-                    readers[name] = (file, list(handle.get_slice(name).get_shape()))
+        readers = self._open_files()
         expected = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
         prefix = getattr(model, "base_model_prefix", "")
         if not set(expected) <= set(readers):
@@ -152,7 +170,7 @@ class ModelSource:
             if set(expected) <= set(bare):
                 readers = bare
         if all(name in readers and readers[name][1] == shape for name, shape in expected.items()):
-            return {name: _reader(readers[name][0], name) for name in expected}
+            return {name: readers[name][0] for name in expected}
         whole = self.pretrained(dtype).state_dict()
         return {name: lambda tensor=tensor: tensor for name, tensor in whole.items()}  # type: ignore[misc]
 
@@ -166,7 +184,10 @@ class ModelSource:
             )
         index = folder / INDEX
         if index.is_file():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            try:
+                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"--model {self.path}: {INDEX} is damaged ({error}); fetch the folder again") from error
         else:
             names = [SINGLE]
         missing = [name for name in names if not (folder / name).is_file()]

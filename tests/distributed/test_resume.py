@@ -1,12 +1,11 @@
 """A run that is killed and started again gives the numbers of one that was not, bit for bit."""
 
-import os
 import shutil
-import signal
 import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.helpers import ROOT, SAMPLE_TRAIN, flags, metrics, run, start_words
@@ -23,17 +22,17 @@ def validations(output_dir: Path) -> list[tuple]:
 
 
 def kill_after_checkpoint(words: list, checkpoint: Path) -> None:
-    """Start a command in its own process group and SIGKILL all of it as soon as a checkpoint is complete."""
-    process = subprocess.Popen(
-        list(map(str, words)), cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    """Start a command and SIGKILL it, launcher and ranks, as soon as a checkpoint is complete."""
+    process = psutil.Popen(list(map(str, words)), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while not (checkpoint / "COMPLETE").exists():
         assert process.poll() is None, "the run ended before the checkpoint"
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    everything = [process, *process.children(recursive=True)]  # a launcher's ranks have sessions of their own
+    for one in everything:
+        one.kill()
+    psutil.wait_procs(everything, timeout=30)
 
 
 @pytest.mark.parametrize("lora_rank", [4, 0], ids=["lora", "full"])

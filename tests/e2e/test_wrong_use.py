@@ -1,0 +1,713 @@
+"""What a user can do wrong: one line that says what, where and how to mend it; status 1 on every rank; no hang."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.helpers import ROOT, Done, flags, metrics, run, start_words, write_parquet
+
+SECONDS = 30
+BOTH = [("fsdp", 2), ("zero3", 2)]
+
+Command = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache(tmp_path_factory) -> Iterator[None]:
+    """A cache of these tests' own, in which nothing half-written may be left."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DSFT_CACHE", str(folder))
+        yield
+    assert not list(folder.rglob("*.tmp"))
+
+
+@pytest.fixture
+def out(tmp_path) -> Path:
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def command(tiny_model, uneven_rows, out, port) -> Command:
+    """A command line that would train one step, with the values a test changes (None leaves a flag out)."""
+
+    def words(backend: str = "fsdp", ranks: int = 1, **changed: Any) -> list[str]:
+        return [*start_words(backend, ranks, port), *flags(**values(**changed))]
+
+    def values(**changed: Any) -> dict[str, Any]:
+        usual = {
+            "model": tiny_model,
+            "train_files": uneven_rows,
+            "output_dir": out,
+            "train_batch_size": 4,
+            "lora_rank": 4,
+            "total_training_steps": 1,
+            "dtype": "float32",
+        }
+        return {name: value for name, value in (usual | changed).items() if value is not None}
+
+    words.values = values  # type: ignore[attr-defined]
+    return words
+
+
+def refused(done: Done, *parts: str, lines: int = 1) -> None:
+    """The command has ended as an error that a user can cause must end."""
+    assert done.status != 0, done.out
+    assert len(done.errors) == lines, done.err
+    for part in parts:
+        assert part in "\n".join(done.errors)
+    assert done.seconds < SECONDS
+    assert not re.search(r'File "[^"]*dsft/', done.err), done.err
+    for code in re.findall(r"exitcode\s*:\s*(-?\d+)", done.err):  # torchrun's table of failed ranks
+        assert code == "1", done.err
+
+
+def refused_alone(done: Done, *parts: str, lines: int = 1) -> None:
+    """The same for one process, which prints nothing else."""
+    refused(done, *parts, lines=lines)
+    assert done.status == 1
+    assert "Traceback" not in done.err
+    assert done.err.splitlines() == done.errors
+
+
+def nothing_in(folder: Path) -> None:
+    """No checkpoint, no temporary file."""
+    left = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    assert not [name for name in left if name.startswith(("checkpoint-", ".", "latest", "best"))]
+
+
+def complete(folder: Path) -> list[str]:
+    """The checkpoints of a run, which must all be complete, with nothing unfinished beside them."""
+    assert not [p for p in folder.iterdir() if p.name.startswith(".")]
+    found = sorted(p for p in folder.iterdir() if re.fullmatch(r"checkpoint-\d{6}", p.name))
+    for path in found:
+        assert (path / "COMPLETE").is_file()
+        assert not list(path.glob(".*"))
+        assert all(torch.isfinite(t).all() for t in load_file(path / "adapter_model.safetensors").values())
+        assert json.loads((path / "trainer_state.json").read_text())["step"] == int(path.name[-6:])
+    if found:
+        assert (folder / "latest").resolve() == found[-1].resolve()
+    return [path.name for path in found]
+
+
+# Flags: refused before torch is loaded, before anything is made.
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--total_epoch", "3"], ["unknown flag --total_epoch ", "did you mean 'total_epochs'?", "--help"]),
+        (["--lr", "fast"], ["lr must be a number, got 'fast'"]),
+        (["--seed", "1.5"], ["seed must be a whole number, got '1.5'"]),
+        (["--deterministic", "maybe"], ["deterministic must be True or False, got 'maybe'"]),
+        (["--betas", "0.9"], ["betas must be 2 numbers, got '0.9'"]),
+        (["--backend", "ddp"], ["backend must be one of fsdp, zero3, got 'ddp'"]),
+        (["--seed"], ["--seed needs a value: a whole number"]),
+        (["stray"], ["'stray' belongs to no flag", "--name value"]),
+        (["--lr", "0"], ["lr must be above 0, got 0.0"]),
+        (["--logger", "wandbb"], ["logger must be any of console, wandb, tensorboard, got wandbb"]),
+        (["--config", "no.yaml"], ["--config no.yaml cannot be read", "No such file"]),
+        (["--ds_config", "x.json"], ["ds_config is for --backend zero3, got --backend fsdp", "drop one of them"]),
+        (["--output_dir", "README.md"], ["output_dir README.md is a file; name a folder"]),
+    ],
+    ids=lambda value: " ".join(value) if value and value[0].startswith(("--", "stray")) else "",
+)
+def test_a_wrong_flag_starts_nothing(command, out, words, parts):
+    done = run([*command(), *words])
+    refused_alone(done, *parts)
+    assert done.seconds < 3
+    assert not out.exists()
+
+
+def test_several_problems_are_told_at_once(command, out):
+    refused_alone(
+        run(command(model=None, train_files=None)),
+        "--model is required: ",
+        "--train_files is required: ",
+        lines=2,
+    )
+    refused_alone(
+        run(command(max_checkpoints=0, seed=-1, train_batch_size=0)),
+        "max_checkpoints must be 1 or more, got 0",
+        "seed must be 0 or more, got -1",
+        "train_batch_size must be 1 or more, got 0",
+        lines=3,
+    )
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("lr: [1\n", ["is no YAML", "line 1"]),
+        ("lrr: 1\n", ["unknown flag 'lrr' (did you mean 'lr'?)"]),
+        ("just text\n", ["must hold 'flag: value' lines, got a str"]),
+        ("seed: early\n", ["seed must be a whole number, got 'early'"]),
+    ],
+)
+def test_a_wrong_config_file(command, tmp_path, out, text, parts):
+    (tmp_path / "bad.yaml").write_text(text)
+    refused_alone(run(command(config=tmp_path / "bad.yaml")), *parts)
+    assert not out.exists()
+
+
+# Data: the file, its row or its columns are named; the output folder is not made.
+
+
+def bad_file(tmp_path: Path, kind: str) -> Path:
+    file = tmp_path / "bad.parquet"
+    good = {"prompt": "a question", "response": "an answer"}
+    if kind == "empty table":
+        pq.write_table(pa.table({name: pa.array([], pa.string()) for name in good}), file)
+    elif kind == "empty file":
+        file.write_bytes(b"")
+    elif kind == "jsonl":
+        file = tmp_path / "rows.jsonl"
+        file.write_text(json.dumps(good) + "\n")
+    elif kind == "folder":
+        file = tmp_path / "folder"
+        file.mkdir()
+    elif kind == "null prompt":
+        write_parquet(file, [good, good | {"prompt": None}])
+    elif kind == "null response":
+        write_parquet(file, [good, good, good | {"response": None}])
+    elif kind == "number":
+        write_parquet(file, [good | {"response": 42}])
+    return file
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts"),
+    [
+        ("missing", ["--train_files", "bad.parquet: no such file"]),
+        ("empty table", ["no rows in", "bad.parquet", "name files that hold some"]),
+        ("empty file", ["bad.parquet is no readable parquet file", "0 bytes"]),
+        ("jsonl", ["rows.jsonl is no readable parquet file", "convert it"]),
+        ("folder", ["--train_files", "holds no *.parquet file"]),
+        ("null prompt", ["bad.parquet, row 1", "the prompt must be a string or a list", "got null"]),
+        ("null response", ["bad.parquet, row 2", "the response must be a string or one", "got null"]),
+        ("number", ["bad.parquet, row 0", "the response must be a string or one", "got int 42"]),
+    ],
+)
+def test_wrong_data(command, tmp_path, out, kind, parts):
+    refused_alone(run(command(train_files=bad_file(tmp_path, kind))), *parts)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "parts"),
+    [
+        ({"prompt_key": "promt"}, ["no column 'promt' (--prompt_key)", "did you mean 'prompt'?", "prompt, response"]),
+        ({"val_files": "no/such/*.parquet"}, ["--val_files no/such/*.parquet: no such file"]),
+        ({"max_length": 20}, ["row 0 has 46 tokens, max_length is 20", "--truncation left, right or drop"]),
+        ({"max_length": 2, "truncation": "drop"}, ["no row of", "is left", "raise max_length (2)"]),
+    ],
+    ids=["column", "val_files", "long row", "all dropped"],
+)
+def test_flags_that_do_not_fit_the_data(command, out, changed, parts):
+    refused_alone(run(command(**changed)), *parts)
+    assert not out.exists()
+
+
+# Models
+
+
+def bad_model(tiny_model: Path, tmp_path: Path, kind: str) -> Path:
+    model = tmp_path / "model"
+    if kind == "none":
+        return model
+    shutil.copytree(tiny_model, model)
+    weights, config = model / "model.safetensors", model / "config.json"
+    if kind == "no weights":
+        weights.unlink()
+    elif kind == "bin":
+        weights.rename(model / "pytorch_model.bin")
+    elif kind == "no config":
+        config.unlink()
+    elif kind == "half":
+        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    elif kind == "other shape":
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"intermediate_size": 96}))
+    elif kind == "unknown":
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "perceptron"}))
+    elif kind == "no tokenizer":
+        for file in model.glob("tokenizer*"):
+            file.unlink()
+    elif kind == "nan":
+        tensors = load_file(weights)
+        tensors["model.norm.weight"][3] = float("nan")
+        save_file(tensors, weights, metadata={"format": "pt"})
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts"),
+    [
+        ("none", ["no such folder"]),
+        ("no weights", ["the folder has no model.safetensors"]),
+        ("bin", ["pickled weights (.bin, .pt) are not read, convert them to safetensors"]),
+        ("no config", ["the folder has no config.json, so it is no model"]),
+        ("half", ["model.safetensors is no readable safetensors file"]),
+        ("other shape", ["mlp.", "has the shape [64, 32] in the weight files, but [96, 32] by config.json"]),
+        ("unknown", ["cannot be loaded", "`perceptron`"]),
+        ("no tokenizer", ["the tokenizer cannot be loaded"]),
+    ],
+)
+def test_a_wrong_model(command, tiny_model, tmp_path, out, kind, parts):
+    refused_alone(run(command(model=bad_model(tiny_model, tmp_path, kind))), "--model ", *parts)
+    assert not out.exists()
+
+
+def test_a_hub_name_without_the_hub(command, out):
+    done = run(command(model="nobody/such-model"), env={"HF_HUB_OFFLINE": "1"})
+    refused_alone(done, "--model nobody/such-model: the tokenizer cannot be loaded")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "parts"),
+    [
+        (
+            {"target_modules": "q_prj"},
+            ["'q_prj' matches no module (did you mean 'q_proj'?)", "or all-linear"],
+        ),
+        ({"attn_implementation": "eagre"}, ['`attn_implementation="eagre"` is not supported', "eager"]),
+    ],
+    ids=["target_modules", "attn_implementation"],
+)
+def test_flags_that_do_not_fit_the_model(command, out, changed, parts):
+    refused_alone(run(command(**changed)), *parts)
+    assert not out.exists()
+
+
+# DeepSpeed's file
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ('{"zero_optimization": {', ["ds.json is no JSON", "line 1"]),
+        ("[]", ["must hold a JSON object, got a list"]),
+        ('{"gradient_clipping": 3}', ["gradient_clipping is 3, but --clip_grad makes it 1.0", "change one of them"]),
+        ('{"optimizer": {}}', ["'optimizer' is dsft's own to build", "take it out"]),
+        ('{"zero_optimization": {"overlap_com": true}}', ["zero_optimization: overlap_com: ", "correct the file"]),
+        ('{"zero_optimization": {"sub_group_size": "big"}}', ["zero_optimization: sub_group_size: ", "integer"]),
+        (None, ["ds.json cannot be read", "No such file"]),
+    ],
+)
+def test_a_wrong_ds_config(command, tmp_path, out, text, parts):
+    file = tmp_path / "ds.json"
+    if text is not None:
+        file.write_text(text)
+    refused_alone(run(command("zero3", ds_config=file)), "--ds_config ", *parts)
+    assert not out.exists()
+
+
+# The output folder
+
+
+@pytest.mark.parametrize("place", ["file", "proc"])
+def test_an_output_folder_that_cannot_be_made(command, tmp_path, place):
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / "file" / "below" if place == "file" else Path("/proc/dsft")
+    refused_alone(run(command(output_dir=folder)), f"cannot write {folder}", "name another folder")
+
+
+@pytest.fixture(scope="module")
+def one_step(tiny_model, uneven_rows, tmp_path_factory) -> Path:
+    """The output folder of a run of one step that has ended well."""
+    folder = tmp_path_factory.mktemp("one_step") / "out"
+    done = run(
+        [
+            *start_words("fsdp", 1),
+            *flags(
+                model=tiny_model,
+                train_files=uneven_rows,
+                output_dir=folder,
+                train_batch_size=4,
+                lora_rank=4,
+                total_training_steps=1,
+                dtype="float32",
+            ),
+        ]
+    )
+    assert done.status == 0, done.err
+    return folder
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("changed", "parts"),
+    [
+        ({"lr": 0.5, "seed": 3}, ["other flags: lr was 0.0001, is 0.5; seed was 1, is 3", "another --output_dir"]),
+        ({"resume": "never"}, ["holds checkpoint-000001 and --resume is never; name another folder"]),
+        ({"resume": "/no/such/run"}, ["--resume /no/such/run: no such folder", "name a run's folder"]),
+        ({"resume": str(ROOT / "tests")}, ["tests: the folder holds no complete checkpoint"]),
+    ],
+    ids=["other run", "never", "no folder", "no checkpoint"],
+)
+def test_a_used_folder(command, one_step, out, changed, parts):
+    shutil.copytree(one_step, out, symlinks=True)
+    before = snapshot(out)
+    refused_alone(run(command(**changed)), *parts)
+    assert snapshot(out) == before
+
+
+def test_other_rows_than_before(command, one_step, out, tmp_path):
+    shutil.copytree(one_step, out, symlinks=True)
+    other = write_parquet(tmp_path / "other.parquet", [{"prompt": "one", "response": "two"}] * 4)
+    refused_alone(run(command(train_files=other)), "was trained on other rows", "use the same files")
+    assert complete(out) == ["checkpoint-000001"]
+
+
+def damage(checkpoint: Path, what: str) -> None:
+    if what == "config.yaml":
+        (checkpoint.parent / what).write_text("half a li")
+    elif what == "other tensors":
+        shutil.copy(checkpoint / "adapter_model.safetensors", checkpoint / "optimizer.safetensors")
+    elif what == "optimizer.safetensors":
+        (checkpoint / what).unlink()
+    else:
+        content = (checkpoint / what).read_bytes()
+        (checkpoint / what).write_bytes(content[: len(content) // 2])
+
+
+@pytest.mark.parametrize(
+    ("what", "parts"),
+    [
+        ("trainer_state.json", ["trainer_state.json is damaged", "delete", "--resume"]),
+        ("adapter_model.safetensors", ["adapter_model.safetensors is damaged", "delete", "--resume"]),
+        ("optimizer.safetensors", ["optimizer.safetensors is missing", "delete", "--resume"]),
+        ("other tensors", ["optimizer.safetensors holds no 'exp_avg.", "belongs to another model"]),
+        ("config.yaml", ["config.yaml cannot be read", "put the file back"]),
+    ],
+)
+def test_a_damaged_checkpoint(command, one_step, out, what, parts):
+    shutil.copytree(one_step, out, symlinks=True)
+    damage(out / "checkpoint-000001", what)
+    refused_alone(run(command()), *parts)
+    assert (out / "checkpoint-000001" / "COMPLETE").is_file()
+
+
+# Several ranks: one speaks, all end.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("backend", "ranks"), BOTH)
+@pytest.mark.parametrize("what", ["flag", "row", "target", "shape", "damaged", "folder"])
+def test_two_ranks_speak_with_one_voice(command, tiny_model, tmp_path, one_step, out, backend, ranks, what):
+    changed, parts = {
+        "flag": ({"total_epoch": 1}, ["unknown flag --total_epoch"]),
+        "row": ({"train_files": bad_file(tmp_path, "null prompt")}, ["bad.parquet, row 1"]),
+        "target": ({"target_modules": "q_prj"}, ["'q_prj' matches no module"]),
+        "shape": ({"model": tmp_path / "model"}, ["has the shape [64, 32]"]),
+        "damaged": ({}, ["optimizer.safetensors holds no"]),
+        "folder": ({"output_dir": tmp_path / "bad.parquet" / "below"}, ["cannot write"]),
+    }[what]
+    if what == "shape":
+        bad_model(tiny_model, tmp_path, "other shape")
+    elif what == "damaged":
+        shutil.copytree(one_step, out, symlinks=True)
+        damage(out / "checkpoint-000001", "other tensors")
+    elif what == "folder":
+        (tmp_path / "bad.parquet").write_text("")
+    refused(run(command(backend, ranks, **changed)), *parts)
+    assert what == "damaged" or not out.exists()
+
+
+RANK_1_DIFFERS = """
+import json, os, signal, sys
+from pathlib import Path
+
+rank = int(os.environ["RANK"])
+*each, record = json.loads(sys.argv[-1])
+folder, words = each[rank]
+child = os.fork()
+if child == 0:
+    os.chdir(folder)
+    sys.argv = ["dsft/train.py", *words]
+    from dsft.train import main
+    main()
+    sys.exit()
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher ends the child; this process tells how it ended
+status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+Path(record, f"status{rank}").write_text(str(status))
+sys.exit(abs(status))
+"""
+
+
+def run_differing(tmp_path: Path, *each: tuple[Path, list[str]]) -> tuple[Done, list[int]]:
+    """Two ranks under torchrun, each with a working directory and flags of its own, and how they ended."""
+    script = tmp_path / "rank_1_differs.py"
+    script.write_text(RANK_1_DIFFERS)
+    launcher = start_words("fsdp", 2)[:-3]
+    argument = json.dumps([*((str(folder), words) for folder, words in each), str(tmp_path)])
+    done = run([*launcher, script, argument], env={"PYTHONPATH": str(ROOT)})
+    return done, [int((tmp_path / f"status{rank}").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changed", "parts"),
+    [
+        ({"lr": 0.5}, ["the flags on rank 1 (lr: 0.5) differ from rank 0's (lr: 0.0001)", "start all ranks alike"]),
+        ({"model": "/no/such/model"}, ["the flags on rank 1 (model: /no/such/model) differ"]),
+        ({"val_files": "no.parquet"}, ["the flags on rank 1 (", "no.parquet", "differ"]),
+        ({"lrr": 1}, ["unknown flag --lrr"]),
+    ],
+    ids=["lr", "model", "val_files", "unknown flag"],
+)
+def test_flags_that_differ_on_one_rank(command, tmp_path, out, changed, parts):
+    each = [(ROOT, flags(**command.values(**values))) for values in ({}, changed)]
+    done, statuses = run_differing(tmp_path, *each)
+    refused(done, *parts)
+    # A rank whose own flags are good waits for the other inside a library, where only the launcher can end it.
+    assert statuses in ([1, 1], [-signal.SIGTERM, 1] if "lrr" in changed else [])
+    assert not out.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "parts"),
+    [
+        ("no rows", ["--train_files rows.parquet: no such file"]),
+        ("other rows", ["the rows of --train_files or --val_files on rank 1", "give all machines the same files"]),
+        ("no model", ["--model ./model: no such folder"]),
+        ("no checkpoint", ["the checkpoints to go on from on rank 1 (none) differ from rank 0's (checkpoint-000001)"]),
+    ],
+)
+def test_files_that_differ_on_one_rank(command, tmp_path, tiny_model, uneven_rows, one_step, what, parts):
+    """As on two machines that share no disk: the flags are the same, the files are not."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        folder.mkdir()
+        shutil.copy(uneven_rows, folder / "rows.parquet")
+    if what == "no rows":
+        (there / "rows.parquet").unlink()
+    elif what == "other rows":
+        write_parquet(there / "rows.parquet", [{"prompt": "one", "response": "two"}])
+    elif what == "no model":
+        (here / "model").symlink_to(tiny_model)
+    else:
+        shutil.copytree(one_step, here / "out", symlinks=True)
+    model = "./model" if what == "no model" else tiny_model
+    words = flags(**command.values(model=model, train_files="rows.parquet", output_dir="out"))
+    done, statuses = run_differing(tmp_path, (here, words), (there, words))
+    refused(done, *parts)
+    assert statuses == [1, 1]
+    nothing_in(there / "out")
+
+
+# A full disk
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A disk of 16 MB, gone after the test."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", place], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting is not permitted here; test_a_file_too_large runs everywhere")
+    yield place
+    subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def fill(disk: Path, left: int) -> Path:
+    """A file that leaves `left` bytes on a disk."""
+    free = os.statvfs(disk)
+    filler = disk / "filler"
+    filler.write_bytes(b"x" * (free.f_bavail * free.f_bsize - left))
+    return filler
+
+
+THREE_STEPS: dict[str, Any] = {"total_training_steps": 3, "save_steps": 1}
+
+
+def back_to_the_first(folder: Path) -> None:
+    """A finished run as it was after its first step."""
+    for step in (2, 3):
+        shutil.rmtree(folder / f"checkpoint-{step:06d}")
+    (folder / "latest").unlink()
+    (folder / "latest").symlink_to("checkpoint-000001")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("backend", "ranks", "left"),
+    [
+        pytest.param("fsdp", 1, 12 * 2**10, id="weights do not fit"),
+        pytest.param("fsdp", 1, 2**20, id="tokenizer does not fit"),
+        pytest.param("fsdp", 2, 12 * 2**10, id="fsdp on two ranks"),
+        pytest.param("zero3", 2, 12 * 2**10, id="zero3 on two ranks"),
+    ],
+)
+def test_a_full_disk_while_saving(command, small_disk, backend, ranks, left):
+    folder = small_disk / "out"
+    words = command(backend, ranks, output_dir=folder, **THREE_STEPS)
+    assert run(words).status == 0
+    unbroken = metrics(folder)
+    back_to_the_first(folder)
+    filler = fill(small_disk, left)
+
+    done = run(words)
+    refused(
+        done,
+        f"cannot save {folder}/checkpoint-000002: the disk is full",
+        "checkpoint-000001 is still valid; make room and start the same command again",
+    )
+    assert complete(folder) == ["checkpoint-000001"]
+
+    filler.unlink()
+    assert run(words).status == 0
+    assert complete(folder) == [f"checkpoint-{step:06d}" for step in (1, 2, 3)]
+    assert [m["step"] for m in metrics(folder)] == [1, 2, 3]
+    for resumed, straight in zip(metrics(folder), unbroken, strict=True):
+        assert resumed["train/loss"] == pytest.approx(straight["train/loss"], rel=1e-6)
+
+
+def test_a_file_too_large(command, out):
+    """The limit on a file's size stops the tokenizer's file, whoever runs the test."""
+    done = run(["bash", "-c", 'ulimit -f 2048; exec "$@"', "bash", *command()])
+    refused_alone(done, "cannot save", "checkpoint-000001: File too large", "there is no older checkpoint")
+    nothing_in(out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_full_disk_while_logging(command, small_disk, ranks):
+    folder = small_disk / "out"
+    words = command("fsdp", ranks, output_dir=folder, total_training_steps=40, save_steps=30)
+    filler = fill(small_disk, 3 * 4096)  # config.yaml, and two pages of metrics.jsonl
+
+    done = run(words)
+    refused(done, "metrics.jsonl: the disk is full; make room and start the same command again")
+    assert complete(folder) == []
+
+    filler.unlink()
+    assert run(words).status == 0
+    assert [m["step"] for m in metrics(folder)] == list(range(1, 41))
+
+
+# Numbers that are none
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("backend", "ranks"), [("fsdp", 1), ("zero3", 1), *BOTH])
+def test_weights_that_are_not_finite(command, tiny_model, tmp_path, out, backend, ranks):
+    model = bad_model(tiny_model, tmp_path, "nan")
+    done = run(command(backend, ranks, model=model))
+    refused(done, "the loss of step 1 is nan", "nothing was saved", f"look at those of --model {model}")
+    nothing_in(out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("backend", "ranks"), [("fsdp", 1), ("zero3", 1), *BOTH])
+def test_a_run_that_blows_up(command, out, backend, ranks):
+    done = run(command(backend, ranks, lr=1e30, warmup_ratio=0, **THREE_STEPS))
+    refused(done, "of step 2 is ", "checkpoint-000001 is valid", "try a lower --lr in another --output_dir")
+    assert complete(out) == ["checkpoint-000001"]
+    assert [m["step"] for m in metrics(out)] == [1]
+
+
+def test_a_validation_loss_that_is_not_finite(command, uneven_rows, out):
+    done = run(command(lr=1e30, warmup_ratio=0, val_files=uneven_rows))
+    refused_alone(done, "the validation loss after step 1 is ", "nothing was saved", "try a lower --lr")
+    nothing_in(out)
+
+
+# Stopped from outside
+
+
+def stop(words: list[str], out: Path, how: Callable[[subprocess.Popen], None]) -> Done:
+    """Start a run, stop it once it has taken a step, and wait for its end."""
+    started = time.monotonic()
+    process = subprocess.Popen(
+        words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        log = out / "metrics.jsonl"
+        while not (log.is_file() and log.stat().st_size) and process.poll() is None:
+            assert time.monotonic() - started < SECONDS
+            time.sleep(0.02)
+        sent = time.monotonic()
+        how(process)
+        stdout, stderr = process.communicate(timeout=SECONDS)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return Done(process.returncode, stdout, stderr, time.monotonic() - sent)
+
+
+def goes_on(done: Done, words: list[str], out: Path, name: str, steps: int) -> None:
+    """The stopped run has saved its last step, said so, and is finished by the same command."""
+    told = re.search(r"^stopped by (\w+) after step (\d+); start the same command again to go on$", done.out, re.M)
+    assert told, done.out + done.err
+    assert told[1] == name
+    step = int(told[2])
+    assert 1 <= step < steps
+    assert done.errors == []
+    assert complete(out) == [f"checkpoint-{step:06d}"]
+    again = run(words)
+    assert again.status == 0, again.err
+    assert f"goes on at step {step + 1}" in again.out
+    assert complete(out)[-1] == f"checkpoint-{steps:06d}"
+    assert [m["step"] for m in metrics(out)] == list(range(1, steps + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_signal(command, out, number):
+    words = command(total_training_steps=150, save_steps=0)
+    done = stop(words, out, lambda process: process.send_signal(number))
+    assert done.status == 0
+    assert done.err == ""
+    goes_on(done, words, out, number.name, 150)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_signal_to_torchrun(command, out, number):
+    words = command("fsdp", 2, total_training_steps=60, save_steps=0)
+    goes_on(stop(words, out, lambda process: process.send_signal(number)), words, out, number.name, 60)
+
+
+@pytest.mark.slow
+def test_control_c_under_deepspeed(command, out):
+    """The terminal signals the launcher and all ranks; the launcher then adds a SIGTERM."""
+    words = command("zero3", 2, total_training_steps=60, save_steps=0)
+    goes_on(stop(words, out, lambda process: os.killpg(process.pid, signal.SIGINT)), words, out, "SIGINT", 60)
+
+
+@pytest.mark.slow
+def test_a_second_control_c_ends_at_once(command, out):
+    """Whoever does not want to wait for the step and the checkpoint need not."""
+
+    def twice(process: subprocess.Popen) -> None:
+        process.send_signal(signal.SIGSTOP)  # so that both wait for the process at once
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGCONT)
+        time.sleep(0.001)
+        process.send_signal(signal.SIGINT)
+
+    done = stop(command(total_training_steps=150, save_steps=0), out, twice)
+    assert "Traceback" not in done.err
+    assert done.status in (0, 130)
+    if done.status == 130:
+        assert done.err.strip() == "stopped"

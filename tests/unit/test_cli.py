@@ -1,0 +1,323 @@
+"""From a command line to a checked config."""
+
+import dataclasses
+import subprocess
+import sys
+import time
+import typing
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsft import cli
+from dsft.cli import as_yaml, parse, read_value
+from dsft.config import MergeConfig, TrainConfig
+from dsft.errors import UserError
+from tests.helpers import ROOT
+
+NEEDED = ["--model", "m", "--train_files", "t.parquet", "--output_dir", "out"]
+PROPERTY = settings(deadline=None, database=None, max_examples=50)
+
+
+def problems(*argv: str, config_class: type = TrainConfig) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        parse(config_class, argv)
+    return str(caught.value).splitlines()
+
+
+def help_of_train() -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "dsft.train", "--help"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+
+
+def test_help_takes_under_half_a_second():
+    took = []
+    for _ in range(3):
+        started = time.monotonic()
+        help_of_train()
+        took.append(time.monotonic() - started)
+    assert min(took) < 0.5
+
+
+@pytest.mark.parametrize("statement", ["import dsft", "import dsft.train; dsft.train.main()"])
+def test_importing_dsft_and_help_load_no_torch_and_no_transformers(statement):
+    script = f"import sys; sys.argv = ['dsft-train', '--help']; {statement}; print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert {"torch", "transformers", "deepspeed", "pandas"} & set(done.stderr.split()) == set()
+
+
+def test_help_lists_every_flag_with_type_default_and_meaning():
+    lines = help_of_train().stdout.splitlines()
+    for f in dataclasses.fields(TrainConfig):
+        [at] = [i for i, line in enumerate(lines) if line.startswith(f"  --{f.name} ")]
+        assert lines[at + 1].strip() == cli.meanings(TrainConfig)[f.name] != ""
+    assert "  --backend  (one of fsdp, zero3; fsdp)" in lines
+    assert "  --model  (text; required)" in lines
+    assert "  --lr  (a number; 0.0001)" in lines
+    assert "  --betas  (2 numbers; 0.9,0.95)" in lines
+    assert "  --target_modules  (a list; all-linear)" in lines
+    assert '  --eval_steps  (a whole number or "epoch"; epoch)' in lines
+    assert "  --max_train_rows  (a whole number; None)" in lines
+    assert "  --debug  (True or False; False)" in lines
+
+
+def test_help_wins_over_wrong_flags(capsys):
+    cli.main(MergeConfig, lambda config: pytest.fail("must not run"), ["--bogus", "1", "--help"])
+    assert "--checkpoint  (text; required)" in capsys.readouterr().out
+
+
+def test_an_unknown_flag_names_the_closest_one():
+    expected = "unknown flag --lora_rnak (did you mean 'lora_rank'?); --help lists all flags"
+    assert problems(*NEEDED, "--lora_rnak", "8") == [expected]
+
+
+def test_an_unknown_flag_like_nothing_gets_no_suggestion():
+    assert problems(*NEEDED, "--xyzzy=8") == ["unknown flag --xyzzy; --help lists all flags"]
+
+
+@pytest.mark.parametrize("flag", ["--nothing", "--nomodel", "--nolr"])
+def test_no_before_something_that_is_no_switch_is_an_unknown_flag(flag):
+    [told] = problems(*NEEDED, flag)
+    assert told.startswith(f"unknown flag {flag}")
+
+
+def test_all_that_cannot_be_read_is_told_at_once(tmp_path):
+    (tmp_path / "c.yaml").write_text("lora_rankk: 3\nmax_length: null\n")
+    told = problems("--bogus", "1", "--lr=fast", "--output_dir", "--seed", "1.5", "--config", str(tmp_path / "c.yaml"))
+    assert told == [
+        "--output_dir needs a value: text",
+        "unknown flag --bogus; --help lists all flags",
+        f"{tmp_path}/c.yaml: unknown flag 'lora_rankk' (did you mean 'lora_rank'?)",
+        f"--model is required: {cli.meanings(TrainConfig)['model']}",
+        f"--train_files is required: {cli.meanings(TrainConfig)['train_files']}",
+        "max_length must be a whole number, got None",
+        "lr must be a number, got 'fast'",
+        "seed must be a whole number, got '1.5'",
+    ]
+
+
+def test_a_word_that_belongs_to_no_flag_is_named():
+    assert problems(*NEEDED, "--debug", "False", "stray") == ["'stray' belongs to no flag; write --name value"]
+
+
+@pytest.mark.parametrize("word", ["-", "--"])
+def test_fires_own_separators_mean_nothing(word):
+    assert f"'{word}' belongs to no flag; write --name value" in problems(*NEEDED, word, "--interactive")
+
+
+@pytest.mark.parametrize("rest", [["--lr"], ["--lr", "--debug"], ["-lr"]])
+def test_a_flag_that_is_no_switch_needs_a_value(rest):
+    assert problems(*NEEDED, *rest) == ["--lr needs a value: a number"]
+
+
+@pytest.mark.parametrize("word", ["--local_rank=0", "--local-rank=3"])
+def test_the_launchers_local_rank_is_accepted(word):
+    assert parse(TrainConfig, [word, *NEEDED]).model == "m"
+
+
+def test_a_value_may_read_local_rank():
+    assert parse(TrainConfig, [*NEEDED, "--experiment_name", "local_rank"]).experiment_name == "local_rank"
+
+
+def test_dashes_and_underscores_and_equals_signs_are_alike():
+    words = ["--model=m", "--train-files", "t", "--output-dir=o=1", "--max-length=7"]
+    config = parse(TrainConfig, words)
+    assert (config.max_length, config.output_dir) == (7, "o=1")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--debug"], True),
+        (["--debug", "--lr", "1"], True),
+        (["--debug=True"], True),
+        (["--debug", "true"], True),
+        (["--debug=1"], True),
+        (["--nodebug"], False),
+        (["--debug=False"], False),
+        (["--debug", "false"], False),
+        (["--debug=0"], False),
+        (["--debug", "--nodebug"], False),
+    ],
+)
+def test_every_form_of_a_switch(words, expected):
+    assert parse(TrainConfig, [*NEEDED, *words]).debug is expected
+
+
+def test_a_switch_takes_no_other_word():
+    assert problems(*NEEDED, "--debug", "maybe") == ["debug must be True or False, got 'maybe'"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a", ["a"]),
+        ("a,b", ["a", "b"]),
+        ("a, b,", ["a", "b"]),
+        ("[a,b]", ["a", "b"]),
+        ("(a, b)", ["a", "b"]),
+        ("copy (1)", ["copy (1)"]),
+        ("[ab].parquet", ["[ab].parquet"]),
+    ],
+)
+def test_lists(text, expected):
+    assert parse(TrainConfig, ["--model=m", "--output_dir=o", f"--train_files={text}"]).train_files == expected
+
+
+@pytest.mark.parametrize("text", ["0.8,0.9", "(0.8, 0.9)", "[0.8,0.9]"])
+def test_betas_are_two_numbers(text):
+    assert parse(TrainConfig, [*NEEDED, "--betas", text]).betas == (0.8, 0.9)
+
+
+@pytest.mark.parametrize("text", ["0.8", "0.8,0.9,0.99", "a,b", ""])
+def test_other_betas_are_refused(text):
+    assert problems(*NEEDED, f"--betas={text}") == [f"betas must be 2 numbers, got {text!r}"]
+
+
+def test_none_empties_an_optional_flag_and_is_a_word_elsewhere():
+    words = ["--model", "None", "--train_files", "t", "--output_dir", "o", "--max_train_rows", "None"]
+    config = parse(TrainConfig, [*words, "--val_files=None"])
+    assert (config.model, config.max_train_rows, config.val_files) == ("None", None, None)
+
+
+def test_intervals_are_numbers_or_epoch():
+    config = parse(TrainConfig, [*NEEDED, "--eval_steps", "5", "--save_steps", "epoch"])
+    assert (config.eval_steps, config.save_steps) == (5, "epoch")
+    expected = "eval_steps must be a whole number or \"epoch\", got 'often'"
+    assert problems(*NEEDED, "--eval_steps", "often") == [expected]
+
+
+def test_a_choice_names_its_choices():
+    assert problems(*NEEDED, "--backend", "zero2") == ["backend must be one of fsdp, zero3, got 'zero2'"]
+
+
+def test_negative_numbers_are_values():
+    assert problems(*NEEDED, "--lr", "-1e-4") == ["lr must be above 0, got -0.0001"]
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999"])
+def test_numbers_are_finite(text):
+    assert problems(*NEEDED, f"--lr={text}") == [f"lr must be a number, got '{text}'"]
+
+
+def test_flags_win_over_the_yaml_file(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("model: from-file\ntrain_files: [a, b]\nlr: 1e-3\nbetas: [0.5, 0.6]\nseed: 9\ndebug: true\n")
+    config = parse(TrainConfig, ["--config", str(file), "--output_dir", "o", "--seed", "4", "--nodebug"])
+    assert (config.model, config.train_files, config.lr, config.betas) == ("from-file", ["a", "b"], 1e-3, (0.5, 0.6))
+    assert (config.seed, config.debug) == (4, False)
+
+
+def test_an_empty_yaml_file_changes_nothing(tmp_path):
+    (tmp_path / "c.yaml").write_text("# nothing\n")
+    assert parse(TrainConfig, [*NEEDED, "--config", str(tmp_path / "c.yaml")]).lr == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n- b\n", "must hold 'flag: value' lines, got a list"),
+        ("a: [1\n", "is no YAML: "),
+        (None, "cannot be read: No such file or directory"),
+    ],
+)
+def test_a_bad_yaml_file_is_one_line(tmp_path, text, message):
+    file = tmp_path / "c.yaml"
+    if text is not None:
+        file.write_text(text)
+    [told] = problems(*NEEDED, "--config", str(file))
+    assert told.startswith(f"--config {file} {message}")
+
+
+@pytest.mark.parametrize("native", [None, [1], {"a": 1}, True, 1.5])
+def test_a_native_value_of_another_kind_is_no_whole_number(native):
+    with pytest.raises(ValueError, match=r"^$"):
+        read_value(native, int)
+
+
+@pytest.mark.parametrize("native", [None, [1], {"a": 1}, True])
+def test_a_native_value_of_another_kind_is_no_number(native):
+    with pytest.raises(ValueError, match=r"^$"):
+        read_value(native, float)
+
+
+finite = st.floats(allow_nan=False, allow_infinity=False)
+words = st.text(st.characters(blacklist_categories=["Cs", "Cc"]), min_size=1)
+items = st.text("abcxyz_./-*?09", min_size=1)
+
+
+@PROPERTY
+@given(st.integers(-(10**12), 10**12), finite, st.booleans(), words, st.lists(items), st.tuples(finite, finite))
+def test_text_reads_back_as_the_value_that_it_shows(whole, number, switch, word, several, pair):
+    assert read_value(str(whole), int) == whole
+    assert read_value(str(number), float) == number
+    assert read_value(str(switch), bool) is switch
+    assert read_value(word, str) == word
+    assert read_value(",".join(several), list[str]) == several
+    assert read_value(str(pair), tuple[float, float]) == pair
+    assert read_value(str(whole), int | None) == whole
+
+
+@st.composite
+def configs(draw):
+    """Any config that its own check accepts."""
+    ratio = st.floats(0, 1)
+    name = words.filter(lambda word: word != "None")
+    return TrainConfig(
+        model=draw(words),
+        train_files=draw(st.lists(name, min_size=1)),
+        val_files=draw(st.none() | st.lists(name, min_size=1)),
+        output_dir="out",
+        debug=draw(st.booleans()),
+        messages_key=draw(st.none() | name),
+        experiment_name=draw(st.none() | name),
+        max_length=draw(st.integers(1, 10**9)),
+        max_train_rows=draw(st.none() | st.integers(1, 10**9)),
+        lr=draw(st.floats(1e-300, 1e300)),
+        betas=(draw(st.floats(0, 1, exclude_max=True)), draw(st.floats(0, 1, exclude_max=True))),
+        warmup_ratio=draw(ratio),
+        eval_steps=draw(st.just("epoch") | st.integers(0, 10**6)),
+        logger=draw(st.lists(st.sampled_from(["console", "wandb", "tensorboard"]))),
+        schedule=draw(st.sampled_from(["cosine", "linear", "constant"])),
+    )
+
+
+@PROPERTY
+@given(configs())
+def test_a_config_written_as_yaml_reads_back_equal(tmp_path_factory, config):
+    file = tmp_path_factory.getbasetemp() / "round_trip.yaml"
+    file.write_text(as_yaml(config), encoding="utf-8")
+    again = parse(TrainConfig, ["--config", str(file)])
+    assert dataclasses.replace(again, config=None) == config
+
+
+def test_yaml_lists_the_flags_in_their_order():
+    config = parse(TrainConfig, NEEDED)
+    names = [line.split(":")[0] for line in as_yaml(config).splitlines() if line[0] not in " -"]
+    assert names == [f.name for f in dataclasses.fields(TrainConfig)]
+
+
+def test_a_bad_command_line_prints_its_lines_and_exits_with_one(capsys):
+    with pytest.raises(SystemExit) as exited:
+        cli.main(TrainConfig, lambda config: pytest.fail("must not run"), ["--model", "m", "--train_files", "t"])
+    assert exited.value.code == 1
+    meaning = cli.meanings(TrainConfig)["output_dir"]
+    assert capsys.readouterr().err == f"error: --output_dir is required: {meaning}\n"
+
+
+def test_a_good_command_line_runs_with_its_config():
+    ran = []
+    cli.main(TrainConfig, ran.append, [*NEEDED, "--seed=3"])
+    assert [config.seed for config in ran] == [3]
+
+
+@pytest.mark.parametrize("config_class", [TrainConfig, MergeConfig])
+def test_every_flag_has_a_meaning_of_one_line(config_class):
+    meaning = cli.meanings(config_class)
+    assert list(meaning) == list(typing.get_type_hints(config_class))
+    assert all(text.strip() and "\n" not in text for text in meaning.values())
+
+
+def test_no_flags_at_all_name_those_that_are_required():
+    assert [line.split()[0] for line in problems()] == ["--model", "--train_files", "--output_dir"]

@@ -1,0 +1,112 @@
+"""What a config refuses before anything is read."""
+
+import pytest
+
+from dsft.config import MergeConfig, TrainConfig
+from dsft.errors import UserError, did_you_mean
+
+
+def config(**values):
+    return TrainConfig(**{"model": "m", "train_files": ["t"], "output_dir": "no-such-folder"} | values)
+
+
+def problems(**values) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        config(**values).check()
+    return str(caught.value).splitlines()
+
+
+def test_the_defaults_are_accepted():
+    config().check()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_length": 0}, "max_length must be 1 or more, got 0"),
+        ({"train_batch_size": 0}, "train_batch_size must be 1 or more, got 0"),
+        ({"micro_batch_size": -1}, "micro_batch_size must be 1 or more, got -1"),
+        ({"total_epochs": 0}, "total_epochs must be 1 or more, got 0"),
+        ({"max_train_rows": 0}, "max_train_rows must be 1 or more, got 0"),
+        ({"max_val_rows": 0}, "max_val_rows must be 1 or more, got 0"),
+        ({"total_training_steps": 0}, "total_training_steps must be 1 or more, got 0"),
+        ({"max_checkpoints": 0}, "max_checkpoints must be 1 or more, got 0"),
+        ({"lora_rank": -4}, "lora_rank must be 0 (full fine-tuning) or more, got -4"),
+        ({"lr": 0.0}, "lr must be above 0, got 0.0"),
+        ({"lora_alpha": -1.0}, "lora_alpha must be above 0, got -1.0"),
+        ({"weight_decay": -0.1}, "weight_decay must be 0 or more, got -0.1"),
+        ({"clip_grad": -1.0}, "clip_grad must be 0 or more, got -1.0"),
+        ({"warmup_ratio": 1.1}, "warmup_ratio must be between 0 and 1, got 1.1"),
+        ({"min_lr_ratio": -0.1}, "min_lr_ratio must be between 0 and 1, got -0.1"),
+        ({"lora_dropout": 1.0}, "lora_dropout must be 0 or more and below 1, got 1.0"),
+        ({"betas": (0.9, 1.0)}, "betas must each be 0 or more and below 1, got (0.9, 1.0)"),
+        ({"eval_steps": -1}, 'eval_steps must be a number of steps, "epoch", or 0 for never, got -1'),
+        ({"save_steps": -1}, 'save_steps must be a number of steps, "epoch", or 0 for never, got -1'),
+        ({"seed": -1}, "seed must be 0 or more, got -1"),
+        (
+            {"lora_rank": 0, "use_dora": True},
+            "use_dora, use_rslora and lora_dropout need lora_rank above 0, got lora_rank=0",
+        ),
+        ({"target_modules": []}, "target_modules is empty; name modules, or all-linear"),
+        ({"logger": ["wand"]}, "logger must be any of console, wandb, tensorboard, got wand"),
+        ({"ds_config": "x.json"}, "ds_config is for --backend zero3, got --backend fsdp; drop one of them"),
+        (
+            {"messages_key": "m", "with_thinking": True},
+            "with_thinking needs prompt and response columns; it cannot go with messages_key",
+        ),
+    ],
+)
+def test_each_bad_value_is_told_with_the_value_and_what_it_may_be(values, message):
+    assert problems(**values) == [message]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"lora_rank": 0},
+        {"eval_steps": 0, "save_steps": 0},
+        {"clip_grad": 0.0, "weight_decay": 0.0, "warmup_ratio": 0.0},
+        {"warmup_ratio": 1.0, "min_lr_ratio": 1.0},
+        {"betas": (0.0, 0.0)},
+        {"logger": []},
+        {"backend": "zero3", "ds_config": "x.json"},
+    ],
+)
+def test_values_at_the_edge_are_accepted(values):
+    config(**values).check()
+
+
+def test_all_problems_are_told_at_once():
+    assert problems(lr=-1.0, seed=-2, max_length=0) == [
+        "max_length must be 1 or more, got 0",
+        "lr must be above 0, got -1.0",
+        "seed must be 0 or more, got -2",
+    ]
+
+
+def test_an_output_dir_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "f").touch()
+    assert problems(output_dir=str(tmp_path / "f")) == [f"output_dir {tmp_path}/f is a file; name a folder"]
+
+
+def test_lists_are_not_shared_between_configs():
+    config().target_modules.append("q_proj")
+    assert config().target_modules == ["all-linear"]
+
+
+def test_what_defines_a_run_is_all_that_changes_its_numbers():
+    identity = config(seed=7).run_identity()
+    assert identity["seed"] == 7
+    free = {"backend", "dtype", "micro_batch_size", "output_dir", "resume", "gradient_checkpointing", "eval_steps"}
+    assert free.isdisjoint(identity)
+    assert {"model", "lr", "train_batch_size", "max_length", "schedule", "lora_rank", "prompt_key"} <= set(identity)
+
+
+def test_a_negative_tolerance_of_the_merge_is_refused():
+    with pytest.raises(UserError, match=r"^tolerance must be 0 or more, got -1.0$"):
+        MergeConfig(checkpoint="c", tolerance=-1.0).check()
+
+
+def test_a_spelling_suggestion_needs_a_close_name():
+    assert did_you_mean("promt", ["response", "prompt"]) == " (did you mean 'prompt'?)"
+    assert did_you_mean("zzz", ["response", "prompt"]) == ""

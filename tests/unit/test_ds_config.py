@@ -1,0 +1,119 @@
+"""DeepSpeed's JSON: the user's file over ours, and no contradiction to a flag."""
+
+import json
+
+import pytest
+
+from dsft.backends.ds_config import default_file, read_ds_config
+from dsft.errors import UserError
+
+OWNED = {
+    "gradient_clipping": ("clip_grad", 1.0),
+    "train_batch_size": ("train_batch_size", 128),
+    "bf16.enabled": ("dtype", False),
+    "zero_optimization.stage": ("backend", 3),
+}
+
+
+@pytest.fixture
+def read(tmp_path):
+    def read(content):
+        file = tmp_path / "ds.json"
+        file.write_text(content if isinstance(content, str) else json.dumps(content))
+        return read_ds_config(str(file), OWNED)
+
+    return read
+
+
+def defaults():
+    return json.loads(default_file().read_text())
+
+
+def problems(read, content) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        read(content)
+    return str(caught.value).splitlines()
+
+
+def test_without_a_file_the_defaults_stand():
+    config = read_ds_config(None, OWNED)
+    assert config == defaults()
+    assert config["zero_optimization"]["stage"] == 3
+
+
+def test_all_contradictions_are_told_at_once_with_setting_values_and_flag(read, tmp_path):
+    content = {
+        "optimizer": {"type": "Adam"},
+        "scheduler": {},
+        "gradient_clipping": 0.5,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 2},
+        "train_batch_size": 128,
+    }
+    where, mend = f"--ds_config {tmp_path}/ds.json:", "change one of them, or take the setting out of the file"
+    own = "is dsft's own to build, from --lr, --betas and --schedule; take it out"
+    assert problems(read, content) == [
+        f"{where} 'optimizer' {own}",
+        f"{where} 'scheduler' {own}",
+        f"{where} gradient_clipping is 0.5, but --clip_grad makes it 1.0; {mend}",
+        f"{where} bf16.enabled is true, but --dtype makes it false; {mend}",
+        f"{where} zero_optimization.stage is 2, but --backend makes it 3; {mend}",
+    ]
+
+
+def test_auto_and_the_flags_own_values_are_accepted(read):
+    same = {"gradient_clipping": 1.0, "train_batch_size": "auto", "bf16": {"enabled": "auto"}}
+    config = read(same | {"zero_optimization": {"stage": 3}, "communication_data_type": "auto"})
+    assert config.pop("bf16") == {}
+    assert config == defaults()
+
+
+def test_objects_are_merged_key_by_key(read):
+    content = {"zero_optimization": {"overlap_comm": False, "offload_param": {"device": "cpu"}}, "steps_per_print": 7}
+    expected = defaults()
+    expected["zero_optimization"] |= {"overlap_comm": False, "offload_param": {"device": "cpu"}}
+    assert read(content) == expected | {"steps_per_print": 7}
+
+
+def test_auto_inside_a_new_object_never_reaches_deepspeed(read):
+    content = {"activation_checkpointing": {"number_checkpoints": "auto", "profile": True, "deep": {"x": "auto"}}}
+    assert read(content)["activation_checkpointing"] == {"profile": True, "deep": {}}
+
+
+def test_the_users_file_may_say_more_than_the_defaults(read):
+    assert read({"aio": {"block_size": 1}})["aio"] == {"block_size": 1}
+
+
+def test_the_offload_file_that_comes_with_the_project_is_accepted():
+    config = read_ds_config(str(default_file().with_name("zero3_offload.json")), OWNED)
+    assert config["zero_optimization"]["offload_param"]["device"] == "cpu"
+    assert config["zero_optimization"]["stage"] == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{'a': 1}", "is no JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
+        ("", "is no JSON: Expecting value: line 1 column 1 (char 0)"),
+        ("[1]", "must hold a JSON object, got a list"),
+        ("3", "must hold a JSON object, got a int"),
+    ],
+)
+def test_a_file_that_holds_no_json_object_is_one_line(read, tmp_path, content, message):
+    assert problems(read, content) == [f"--ds_config {tmp_path}/ds.json {message}"]
+
+
+def test_a_missing_file_is_one_line():
+    with pytest.raises(UserError, match=r"^--ds_config /no/ds.json cannot be read: No such file or directory$"):
+        read_ds_config("/no/ds.json", OWNED)
+
+
+def test_an_object_where_a_flags_value_is_expected_is_a_contradiction(read):
+    [told] = problems(read, {"gradient_clipping": {"value": 1.0}})
+    assert 'gradient_clipping is {"value": 1.0}, but --clip_grad makes it 1.0' in told
+
+
+@pytest.mark.parametrize("value", [3, True, [1]])
+def test_an_object_of_the_defaults_cannot_be_replaced_by_a_value(read, tmp_path, value):
+    expected = f"--ds_config {tmp_path}/ds.json: zero_optimization must be an object, got {json.dumps(value)}"
+    assert expected in problems(read, {"zero_optimization": value})

@@ -1,0 +1,175 @@
+"""What a run tells, also after it was killed, and where a tracking library fails."""
+
+import errno
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from dsft.errors import UserError
+from dsft.tracking import METRICS, WANDB_ID, Tracker
+
+
+def metrics(step: int) -> dict:
+    return {"step": step, "train/loss": 1.5 / step, "train/lr": 1e-4}
+
+
+@pytest.fixture
+def open_tracker(tmp_path):
+    opened = []
+
+    def open_tracker(*loggers: str, first_step: int = 0) -> Tracker:
+        options = {"project": "p", "name": "n", "config": {"lr": 1.0}, "total_steps": 9}
+        opened.append(Tracker(tmp_path, loggers, first_step=first_step, **options))
+        return opened[-1]
+
+    yield open_tracker
+    for tracker in opened:
+        tracker.close()
+
+
+def lines(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+
+
+def test_every_step_and_evaluation_is_a_line_at_once(open_tracker, tmp_path):
+    tracker = open_tracker()
+    tracker.step(metrics(1))
+    tracker.evaluation({"step": 1, "val/loss": 2.0, "val/perplexity": 7.389})
+    assert lines(tmp_path) == [metrics(1), {"step": 1, "val/loss": 2.0, "val/perplexity": 7.389}]
+
+
+def test_a_resumed_run_takes_back_the_lines_after_its_checkpoint(open_tracker, tmp_path):
+    tracker = open_tracker()
+    for step in range(1, 6):
+        tracker.step(metrics(step))
+    tracker.evaluation({"step": 3, "val/loss": 2.0, "val/perplexity": 7.389})
+    tracker.close()
+    resumed = open_tracker(first_step=3)
+    resumed.step(metrics(4))
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 3, 4]
+
+
+def test_a_new_run_takes_back_all_lines(open_tracker, tmp_path):
+    (tmp_path / METRICS).write_text('{"step": 0, "val/loss": 1.0}\n{"step": 1}\n')
+    open_tracker(first_step=0)
+    assert lines(tmp_path) == []
+
+
+@pytest.mark.parametrize("torn", ['{"step": 2, "train/lo', '{"step', "{}", "2", "\0\0\0"])
+def test_a_last_line_that_was_half_written_is_dropped(open_tracker, tmp_path, torn):
+    (tmp_path / METRICS).write_text('{"step": 1}\n' + torn)
+    open_tracker(first_step=2).step(metrics(3))
+    assert lines(tmp_path) == [{"step": 1}, metrics(3)]
+
+
+def test_a_last_line_that_lacks_only_its_newline_is_kept_apart_from_the_next(open_tracker, tmp_path):
+    (tmp_path / METRICS).write_text('{"step": 1}\n{"step": 2}')
+    open_tracker(first_step=2).step(metrics(3))
+    assert lines(tmp_path) == [{"step": 1}, {"step": 2}, metrics(3)]
+
+
+def test_metrics_that_cannot_be_written_are_a_user_error(open_tracker, tmp_path):
+    tracker = open_tracker()
+
+    class Full:
+        def write(self, _text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def close(self):
+            pass
+
+    tracker._file.close()
+    tracker._file = Full()
+    with pytest.raises(UserError) as caught:
+        tracker.step(metrics(1))
+    assert str(caught.value).startswith(f"cannot write {tmp_path}/metrics.jsonl: the disk is full")
+
+
+def test_only_the_console_logger_prints(open_tracker, capsys):
+    evaluation = {"step": 4, "val/loss": 2.0, "val/perplexity": 7.389}
+    open_tracker().evaluation(evaluation)
+    assert capsys.readouterr().out == ""
+    open_tracker("console").evaluation(evaluation)
+    assert capsys.readouterr().out == "step 4: val/loss 2.000000, val/perplexity 7.3890\n"
+
+
+class FakeWandb:
+    """As much of wandb as the tracker uses; raises in the calls named."""
+
+    def __init__(self, *failing: str) -> None:
+        self.failing, self.calls = failing, []
+
+    def _call(self, name: str, /, *arguments, **options):
+        self.calls.append((name, arguments, options))
+        if name in self.failing:
+            raise RuntimeError(f"{name} failed\nfor a long reason")
+        return SimpleNamespace(
+            log=lambda *a, **o: self._call("log", *a, **o), finish=lambda *a, **o: self._call("finish", *a, **o)
+        )
+
+    def module(self):
+        return SimpleNamespace(Settings=lambda **_: None, init=lambda *a, **o: self._call("init", *a, **o))
+
+
+@pytest.mark.parametrize(("failing", "logged"), [("init", 0), ("log", 1), ("finish", 2)])
+def test_a_failing_wandb_is_one_warning_and_never_stops_the_run(
+    open_tracker, tmp_path, monkeypatch, capsys, failing, logged
+):
+    fake = FakeWandb(failing)
+    monkeypatch.setitem(sys.modules, "wandb", fake.module())
+    tracker = open_tracker("wandb")
+    tracker.step(metrics(1))
+    tracker.step(metrics(2))
+    tracker.close()
+    assert lines(tmp_path) == [metrics(1), metrics(2)]
+    assert capsys.readouterr().err == f"warning: wandb is off: {failing} failed for a long reason\n"
+    assert [name for name, *_ in fake.calls].count("log") == logged  # off after the first failure
+
+
+def test_wandb_gets_the_values_by_step_and_a_resumed_run_goes_on_in_the_same_one(open_tracker, tmp_path, monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake.module())
+    open_tracker("wandb").step(metrics(1))
+    open_tracker("wandb", first_step=1)
+    inits = [options for name, _, options in fake.calls if name == "init"]
+    assert inits[0]["id"] == inits[1]["id"] == (tmp_path / WANDB_ID).read_text()
+    assert {"project": "p", "name": "n", "config": {"lr": 1.0}}.items() <= inits[0].items()
+    assert [call for call in fake.calls if call[0] == "log"] == [
+        ("log", ({"train/loss": 1.5, "train/lr": 1e-4},), {"step": 1})
+    ]
+
+
+def test_the_real_wandb_runs_offline(open_tracker, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    tracker = open_tracker("wandb")
+    tracker.step(metrics(1))
+    tracker.close()
+    assert "wandb is off" not in capsys.readouterr().err
+    assert len(list(tmp_path.glob("wandb/offline-run-*/*.wandb"))) == 1
+
+
+def test_tensorboard_gets_every_value_by_step(open_tracker, tmp_path):
+    tracker = open_tracker("tensorboard")
+    tracker.step(metrics(1))
+    tracker.step(metrics(2))
+    tracker.close()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 1.5), (2, 0.75)]
+    assert set(events.Tags()["scalars"]) == {"train/loss", "train/lr"}
+
+
+def test_a_failing_tensorboard_never_stops_the_run(open_tracker, tmp_path, capsys):
+    tracker = open_tracker("tensorboard")
+
+    def fail(*_):
+        raise RuntimeError("no disk")
+
+    tracker._board.add_scalar = fail
+    tracker.step(metrics(1))
+    tracker.step(metrics(2))
+    assert lines(tmp_path) == [metrics(1), metrics(2)]
+    assert capsys.readouterr().err == "warning: tensorboard is off: no disk\n"
