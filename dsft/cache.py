@@ -44,17 +44,19 @@ def build_once(name: str, build: Callable[[Path], None]) -> Path:
     target = cache_folder() / name
     if target.exists():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with lock(target.with_name(target.name + ".lock")):
-        if not target.exists():
-            unfinished = target.with_name(target.name + ".tmp")
-            shutil.rmtree(unfinished, ignore_errors=True)  # a builder that was killed left it; we hold its lock
-            unfinished.mkdir()
-            try:
-                build(unfinished)
-                unfinished.rename(target)
-            except OSError as error:
-                raise UserError(f"cannot write {unfinished}: {error.strerror or error}") from error
-            finally:
-                shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished = target.with_name(target.name + ".tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with lock(target.with_name(target.name + ".lock")):
+            if not target.exists():
+                shutil.rmtree(unfinished, ignore_errors=True)  # a builder that was killed left it; we hold its lock
+                unfinished.mkdir()
+                try:
+                    build(unfinished)
+                    unfinished.rename(target)
+                finally:
+                    shutil.rmtree(unfinished, ignore_errors=True)
+    except OSError as error:
+        why = f"{error.strerror or error}; make room, or set DSFT_CACHE to another folder"
+        raise UserError(f"cannot write {unfinished}: {why}") from error
     return target

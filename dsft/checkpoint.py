@@ -4,22 +4,20 @@ A checkpoint is a folder checkpoint-000100 with the trained weights, the moments
 last, COMPLETE. It says nothing that only one backend could read, and holds no pickle.
 """
 
-import errno
 import json
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dsft.errors import UserError
+from dsft.files import is_refusal, make_readable, reason, sync, write_text
 
 COMPLETE, STATE, CONFIG = "COMPLETE", "trainer_state.json", "config.yaml"
 ADAPTER, MODEL, OPTIMIZER = "adapter_model", "model", "optimizer"
@@ -56,7 +54,7 @@ class CheckpointFolder:
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
-            raise UserError(f"{self.root} cannot be read: {_reason(error)}; name another folder") from error
+            raise UserError(f"{self.root} cannot be read: {reason(error)}; name another folder") from error
         return sorted(found, key=step_of)
 
     def path(self, step: int) -> Path:
@@ -76,8 +74,9 @@ class CheckpointFolder:
     def remove_unfinished(self) -> None:
         """Delete what a killed run left half-written."""
         for path in self.root.iterdir():
-            unfinished = NAME.fullmatch(path.name) and not (path / COMPLETE).is_file()
-            if unfinished or re.fullmatch(r"\.checkpoint-\d+\.tmp", path.name):
+            # A folder of that name in a folder that is no run of dsft may be another program's: it is left alone.
+            ours = NAME.fullmatch(path.name) and (self.root / CONFIG).is_file()
+            if (ours and not (path / COMPLETE).is_file()) or re.fullmatch(r"\.checkpoint-\d+\.tmp", path.name):
                 shutil.rmtree(path)
             elif re.fullmatch(r"\..+\.tmp", path.name) and (path.is_symlink() or path.is_file()):
                 path.unlink()
@@ -96,20 +95,21 @@ class CheckpointFolder:
             unfinished.mkdir()
             yield unfinished
             for path in unfinished.iterdir():
-                _sync(path)
+                make_readable(path)
+                sync(path)
             write_text(unfinished / COMPLETE, "")
-            _sync(unfinished)
+            sync(unfinished)
             (target / COMPLETE).unlink(missing_ok=True)  # there is one if a run is repeated from an older checkpoint
             shutil.rmtree(target, ignore_errors=True)
             unfinished.rename(target)
-            _sync(self.root)
+            sync(self.root)
         except Exception as error:
-            if not _is_refusal(error):
+            if not is_refusal(error):
                 raise
             latest = self.latest()
             keeps = f"{latest} is still valid" if latest else "there is no older checkpoint"
             raise UserError(
-                f"cannot save {target}: {_reason(error)}; {keeps}; make room and start the same command again"
+                f"cannot save {target}: {reason(error)}; {keeps}; make room and start the same command again"
             ) from error
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)  # renamed already where all went well
@@ -128,8 +128,7 @@ class CheckpointFolder:
         wanted = {self.best(), self.latest()}
         for path in self.all()[:-keep]:
             if path.resolve() not in {p.resolve() for p in wanted if p}:
-                (path / COMPLETE).unlink()  # first, so that a half-deleted folder is no checkpoint
-                shutil.rmtree(path)
+                shutil.rmtree(path.rename(path.with_name(f".{path.name}.tmp")))  # half-deleted, it is no checkpoint
 
 
 def step_of(checkpoint: Path) -> int:
@@ -159,21 +158,6 @@ def find_checkpoint(path: str, flag: str) -> Path:
     if found is None:
         raise UserError(f"--{flag} {path}: the folder holds no complete checkpoint; name one that does")
     return found
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file under a temporary name, flush it to the disk, and rename it."""
-    unfinished = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(unfinished, "w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        unfinished.replace(path)
-    except OSError:
-        with suppress(OSError):
-            unfinished.unlink()
-        raise
 
 
 def write_state(folder: Path, state: TrainerState) -> None:
@@ -285,35 +269,5 @@ class TensorReader:
             return handle.get_tensor(name)
 
 
-def guard_disk(work: Callable[[], Any], path: Path) -> None:
-    """Run something that writes `path`, and turn an operating system's refusal into a UserError."""
-    try:
-        work()
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "make room and start the same command again" if full else "name another folder, or make it writable"
-        raise UserError(f"cannot write {path}: {_reason(error)}; {remedy}") from error
-
-
 def _another(checkpoint: Path) -> str:
     return f"delete {checkpoint} to go on from an older checkpoint, or name one with --resume"
-
-
-def _is_refusal(error: Exception) -> bool:
-    """Whether an error came from the operating system. The tokenizers library raises a plain Exception for those."""
-    return isinstance(error, (OSError, SafetensorError)) or "(os error " in str(error)
-
-
-def _reason(error: Exception) -> str:
-    code = getattr(error, "errno", None)
-    if code == errno.ENOSPC or "No space left" in str(error):
-        return "the disk is full"
-    return getattr(error, "strerror", None) or str(error)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

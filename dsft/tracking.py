@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dsft.checkpoint import guard_disk, write_text
+from dsft.files import guard_disk, write_text
 
 METRICS = "metrics.jsonl"
 WANDB_ID = ".wandb_id"

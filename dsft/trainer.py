@@ -24,17 +24,16 @@ from dsft.checkpoint import (
     TensorReader,
     TrainerState,
     find_checkpoint,
-    guard_disk,
     read_state,
     write_state,
     write_tensors,
-    write_text,
 )
 from dsft.cli import as_yaml
 from dsft.config import EVERY_EPOCH, TrainConfig
 from dsft.dataset.batches import global_batch, spread, steps_per_epoch
 from dsft.dataset.tokens import DataFormat, TokenDataset, load_dataset
 from dsft.errors import UserError
+from dsft.files import guard_disk, write_text
 from dsft.loss import TargetHead, count_targets, make_micro_batch, summed_loss
 from dsft.model.lora import LoraOptions, LoraStart, add_lora
 from dsft.model.source import ModelSource, load_tokenizer, resolve_model
@@ -249,7 +248,7 @@ class Trainer:
 
         stored_name = self._stored_names()
         parameters = trainable(self.full_model)
-        shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
+        shapes = {name: self.backend.shape(parameter) for name, parameter in parameters.items()}
         self.state, weights, moments = runtime.together(read)
         self.backend.load_state(
             lambda name: weights(stored_name[name]),
@@ -294,9 +293,8 @@ class Trainer:
 
     def _print_start(self, tracker: Tracker) -> None:
         config, data = self.config, self.train_data
-        parameters = [(p.numel() if not hasattr(p, "ds_numel") else p.ds_numel, p.requires_grad)
-                      for p in self.full_model.parameters()]  # fmt: skip
-        total, trained = sum(n for n, _ in parameters), sum(n for n, grad in parameters if grad)
+        sizes = [(math.prod(self.backend.shape(p)), p.requires_grad) for p in self.full_model.parameters()]
+        total, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
         lines = [
             f"model    {config.model}, {total / 1e6:.1f} M parameters, {trained / 1e6:.2f} M trained, "
             f"{self.dtype_name}",
@@ -312,7 +310,10 @@ class Trainer:
             validation = f"val      {len(self.val_data)} rows, {self.val_data.counts.targets} targets"
             lines.insert(2, validation + (f"; {lost}" if lost else ""))
         if self.resume_from is not None:
-            lines.append(f"resumed  {self.resume_from}, goes on at step {self.state.step + 1}")
+            ahead = (
+                f"goes on at step {self.state.step + 1}" if self.state.step < self.total_steps else "has all its steps"
+            )
+            lines.append(f"resumed  {self.resume_from}, {ahead}")
         for line in lines:
             tracker.say(line)
 

@@ -19,4 +19,5 @@ done
 ruff check .
 ruff format --check .
 mypy
-exec python -m pytest "${arguments[@]}"
+# Two at a time: most of a test is one process that imports torch.
+exec python -m pytest -n 2 --dist loadgroup "${arguments[@]}"

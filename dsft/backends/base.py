@@ -123,6 +123,10 @@ class Backend(ABC):
             step: optimizer steps taken so far.
         """
 
+    def shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        """The full shape of a parameter, which a library may hide behind its shard."""
+        return tuple(parameter.shape)
+
     def close(self) -> None:  # noqa: B027 (a library may hold nothing)
         """Free what the library holds."""
 

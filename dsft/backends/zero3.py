@@ -159,6 +159,10 @@ class Zero3Backend(Backend):
         if self._zero.persistent_parameters:
             self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
 
+    def shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        """See Backend."""
+        return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
     def close(self) -> None:
         """Free the engine's buffers and hooks."""
         if hasattr(self, "_engine"):

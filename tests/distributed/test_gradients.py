@@ -41,7 +41,12 @@ def reference(folder, rows_file, tokenizer, lora_rank):
 @pytest.mark.parametrize("lora_rank", [4, 0], ids=["lora", "full"])
 @pytest.mark.parametrize(
     ("backend", "ranks", "micro_batch_size"),
-    [("fsdp", 1, 8), ("fsdp", 2, 1), ("fsdp", 3, 3), ("zero3", 1, 3), ("zero3", 2, 1), ("zero3", 3, 2)],
+    [
+        ("fsdp", 2, 1),
+        ("zero3", 2, 1),
+        *(pytest.param(*arm, marks=pytest.mark.slow) for arm in [("fsdp", 1, 8), ("zero3", 1, 3)]),
+        *(pytest.param(*arm, marks=pytest.mark.slow) for arm in [("fsdp", 3, 3), ("zero3", 3, 2)]),
+    ],
 )
 def test_gradients_equal_a_plain_loop(
     backend, ranks, micro_batch_size, lora_rank, tiny_model, uneven_rows, tokenizer, tmp_path

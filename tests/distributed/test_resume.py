@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.helpers import ROOT, SAMPLE_TRAIN, flags, metrics, run, start_words
+from tests.helpers import ROOT, SAMPLE_TRAIN, flags, metrics, run, start_words, write_parquet
 
 COMPARED = ("step", "epoch", "train/loss", "train/grad_norm", "train/lr", "train/targets", "train/tokens")
 
@@ -37,6 +37,7 @@ def kill_after_checkpoint(words: list, checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("lora_rank", [4, 0], ids=["lora", "full"])
 @pytest.mark.parametrize(("backend", "ranks"), [("fsdp", 1), ("fsdp", 2), ("zero3", 1), ("zero3", 2)])
+@pytest.mark.slow
 def test_sigkill_after_step_2_then_resume(backend, ranks, lora_rank, tiny_model, tmp_path, port):
     words = [
         *start_words(backend, ranks, port),
@@ -61,6 +62,24 @@ def test_sigkill_after_step_2_then_resume(backend, ranks, lora_rank, tiny_model,
     assert not list(broken.glob(".*tmp"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "then"), [(("fsdp", 2), ("zero3", 1)), (("zero3", 2), ("fsdp", 1))])
+def test_resume_on_the_other_backend_and_another_number_of_ranks(first, then, tiny_model, tmp_path, port):
+    words = flags(
+        model=tiny_model, train_files=SAMPLE_TRAIN, dtype="float32", lora_rank=4, lr=1e-3, train_batch_size=24,
+        total_training_steps=4, save_steps=2,
+    )  # fmt: skip
+    whole, changed = tmp_path / "whole", tmp_path / "changed"
+    assert run([*start_words(*first, port), *words, "--output_dir", whole]).status == 0
+    shutil.copytree(whole, changed, symlinks=True)
+    shutil.rmtree(changed / "checkpoint-000004")
+    done = run([*start_words(*then, port), *words, "--output_dir", changed])
+    assert done.status == 0, done.err
+    for ours, theirs in zip(numbers(changed), numbers(whole), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.slow
 def test_resume_of_a_finished_run_changes_nothing(tiny_model, tmp_path):
     words = [
         *start_words("fsdp", 1),
@@ -73,24 +92,28 @@ def test_resume_of_a_finished_run_changes_nothing(tiny_model, tmp_path):
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_best_is_the_lowest_validation_loss_and_rotation_keeps_it(tiny_model, tmp_path):
-    """A rate so high that the loss rises after the first steps: best is not latest."""
+    """Training to say something else makes the validation loss rise again: best is not latest."""
+    train = [{"prompt": f"say it {i}", "response": "yes yes yes yes yes"} for i in range(24)]
+    val = [{"prompt": f"say it {i}", "response": "quantum chromodynamics in vacuo"} for i in range(4)]
     words = [
         *start_words("fsdp", 1),
         *flags(
-            model=tiny_model, train_files=SAMPLE_TRAIN, val_files=SAMPLE_TRAIN, max_val_rows=8, max_train_rows=24,
-            dtype="float32", lora_rank=4, lr=0.3, warmup_ratio=0, train_batch_size=4, save_steps=1, eval_steps=1,
-            max_checkpoints=1, output_dir=tmp_path,
+            model=tiny_model, train_files=write_parquet(tmp_path / "train.parquet", train),
+            val_files=write_parquet(tmp_path / "val.parquet", val), dtype="float32", lora_rank=4, lr=0.5,
+            warmup_ratio=0, train_batch_size=4, save_steps=1, eval_steps=1, max_checkpoints=1,
+            output_dir=tmp_path / "out",
         ),
     ]  # fmt: skip
     assert run(words).status == 0
-    losses = dict(validations(tmp_path))
+    out = tmp_path / "out"
+    losses = dict(validations(out))
     best = min(losses, key=losses.__getitem__)
-    assert best != 6, "the loss was meant to rise"
-    assert (tmp_path / "best").resolve().name == f"checkpoint-{best:06d}"
-    assert (tmp_path / "latest").resolve().name == "checkpoint-000006"
-    kept = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
-    assert kept == [f"checkpoint-{best:06d}", "checkpoint-000006"]
+    assert best not in (5, 6), "the loss was meant to rise"
+    assert (out / "best").resolve().name == f"checkpoint-{best:06d}"
+    assert (out / "latest").resolve().name == "checkpoint-000006"
+    assert sorted(path.name for path in out.glob("*checkpoint-*")) == [f"checkpoint-{best:06d}", "checkpoint-000006"]
 
 
 @pytest.mark.slow

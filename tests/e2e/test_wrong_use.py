@@ -31,6 +31,7 @@ def _cache(tmp_path_factory) -> Iterator[None]:
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DSFT_CACHE", str(folder))
+        patch.setenv("OMP_NUM_THREADS", "1")  # enough for the tiny model, and two ranks do not fight for cores
         yield
     assert not list(folder.rglob("*.tmp"))
 
@@ -89,7 +90,7 @@ def nothing_in(folder: Path) -> None:
     assert not [name for name in left if name.startswith(("checkpoint-", ".", "latest", "best"))]
 
 
-def complete(folder: Path) -> list[str]:
+def complete(folder: Path, *, latest: bool = True) -> list[str]:
     """The checkpoints of a run, which must all be complete, with nothing unfinished beside them."""
     assert not [p for p in folder.iterdir() if p.name.startswith(".")]
     found = sorted(p for p in folder.iterdir() if re.fullmatch(r"checkpoint-\d{6}", p.name))
@@ -98,7 +99,7 @@ def complete(folder: Path) -> list[str]:
         assert not list(path.glob(".*"))
         assert all(torch.isfinite(t).all() for t in load_file(path / "adapter_model.safetensors").values())
         assert json.loads((path / "trainer_state.json").read_text())["step"] == int(path.name[-6:])
-    if found:
+    if found and latest:
         assert (folder / "latest").resolve() == found[-1].resolve()
     return [path.name for path in found]
 
@@ -326,26 +327,19 @@ def test_an_output_folder_that_cannot_be_made(command, tmp_path, place):
     refused_alone(run(command(output_dir=folder)), f"cannot write {folder}", "name another folder")
 
 
+def finished_run(model: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory, more: dict[str, Any]) -> Path:
+    folder = tmp_path_factory.mktemp("finished") / "out"
+    usual = {"train_batch_size": 4, "lora_rank": 4, "total_training_steps": 1, "dtype": "float32"}
+    words = flags(**{"model": model, "train_files": rows, "output_dir": folder, **usual, **more})
+    done = run([*start_words("fsdp", 1), *words])
+    assert done.status == 0, done.err
+    return folder
+
+
 @pytest.fixture(scope="module")
 def one_step(tiny_model, uneven_rows, tmp_path_factory) -> Path:
     """The output folder of a run of one step that has ended well."""
-    folder = tmp_path_factory.mktemp("one_step") / "out"
-    done = run(
-        [
-            *start_words("fsdp", 1),
-            *flags(
-                model=tiny_model,
-                train_files=uneven_rows,
-                output_dir=folder,
-                train_batch_size=4,
-                lora_rank=4,
-                total_training_steps=1,
-                dtype="float32",
-            ),
-        ]
-    )
-    assert done.status == 0, done.err
-    return folder
+    return finished_run(tiny_model, uneven_rows, tmp_path_factory, {})
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -409,8 +403,11 @@ def test_a_damaged_checkpoint(command, one_step, out, what, parts):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("backend", "ranks"), BOTH)
-@pytest.mark.parametrize("what", ["flag", "row", "target", "shape", "damaged", "folder"])
+@pytest.mark.parametrize(
+    ("backend", "ranks", "what"),
+    [("fsdp", 2, what) for what in ("flag", "row", "shape", "damaged", "folder")]
+    + [("zero3", 2, what) for what in ("row", "target", "damaged")],
+)
 def test_two_ranks_speak_with_one_voice(command, tiny_model, tmp_path, one_step, out, backend, ranks, what):
     changed, parts = {
         "flag": ({"total_epoch": 1}, ["unknown flag --total_epoch"]),
@@ -448,7 +445,7 @@ if child == 0:
 signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher ends the child; this process tells how it ended
 status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 Path(record, f"status{rank}").write_text(str(status))
-sys.exit(abs(status))
+sys.exit(status != 0)
 """
 
 
@@ -540,12 +537,10 @@ def fill(disk: Path, left: int) -> Path:
 THREE_STEPS: dict[str, Any] = {"total_training_steps": 3, "save_steps": 1}
 
 
-def back_to_the_first(folder: Path) -> None:
-    """A finished run as it was after its first step."""
-    for step in (2, 3):
-        shutil.rmtree(folder / f"checkpoint-{step:06d}")
-    (folder / "latest").unlink()
-    (folder / "latest").symlink_to("checkpoint-000001")
+@pytest.fixture(scope="module")
+def three_steps(tiny_model, uneven_rows, tmp_path_factory) -> Path:
+    """The output folder of a run of three steps, each with a checkpoint."""
+    return finished_run(tiny_model, uneven_rows, tmp_path_factory, THREE_STEPS)
 
 
 @pytest.mark.slow
@@ -558,12 +553,12 @@ def back_to_the_first(folder: Path) -> None:
         pytest.param("zero3", 2, 12 * 2**10, id="zero3 on two ranks"),
     ],
 )
-def test_a_full_disk_while_saving(command, small_disk, backend, ranks, left):
+def test_a_full_disk_while_saving(command, three_steps, small_disk, backend, ranks, left):
     folder = small_disk / "out"
     words = command(backend, ranks, output_dir=folder, **THREE_STEPS)
-    assert run(words).status == 0
-    unbroken = metrics(folder)
-    back_to_the_first(folder)
+    shutil.copytree(three_steps, folder, symlinks=True)
+    for step in (2, 3):
+        shutil.rmtree(folder / f"checkpoint-{step:06d}")
     filler = fill(small_disk, left)
 
     done = run(words)
@@ -572,14 +567,14 @@ def test_a_full_disk_while_saving(command, small_disk, backend, ranks, left):
         f"cannot save {folder}/checkpoint-000002: the disk is full",
         "checkpoint-000001 is still valid; make room and start the same command again",
     )
-    assert complete(folder) == ["checkpoint-000001"]
+    assert complete(folder, latest=False) == ["checkpoint-000001"]
 
     filler.unlink()
     assert run(words).status == 0
     assert complete(folder) == [f"checkpoint-{step:06d}" for step in (1, 2, 3)]
     assert [m["step"] for m in metrics(folder)] == [1, 2, 3]
-    for resumed, straight in zip(metrics(folder), unbroken, strict=True):
-        assert resumed["train/loss"] == pytest.approx(straight["train/loss"], rel=1e-6)
+    for resumed, straight in zip(metrics(folder), metrics(three_steps), strict=True):
+        assert resumed["train/loss"] == pytest.approx(straight["train/loss"], rel=1e-5)
 
 
 def test_a_file_too_large(command, out):
@@ -593,8 +588,8 @@ def test_a_file_too_large(command, out):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_full_disk_while_logging(command, small_disk, ranks):
     folder = small_disk / "out"
-    words = command("fsdp", ranks, output_dir=folder, total_training_steps=40, save_steps=30)
-    filler = fill(small_disk, 3 * 4096)  # config.yaml, and two pages of metrics.jsonl
+    words = command("fsdp", ranks, output_dir=folder, total_training_steps=20, save_steps=0)
+    filler = fill(small_disk, 2 * 4096)  # config.yaml, and the first page of metrics.jsonl
 
     done = run(words)
     refused(done, "metrics.jsonl: the disk is full; make room and start the same command again")
@@ -602,14 +597,14 @@ def test_a_full_disk_while_logging(command, small_disk, ranks):
 
     filler.unlink()
     assert run(words).status == 0
-    assert [m["step"] for m in metrics(folder)] == list(range(1, 41))
+    assert [m["step"] for m in metrics(folder)] == list(range(1, 21))
 
 
 # Numbers that are none
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("backend", "ranks"), [("fsdp", 1), ("zero3", 1), *BOTH])
+@pytest.mark.parametrize(("backend", "ranks"), [("fsdp", 1), *BOTH])
 def test_weights_that_are_not_finite(command, tiny_model, tmp_path, out, backend, ranks):
     model = bad_model(tiny_model, tmp_path, "nan")
     done = run(command(backend, ranks, model=model))
@@ -618,7 +613,7 @@ def test_weights_that_are_not_finite(command, tiny_model, tmp_path, out, backend
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("backend", "ranks"), [("fsdp", 1), ("zero3", 1), *BOTH])
+@pytest.mark.parametrize(("backend", "ranks"), [("fsdp", 1), *BOTH])
 def test_a_run_that_blows_up(command, out, backend, ranks):
     done = run(command(backend, ranks, lr=1e30, warmup_ratio=0, **THREE_STEPS))
     refused(done, "of step 2 is ", "checkpoint-000001 is valid", "try a lower --lr in another --output_dir")
@@ -674,25 +669,25 @@ def goes_on(done: Done, words: list[str], out: Path, name: str, steps: int) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_signal(command, out, number):
-    words = command(total_training_steps=150, save_steps=0)
+    words = command(total_training_steps=100, save_steps=0)
     done = stop(words, out, lambda process: process.send_signal(number))
     assert done.status == 0
     assert done.err == ""
-    goes_on(done, words, out, number.name, 150)
+    goes_on(done, words, out, number.name, 100)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_signal_to_torchrun(command, out, number):
-    words = command("fsdp", 2, total_training_steps=60, save_steps=0)
-    goes_on(stop(words, out, lambda process: process.send_signal(number)), words, out, number.name, 60)
+    words = command("fsdp", 2, total_training_steps=40, save_steps=0)
+    goes_on(stop(words, out, lambda process: process.send_signal(number)), words, out, number.name, 40)
 
 
 @pytest.mark.slow
 def test_control_c_under_deepspeed(command, out):
     """The terminal signals the launcher and all ranks; the launcher then adds a SIGTERM."""
-    words = command("zero3", 2, total_training_steps=60, save_steps=0)
-    goes_on(stop(words, out, lambda process: os.killpg(process.pid, signal.SIGINT)), words, out, "SIGINT", 60)
+    words = command("zero3", 2, total_training_steps=40, save_steps=0)
+    goes_on(stop(words, out, lambda process: os.killpg(process.pid, signal.SIGINT)), words, out, "SIGINT", 40)
 
 
 @pytest.mark.slow
@@ -706,7 +701,7 @@ def test_a_second_control_c_ends_at_once(command, out):
         time.sleep(0.001)
         process.send_signal(signal.SIGINT)
 
-    done = stop(command(total_training_steps=150, save_steps=0), out, twice)
+    done = stop(command(total_training_steps=100, save_steps=0), out, twice)
     assert "Traceback" not in done.err
     assert done.status in (0, 130)
     if done.status == 130:

@@ -83,10 +83,16 @@ def test_a_folder_without_complete_is_ignored_and_removed(run):
     (run.root / ".latest.tmp").symlink_to("checkpoint-000001")
     (run.root / ".config.yaml.tmp").touch()
     (run.root / "notes").mkdir()
-    (run.root / "metrics.jsonl").touch()
+    (run.root / "config.yaml").touch()
     assert (run.all(), run.latest()) == ([old], old)
     run.remove_unfinished()
-    assert names(run) == ["checkpoint-000001", "metrics.jsonl", "notes"]
+    assert names(run) == ["checkpoint-000001", "config.yaml", "notes"]
+
+
+def test_checkpoints_of_another_program_are_left_alone(run):
+    (run.root / "checkpoint-100000").mkdir(parents=True)
+    run.remove_unfinished()
+    assert (run.all(), names(run)) == ([], ["checkpoint-100000"])
 
 
 def test_no_folder_means_no_checkpoints(tmp_path):

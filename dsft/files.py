@@ -1,0 +1,66 @@
+"""Files that are whole or absent, and what to say where the operating system refuses one."""
+
+import errno
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from dsft.errors import UserError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file under a temporary name, flush it to the disk, and rename it."""
+    unfinished = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(unfinished, "w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        unfinished.replace(path)
+    except OSError:
+        with suppress(OSError):
+            unfinished.unlink()
+        raise
+
+
+def make_readable(path: Path) -> None:
+    """Give a file the access that the user's umask says; safetensors makes files that only their owner can read."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def guard_disk(work: Callable[[], Any], path: Path) -> None:
+    """Run something that writes `path`, and turn an operating system's refusal into a UserError."""
+    try:
+        work()
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "make room and start the same command again" if full else "name another folder, or make it writable"
+        raise UserError(f"cannot write {path}: {reason(error)}; {remedy}") from error
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether an error came from the operating system. The tokenizers library raises a plain Exception for those."""
+    return isinstance(error, (OSError, SafetensorError)) or "(os error " in str(error)
+
+
+def reason(error: Exception) -> str:
+    """What the operating system said, in words."""
+    code = getattr(error, "errno", None)
+    if code == errno.ENOSPC or "No space left" in str(error):
+        return "the disk is full"
+    return getattr(error, "strerror", None) or str(error)
