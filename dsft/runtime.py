@@ -1,5 +1,7 @@
 """The process among its peers: ranks, device, threads, seeds, and agreeing with the other ranks."""
 
+import contextlib
+import ctypes
 import logging
 import os
 import random
@@ -19,6 +21,7 @@ import torch.distributed as dist
 from dsft.errors import UserError
 
 Result = TypeVar("Result")
+M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 class AgreedError(UserError):
@@ -109,6 +112,17 @@ def set_threads(world: World) -> None:
     if "OMP_NUM_THREADS" in os.environ and not (by_torchrun and os.environ["OMP_NUM_THREADS"] == "1"):
         return
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
+
+
+def return_freed_memory() -> None:
+    """Let glibc give blocks of 8 MiB and more back to the system when they are freed.
+
+    It otherwise learns from the first large tensor that is freed to keep blocks of up to 32 MiB in its heap, where
+    activations of many sizes leave holes: 13.0 GiB at the peak of a 6,000-token micro-batch of the embedded model
+    in float32, 8.8 GiB with this, in the same time. Smaller thresholds cost time on short rows.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+        ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 8 * 2**20)
 
 
 def silence_libraries() -> None:

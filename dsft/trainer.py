@@ -76,6 +76,8 @@ class Trainer:
             runtime.silence_libraries()
         runtime.set_threads(self.world)
         self.device = runtime.pick_device(self.world)
+        if self.device.type == "cpu":
+            runtime.return_freed_memory()
         runtime.start_process_group(self.world, self.device)
         runtime.check_same_everywhere(as_yaml(config), "the flags", "start all ranks alike")
         runtime.seed_everything(config.seed, deterministic=config.deterministic)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dsft import checkpoint
+from dsft import checkpoint, files
 from dsft.checkpoint import (
     COMPLETE,
     STATE,
@@ -20,9 +20,9 @@ from dsft.checkpoint import (
     read_state,
     write_state,
     write_tensors,
-    write_text,
 )
 from dsft.errors import UserError
+from dsft.files import write_text
 
 
 @pytest.fixture
@@ -242,7 +242,7 @@ def test_a_text_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     def fail(_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.os, "fsync", fail)
+    monkeypatch.setattr(files.os, "fsync", fail)
     with pytest.raises(OSError, match="No space"):
         write_text(tmp_path / "f", "new")
     assert (tmp_path / "f").read_text() == "old"
