@@ -12,9 +12,10 @@ import torch
 import yaml
 from torch.optim.lr_scheduler import LambdaLR
 
+import dsft
 from dsft import runtime
 from dsft.backends import backend_class
-from dsft.backends.base import MOMENTS, BackendOptions, trainable
+from dsft.backends.base import MOMENTS, BackendOptions, RunSettings, trainable
 from dsft.checkpoint import (
     ADAPTER,
     CONFIG,
@@ -84,19 +85,9 @@ class Trainer:
         dtype = runtime.pick_dtype(config.dtype, self.device)
         self.dtype_name = str(dtype).removeprefix("torch.")
         chosen = backend_class(config.backend)
-        owned = {
-            "train_batch_size": ("train_batch_size", config.train_batch_size),
-            "train_micro_batch_size_per_gpu": ("micro_batch_size", config.micro_batch_size),
-            "gradient_accumulation_steps": (
-                "train_batch_size",
-                math.ceil(config.train_batch_size / (self.world.size * config.micro_batch_size)),
-            ),
-            "gradient_clipping": ("clip_grad", config.clip_grad),
-            "bf16.enabled": ("dtype", dtype == torch.bfloat16),
-            "fp16.enabled": ("dtype", False),
-            "zero_optimization.stage": ("backend", 3),
-        }
-        library_config = runtime.together(lambda: chosen.read_library_config(config.ds_config, owned))
+        accumulation = math.ceil(config.train_batch_size / (self.world.size * config.micro_batch_size))
+        settings = RunSettings(config.train_batch_size, config.micro_batch_size, accumulation, config.clip_grad, dtype)
+        library_config = runtime.together(lambda: chosen.read_library_config(config.ds_config, settings))
         self.backend = chosen(
             BackendOptions(
                 device=self.device,
@@ -453,7 +444,8 @@ class Trainer:
         better = state.val_loss is not None and (state.best_val_loss is None or state.val_loss < state.best_val_loss)
         if better:
             state.best_step, state.best_val_loss = state.step, state.val_loss
-        state.versions = {name: version(name) for name in ("dsft", "torch", "transformers", "peft", "deepspeed")}
+        packages = ("torch", "transformers", "peft", self.backend.library)
+        state.versions = {"dsft": dsft.__version__} | {name: version(name) for name in packages}
         if self.world.is_main:
             failure: UserError | None = None
             gathered = _Once(self._gather())

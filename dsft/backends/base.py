@@ -34,6 +34,18 @@ class BackendOptions:
     """Settings in the library's own words, already checked (DeepSpeed's JSON)."""
 
 
+@dataclass(frozen=True)
+class RunSettings:
+    """What flags have decided and a library's own file must not contradict. The fields have the flags' names."""
+
+    train_batch_size: int
+    micro_batch_size: int
+    gradient_accumulation: int
+    """Micro-batches a rank runs per step; follows from the two above and the number of ranks."""
+    clip_grad: float
+    dtype: torch.dtype
+
+
 class Source(Protocol):
     """A base model that can be built in two ways; see dsft.model.source.ModelSource."""
 
@@ -54,6 +66,8 @@ class Backend(ABC):
     """
 
     model: nn.Module
+    library: str
+    """Name of the package that shards, for the record of versions."""
     reentrant_checkpointing = False
     """Which form of torch.utils.checkpoint the library works with."""
 
@@ -61,12 +75,11 @@ class Backend(ABC):
         self.options = options
 
     @classmethod
-    def read_library_config(cls, path: str | None, owned: dict[str, tuple[str, Any]]) -> dict[str, Any]:
+    def read_library_config(cls, path: str | None, settings: RunSettings) -> dict[str, Any]:
         """Settings in the library's own words from a user's file; most libraries have none.
 
-        Args:
-            path: the file, or None.
-            owned: values that flags decide, under the names of OWNED_VALUES: (flag, value).
+        Raises:
+            UserError: a file that cannot be read, or contradicts `settings`.
         """
         return {}
 

@@ -18,6 +18,8 @@ from dsft.backends.base import MOMENTS, Backend, Source, set_schedule, trainable
 class FsdpBackend(Backend):
     """Each decoder layer is one group, the rest of the model another."""
 
+    library = "torch"
+
     def setup(self) -> None:
         """One mesh over all ranks."""
         self._mesh = init_device_mesh(self.options.device.type, (torch.distributed.get_world_size(),))

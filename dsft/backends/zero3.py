@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from dsft.backends.base import MOMENTS, Backend, Source, set_schedule, trainable
+from dsft.backends.base import MOMENTS, Backend, RunSettings, Source, set_schedule, trainable
 from dsft.backends.ds_config import AUTO, read_ds_config
 from dsft.errors import UserError
 
@@ -21,13 +21,24 @@ from dsft.errors import UserError
 class Zero3Backend(Backend):
     """The engine averages over ranks and accumulation; both are undone, so that gradients are plain sums."""
 
+    library = "deepspeed"
+
     @classmethod
-    def read_library_config(cls, path: str | None, owned: dict[str, tuple[str, Any]]) -> dict[str, Any]:
+    def read_library_config(cls, path: str | None, settings: RunSettings) -> dict[str, Any]:
         """DeepSpeed's JSON file over ds_configs/zero3.json.
 
         Raises:
             UserError: also where DeepSpeed itself does not know a setting of zero_optimization, or its value.
         """
+        owned = {
+            "train_batch_size": ("train_batch_size", settings.train_batch_size),
+            "train_micro_batch_size_per_gpu": ("micro_batch_size", settings.micro_batch_size),
+            "gradient_accumulation_steps": ("train_batch_size", settings.gradient_accumulation),
+            "gradient_clipping": ("clip_grad", settings.clip_grad),
+            "bf16.enabled": ("dtype", settings.dtype == torch.bfloat16),
+            "fp16.enabled": ("dtype", False),
+            "zero_optimization.stage": ("backend", 3),
+        }
         config = read_ds_config(path, owned)
         from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
         from pydantic import ValidationError
