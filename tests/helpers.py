@@ -49,7 +49,8 @@ def start_words(backend: str, ranks: int, port: int = 29500) -> list[str]:
 def run(words: Sequence[Any], *, timeout: float = 300, env: dict[str, str] | None = None) -> Done:
     """Run a command at the project's root and wait for it."""
     started = time.monotonic()
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | (env or {})
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment |= {"OMP_NUM_THREADS": "1"} | (env or {})  # tests run two at a time, on two cores
     done = subprocess.run(
         [str(word) for word in words], cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=environment
     )

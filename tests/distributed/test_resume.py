@@ -1,5 +1,6 @@
 """A run that is killed and started again gives the numbers of one that was not, bit for bit."""
 
+import os
 import shutil
 import subprocess
 import time
@@ -23,7 +24,13 @@ def validations(output_dir: Path) -> list[tuple]:
 
 def kill_after_checkpoint(words: list, checkpoint: Path) -> None:
     """Start a command and SIGKILL it, launcher and ranks, as soon as a checkpoint is complete."""
-    process = psutil.Popen(list(map(str, words)), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = psutil.Popen(
+        list(map(str, words)),
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.monotonic() + 300
     while not (checkpoint / "COMPLETE").exists():
         assert process.poll() is None, "the run ended before the checkpoint"
