@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from dsft.cli import parse
 from dsft.config import TrainConfig
-from dsft.runtime import StopSignals
+from dsft.runtime import StopSignals, run_to_exit
 from dsft.trainer import Trainer
 from tests.helpers import seeded_tensor
 
@@ -42,7 +42,6 @@ def main():
     if trainer.world.is_main:
         save_file({name: gradient.contiguous() for name, gradient in gradients.items()}, output)
     trainer.backend.close()
-    torch.distributed.destroy_process_group()
 
 
-main()
+run_to_exit(main, debug=False)
