@@ -21,6 +21,7 @@ def common(tiny_model, **more):
     return flags(**(values | more))
 
 
+@pytest.mark.slow
 def test_compare_script_finds_the_arms_equal(tiny_model, tmp_path):
     table = tmp_path / "table.json"
     words = ["--arms", "fsdp:1:4,fsdp:2:1,zero3:1:8,zero3:2:3", "--work_dir", tmp_path, "--json", table]

@@ -38,7 +38,7 @@ def reference(folder, rows_file, tokenizer, lora_rank):
     return loss.item(), norm.item(), gradients
 
 
-@pytest.mark.parametrize("lora_rank", [4, 0], ids=["lora", "full"])
+@pytest.mark.parametrize("lora_rank", [4, pytest.param(0, marks=pytest.mark.slow)], ids=["lora", "full"])
 @pytest.mark.parametrize(
     ("backend", "ranks", "micro_batch_size"),
     [

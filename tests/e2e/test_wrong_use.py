@@ -254,6 +254,7 @@ def bad_model(tiny_model: Path, tmp_path: Path, kind: str) -> Path:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "parts"),
     [
@@ -297,6 +298,7 @@ def test_flags_that_do_not_fit_the_model(command, out, changed, parts):
 # DeepSpeed's file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
@@ -382,6 +384,7 @@ def damage(checkpoint: Path, what: str) -> None:
         (checkpoint / what).write_bytes(content[: len(content) // 2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "parts"),
     [
@@ -577,6 +580,7 @@ def test_a_full_disk_while_saving(command, three_steps, small_disk, backend, ran
         assert resumed["train/loss"] == pytest.approx(straight["train/loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_file_too_large(command, out):
     """The limit on a file's size stops the tokenizer's file, whoever runs the test."""
     done = run(["bash", "-c", 'ulimit -f 2048; exec "$@"', "bash", *command()])
@@ -621,6 +625,7 @@ def test_a_run_that_blows_up(command, out, backend, ranks):
     assert [m["step"] for m in metrics(out)] == [1]
 
 
+@pytest.mark.slow
 def test_a_validation_loss_that_is_not_finite(command, uneven_rows, out):
     done = run(command(lr=1e30, warmup_ratio=0, val_files=uneven_rows))
     refused_alone(done, "the validation loss after step 1 is ", "nothing was saved", "try a lower --lr")
