@@ -44,6 +44,30 @@ def main(config_class: type[Config], run: Callable[[Config], None], argv: Sequen
     run(config)
 
 
+def run_and_report(work: Callable[[], Any], *, debug: bool) -> int:
+    """Run a command's work and return the exit status; an error becomes one line, no traceback."""
+    try:
+        work()
+    except UserError as error:
+        if debug:
+            raise
+        if not error.is_agreed:
+            wait_for_peers()
+        print_error(error)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if debug:
+            raise
+        where = f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+        reason = " ".join(str(error).split())
+        print_error(UserError(f"{where}{type(error).__name__}: {reason[:400]} (--debug shows where)"))
+        return 1
+    return 0
+
+
 def wait_for_peers() -> None:
     """Let the first rank of a machine speak for all that have met the same error and cannot ask each other.
 
@@ -244,12 +268,13 @@ def type_text(kind: Any) -> str:
 
 
 def meanings(config_class: type) -> dict[str, str]:
-    """The string that stands under each field of a config class."""
-    body = ast.parse(inspect.getsource(config_class)).body[0].body  # type: ignore[attr-defined]
+    """The string that stands under each field of a config class and its bases."""
     found = {}
-    for statement, following in itertools.pairwise(body):
-        if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
-            found[statement.target.id] = following.value.value  # type: ignore[union-attr,attr-defined]
+    for part in reversed(config_class.__mro__[:-1]):  # flags that several commands have stand in base classes
+        body = ast.parse(inspect.getsource(part)).body[0].body  # type: ignore[attr-defined]
+        for statement, following in itertools.pairwise(body):
+            if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
+                found[statement.target.id] = following.value.value  # type: ignore[union-attr,attr-defined]
     return found
 
 

@@ -11,6 +11,9 @@ class UserError(ValueError):
     Several problems found together stand on a line each.
     """
 
+    is_agreed = False
+    """Whether all ranks know of it, so that the one that has it is the one that prints it."""
+
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The closest known name as ' (did you mean "x"?)', or nothing where none is close."""

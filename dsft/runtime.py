@@ -27,8 +27,10 @@ M_MMAP_THRESHOLD = -3  # malloc.h
 class AgreedError(UserError):
     """A UserError of which all ranks know; this rank is the one that prints it."""
 
+    is_agreed = True
 
-class PeerFailedError(Exception):
+
+class PeerFailedError(BaseException):
     """Another rank has a UserError and prints it; this rank ends quietly with status 1."""
 
 
@@ -134,6 +136,9 @@ def silence_libraries() -> None:
     os.environ.setdefault("GLOG_minloglevel", "2")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     warnings.filterwarnings("ignore")
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # of loading weights
     for name in ("DeepSpeed", "transformers", "torch.distributed", "peft", "torch.fx"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
@@ -181,6 +186,16 @@ def together(work: Callable[[], Result]) -> Result:
     if error is not None:
         raise error
     return result  # type: ignore[return-value]
+
+
+def on_first_local_rank(world: World, work: Callable[[], Result]) -> Result:
+    """Work that fills the cache: the first rank of each machine does it, the others then find it done.
+
+    `work` must not use collectives. It raises as `together` does.
+    """
+    first = world.local_rank == 0
+    result = together(lambda: work() if first else None)
+    return together(lambda: result if first else work())  # type: ignore[return-value]
 
 
 def check_same_everywhere(value: str, what: str, remedy: str) -> None:
@@ -243,30 +258,12 @@ def run_to_exit(work: Callable[[], Any], *, debug: bool) -> None:
     A rank that fails alone must not wait for the others in a library's clean-up, so the process ends at once
     and the launcher ends the rest.
     """
-    from dsft.cli import end_quietly, print_error, wait_for_peers
+    from dsft.cli import end_quietly, run_and_report
 
-    status = 0
     try:
-        work()
+        status = run_and_report(work, debug=debug)
     except PeerFailedError:
         end_quietly()  # were this rank the first to end, its launcher could end the one that speaks
-        status = 1
-    except UserError as error:
-        if debug:
-            raise
-        if not isinstance(error, AgreedError):
-            wait_for_peers()
-        print_error(error)
-        status = 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        status = 130
-    except Exception as error:
-        if debug:
-            raise
-        where = f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
-        reason = " ".join(str(error).split())
-        print_error(UserError(f"{where}{type(error).__name__}: {reason[:400]} (--debug shows where)"))
         status = 1
     if status == 0 and dist.is_initialized():
         dist.barrier()  # no rank leaves while another may still need it

@@ -131,7 +131,7 @@ class Trainer:
 
     def _load_data(self) -> None:
         config = self.config
-        self.model_path = self._on_first_local_rank(lambda: resolve_model(config.model))
+        self.model_path = runtime.on_first_local_rank(self.world, lambda: resolve_model(config.model))
         self.tokenizer = runtime.together(
             lambda: load_tokenizer(self.model_path, trust_remote_code=config.trust_remote_code)
         )
@@ -147,10 +147,11 @@ class Trainer:
         )
 
         def load(names: list[str], flag: str, max_rows: int | None) -> TokenDataset:
-            return self._on_first_local_rank(
+            return runtime.on_first_local_rank(
+                self.world,
                 lambda: load_dataset(
                     names, flag, self.tokenizer, data_format, max_rows=max_rows, show_progress=self.world.is_main
-                )
+                ),
             )
 
         self.train_data = load(config.train_files, "train_files", config.max_train_rows)
@@ -161,12 +162,6 @@ class Trainer:
         )
         self.steps_per_epoch = steps_per_epoch(len(self.train_data), config.train_batch_size)
         self.total_steps = config.total_training_steps or config.total_epochs * self.steps_per_epoch
-
-    def _on_first_local_rank(self, work: Any) -> Any:
-        """Work that fills the cache: the first rank of each machine does it, the others then find it done."""
-        first = self.world.local_rank == 0
-        result = runtime.together(lambda: work() if first else None)
-        return runtime.together(lambda: result if first else work())
 
     def _load_model(self) -> None:
         config = self.config

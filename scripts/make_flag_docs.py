@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write docs/flags.md from dsft/config.py.
+"""Write docs/flags.md from dsft/config.
 
 python scripts/make_flag_docs.py [--check]
 
@@ -12,8 +12,9 @@ from dataclasses import fields
 from pathlib import Path
 
 from dsft.cli import default_text, meanings, type_text
-from dsft.config import MergeConfig, TrainConfig
+from dsft.config import GenerateConfig, MergeConfig, TrainConfig, ValidateConfig
 
+COMMANDS = {"train": TrainConfig, "merge": MergeConfig, "generate": GenerateConfig, "validate": ValidateConfig}
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "flags.md"
 
 
@@ -33,8 +34,9 @@ def table(title: str, config_class: type) -> list[str]:
 
 def main() -> None:
     """Write, or check."""
-    lines = ["# Flags", "", "Made from dsft/config.py by `python scripts/make_flag_docs.py`; do not edit.", ""]
-    lines += table("dsft.train", TrainConfig) + table("dsft.merge", MergeConfig)
+    lines = ["# Flags", "", "Made from dsft/config by `python scripts/make_flag_docs.py`; do not edit.", ""]
+    for command, config_class in COMMANDS.items():
+        lines += table(f"dsft.{command}", config_class)
     text = "\n".join(lines)
     if "--check" in sys.argv[1:]:
         sys.exit(TARGET.read_text(encoding="utf-8") != text and f"error: {TARGET} is out of date; run this script")

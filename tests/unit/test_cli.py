@@ -90,8 +90,8 @@ def test_all_that_cannot_be_read_is_told_at_once(tmp_path):
         "unknown flag --bogus; --help lists all flags",
         f"{tmp_path}/c.yaml: unknown flag 'lora_rankk' (did you mean 'lora_rank'?)",
         f"--model is required: {cli.meanings(TrainConfig)['model']}",
-        f"--train_files is required: {cli.meanings(TrainConfig)['train_files']}",
         "max_length must be a whole number, got None",
+        f"--train_files is required: {cli.meanings(TrainConfig)['train_files']}",
         "lr must be a number, got 'fast'",
         "seed must be a whole number, got '1.5'",
     ]

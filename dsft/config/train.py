@@ -1,68 +1,31 @@
-"""Every flag of every command, defined once: name, type, default, meaning.
+"""Flags of dsft.train."""
 
-The string under a field is its meaning; --help, config.yaml and docs/flags.md are made from it.
-A field without a default is a required flag. Nothing here imports torch.
-"""
-
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from dsft.config.flags import CommonFlags, ModelFlags, RowFlags, flag
 from dsft.errors import UserError
 
 EVERY_EPOCH = "epoch"
 Interval = int | Literal["epoch"]
 
 
-def flag(default: Any = None, *, section: str | None = None, run_identity: bool = False, required: bool = False) -> Any:
-    """One flag. `section` starts a group in --help; `run_identity` marks what may not change on resume."""
-    metadata = {"section": section, "run_identity": run_identity, "required": required}
-    if required:
-        return field(metadata=metadata)
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
 @dataclass(kw_only=True)
-class TrainConfig:
+class TrainConfig(RowFlags, ModelFlags, CommonFlags):
     """Fine-tune a causal language model on parquet rows."""
 
-    backend: Literal["fsdp", "zero3"] = flag("fsdp", section="Model")
+    backend: Literal["fsdp", "zero3"] = flag("fsdp", section="Sharding")
     """Sharding library: fsdp (PyTorch FSDP2) or zero3 (DeepSpeed ZeRO-3). The numbers are the same."""
-    model: str = flag(required=True, run_identity=True)
-    """Hugging Face name, a folder with safetensors, or smollm2-135m (the embedded small model)."""
-    dtype: Literal["auto", "bfloat16", "float32"] = flag("auto")
-    """Compute dtype; auto is bfloat16 where the hardware computes it, else float32."""
-    attn_implementation: str = flag("auto")
-    """Attention of transformers: auto, sdpa, eager, flash_attention_2, …"""
     gradient_checkpointing: bool = flag(False)
     """Recompute activations in the backward pass: less memory, about a third more time."""
     cpu_offload: bool = flag(False)
     """Keep parameters and optimizer state in CPU memory between uses."""
-    trust_remote_code: bool = flag(False)
-    """Run Python code that comes with the model. Off unless you have read that code."""
 
-    train_files: list[str] = flag(required=True, section="Data")
+    train_files: list[str] = flag(required=True, section="Files")
     """Parquet: a file, a comma-separated list, a glob, or a folder."""
     val_files: list[str] | None = flag(None)
     """Parquet for the validation loss, written as train_files."""
-    prompt_key: str = flag("prompt", run_identity=True)
-    """Column of the prompt: a string, or a list of {role, content}."""
-    response_key: str = flag("response", run_identity=True)
-    """Column of the response: a string, or one {role, content} message."""
-    messages_key: str | None = flag(None, run_identity=True)
-    """Column of whole conversations, every assistant turn a target; replaces prompt_key and response_key."""
-    prompt_dict_keys: list[str] | None = flag(None, run_identity=True)
-    """Keys that lead from the prompt column's nested value to the prompt."""
-    response_dict_keys: list[str] | None = flag(None, run_identity=True)
-    """Keys that lead from the response column's nested value to the response."""
-    with_thinking: bool = flag(False, run_identity=True)
-    """End the prompt with <think>, which the response then closes."""
-    max_length: int = flag(2048, run_identity=True)
-    """Longest row in tokens, prompt and response together."""
-    truncation: Literal["error", "left", "right", "drop"] = flag("error", run_identity=True)
-    """A longer row: error stops, left cuts the prompt's front, right cuts the end, drop leaves the row out."""
     max_train_rows: int | None = flag(None, run_identity=True)
     """Use the first N training rows only."""
     max_val_rows: int | None = flag(None)
@@ -128,10 +91,6 @@ class TrainConfig:
     """Name of the run in wandb and tensorboard; the output folder's name by default."""
     ds_config: str | None = flag(None)
     """A DeepSpeed JSON file whose settings go over those of ds_configs/zero3.json (zero3 only)."""
-    config: str | None = flag(None)
-    """YAML file with values for these flags; flags on the command line win."""
-    debug: bool = flag(False)
-    """Show tracebacks and the libraries' own messages."""
 
     def check(self) -> None:
         """Raise UserError with every problem that can be seen without reading data or model."""
@@ -182,30 +141,3 @@ class TrainConfig:
     def run_identity(self) -> dict[str, Any]:
         """The values that define the run: a resume with others would be another run."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["run_identity"]}
-
-
-@dataclass(kw_only=True)
-class MergeConfig:
-    """Merge a LoRA checkpoint into its base model, and prove that the result is right."""
-
-    checkpoint: str = flag(required=True)
-    """A run's folder (its best checkpoint is taken, else the latest) or one checkpoint folder."""
-    output: str | None = flag(None)
-    """Folder of the merged model; the run's folder plus /merged by default. Must not exist."""
-    base: str | None = flag(None)
-    """Base model, where it is not the one named in the adapter's config."""
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = flag("auto")
-    """Dtype of the merged weights; auto keeps the base model's. The sum itself is done in float32."""
-    max_shard_size: str = flag("5GB")
-    """Largest safetensors file."""
-    tolerance: float | None = flag(None)
-    """Largest difference of logits, relative to their spread; by default 1e-3 (float32) or 0.25 (16 bit)."""
-    trust_remote_code: bool = flag(False)
-    """Run Python code that comes with the base model."""
-    debug: bool = flag(False)
-    """Show tracebacks and the libraries' own messages."""
-
-    def check(self) -> None:
-        """Raise UserError with every problem that can be seen without reading the model."""
-        if self.tolerance is not None and self.tolerance < 0:
-            raise UserError(f"tolerance must be 0 or more, got {self.tolerance}")

@@ -1,0 +1,15 @@
+"""Every flag of every command, defined once: name, type, default, meaning."""
+
+from dsft.config.games import EnvironmentFlags, GenerateConfig, PromptFlags, ValidateConfig
+from dsft.config.merge import MergeConfig
+from dsft.config.train import EVERY_EPOCH, TrainConfig
+
+__all__ = [
+    "EVERY_EPOCH",
+    "EnvironmentFlags",
+    "GenerateConfig",
+    "MergeConfig",
+    "PromptFlags",
+    "TrainConfig",
+    "ValidateConfig",
+]

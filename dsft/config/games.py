@@ -1,0 +1,169 @@
+"""Flags of dsft.generate and dsft.validate: environments, prompts, expert data, playing."""
+
+import importlib.util
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from dsft.config.flags import CommonFlags, ModelFlags, RowFlags, flag
+from dsft.errors import UserError
+
+OWN_FLAGS = {"sokoban": ("dim_x", "dim_y", "num_boxes", "search_depth"), "frozenlake": ("size", "p", "is_slippery")}
+PLAYERS = ("expert", "random")
+
+
+@dataclass(kw_only=True)
+class EnvironmentFlags:
+    """Which game, and how hard."""
+
+    env: Literal["sokoban", "frozenlake"] | None = flag(None, section="Environment")
+    """The game."""
+    max_steps: int = flag(100)
+    """Moves after which an episode is over, solved or not."""
+    max_depth: int = flag(100)
+    """Longest plan the search looks for; every level can be solved in this many moves."""
+    dim_x: int = flag(6)
+    """Sokoban: width of the room, walls included."""
+    dim_y: int = flag(6)
+    """Sokoban: height of the room, walls included."""
+    num_boxes: int = flag(1)
+    """Sokoban: boxes, 1 to 4."""
+    search_depth: int = flag(100)
+    """Sokoban: moves of the reverse play that makes a level; more of them move the boxes further."""
+    size: int = flag(4)
+    """FrozenLake: width and height of the lake."""
+    p: float = flag(0.8)
+    """FrozenLake: probability that a tile is frozen rather than a hole."""
+    is_slippery: bool = flag(False)
+    """FrozenLake: a move goes to either side of its direction in two of three cases."""
+
+    def environment_problems(self) -> list[str]:
+        """What is wrong with these flags; the environment itself judges its sizes."""
+        problems = [
+            f"{n} must be 1 or more, got {getattr(self, n)}" for n in _below_one(self, "max_steps", "max_depth")
+        ]
+        defaults = {f.name: f.default for f in fields(EnvironmentFlags)}
+        for game, names in OWN_FLAGS.items():
+            changed = [f"--{name}" for name in names if getattr(self, name) != defaults[name]]
+            if changed and self.env != game:
+                got = f"--env {self.env}" if self.env else "no --env"
+                problems.append(f"{', '.join(changed)} belongs to --env {game}, got {got}; drop one of them")
+        return problems
+
+
+@dataclass(kw_only=True)
+class PromptFlags:
+    """How a position and its history become a prompt. A model must be played as it was trained."""
+
+    style: Literal["messages", "chatml", "plain"] = flag("messages", section="Prompt")
+    """A prompt is a list of {role, content}, a string in ChatML, or a plain string."""
+    history_turns: int | None = flag(None)
+    """Keep only the last N moves in a prompt; all of them by default, 0 for the present position alone."""
+
+    def prompt_problems(self) -> list[str]:
+        """What is wrong with these flags."""
+        wrong = self.history_turns is not None and self.history_turns < 0
+        return [f"history_turns must be 0 or more, got {self.history_turns}"] if wrong else []
+
+
+@dataclass(kw_only=True)
+class GenerateConfig(PromptFlags, EnvironmentFlags, CommonFlags):
+    """Expert data by search: solved episodes of a game as parquet rows for training."""
+
+    rows: Literal["turns", "episodes"] = flag("turns", section="Rows")
+    """A row a move, with the history in its prompt; or a whole conversation a row, for --messages_key messages."""
+    train_size: int = flag(1000)
+    """Levels in train.parquet, each solved once."""
+    test_size: int = flag(100)
+    """Levels in test.parquet; none of them occurs in train.parquet."""
+    seed: int = flag(100000)
+    """Seed of the first level; the following levels take the following numbers, test before train."""
+    num_processes: int | None = flag(None)
+    """Processes that search; all cores by default. The files do not depend on it."""
+    output_dir: str = flag(required=True, section="Output")
+    """Folder of train.parquet, test.parquet and generate.json. The files must not exist."""
+
+    def check(self) -> None:
+        """Raise UserError with every problem that can be seen without making a level."""
+        problems = [] if self.env else ["--env is required: sokoban or frozenlake"]
+        problems += self.environment_problems() if self.env else []
+        problems += self.prompt_problems()
+        problems += [f"{n} must be 1 or more, got {getattr(self, n)}" for n in _below_one(self, "train_size")]
+        problems += [
+            f"{n} must be 0 or more, got {getattr(self, n)}" for n in ("test_size", "seed") if getattr(self, n) < 0
+        ]
+        if self.num_processes is not None and self.num_processes < 1:
+            problems.append(f"num_processes must be 1 or more, got {self.num_processes}")
+        if self.rows == "episodes" and self.style != "messages":
+            problems.append(f"--rows episodes needs --style messages, got {self.style}")
+        if self.rows == "episodes" and self.history_turns is not None:
+            problems.append("--rows episodes keeps the whole history; drop history_turns")
+        if Path(self.output_dir).exists() and not Path(self.output_dir).is_dir():
+            problems.append(f"output_dir {self.output_dir} is a file; name a folder")
+        if problems:
+            raise UserError("\n".join(problems))
+
+
+@dataclass(kw_only=True)
+class ValidateConfig(PromptFlags, EnvironmentFlags, RowFlags, ModelFlags, CommonFlags):
+    """Judge a model by playing a game (--env), or by its loss and answers on dialogues (--data)."""
+
+    model: str = flag(required=True, section="Model")
+    """As in training; or a player without a model: expert (the search itself), random (any action, alike)."""
+    adapter: str | None = flag(None, section="Validation")
+    """LoRA over the model: a run's folder (its best checkpoint is taken) or one checkpoint folder."""
+    data: str | None = flag(None)
+    """Parquet of dialogues, instead of --env: a file, a glob, or a folder."""
+    episodes: int = flag(100)
+    """Levels to play, or dialogue rows to answer."""
+    seed: int = flag(0)
+    """Seed of the first level; the following levels take the following numbers. Also the seed of sampling."""
+    levels: str | None = flag(None)
+    """Play the levels of this parquet file of dsft.generate, from its first on, instead of those from --seed on."""
+    exclude_levels: list[str] | None = flag(None)
+    """Pass over the levels of these parquet files of dsft.generate: a file, a list, a glob, or a folder."""
+    max_turns: int | None = flag(None)
+    """Answers a model may give in an episode, valid or not; --max_steps by default."""
+    batch_size: int = flag(16)
+    """Episodes played side by side on one rank; changes memory and speed."""
+    temperature: float = flag(0.0)
+    """0 takes the most probable token, above 0 draws."""
+    max_new_tokens: int = flag(128)
+    """Longest answer in tokens."""
+    engine: Literal["transformers", "vllm"] = flag("transformers")
+    """What generates; vllm must be installed apart."""
+    transcripts: int = flag(2)
+    """Whole conversations in the report: so many of solved and so many of failed episodes."""
+    output: str = flag("report.json", section="Output")
+    """The report; beside it all episodes, a line each, under the same name ending in .jsonl. Overwritten."""
+
+    def check(self) -> None:
+        """Raise UserError with every problem that can be seen without model or levels."""
+        problems = self.environment_problems() + self.prompt_problems()
+        if (self.env is None) == (self.data is None):
+            problems.insert(0, "name either --env (sokoban or frozenlake) or --data (a parquet of dialogues)")
+        if self.model in PLAYERS and self.env is None:
+            problems.append(f"--model {self.model} plays games only; name --env")
+        if self.model in PLAYERS and self.adapter is not None:
+            problems.append(f"--model {self.model} has no weights; drop --adapter")
+        if self.data is not None and (self.levels is not None or self.exclude_levels is not None):
+            problems.append("levels and exclude_levels belong to --env, got --data")
+        if self.data is not None and self.messages_key is not None:
+            problems.append("--data needs prompt and response columns; it cannot go with messages_key")
+        names = ("episodes", "batch_size", "max_new_tokens", "max_length")
+        problems += [f"{n} must be 1 or more, got {getattr(self, n)}" for n in _below_one(self, *names)]
+        if self.max_turns is not None and self.max_turns < 1:
+            problems.append(f"max_turns must be 1 or more, got {self.max_turns}")
+        for name in ("seed", "temperature", "transcripts"):
+            if getattr(self, name) < 0:
+                problems.append(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+            problems.append("--engine vllm needs the package vllm; install it, or drop the flag")
+        if Path(self.output).is_dir() or not self.output.endswith(".json"):
+            problems.append(f"output must be the name of a .json file, got {self.output}")
+        if problems:
+            raise UserError("\n".join(problems))
+
+
+def _below_one(config: Any, *names: str) -> list[str]:
+    return [name for name in names if getattr(config, name) < 1]

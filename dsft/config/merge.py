@@ -1,0 +1,32 @@
+"""Flags of dsft.merge."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dsft.config.flags import CommonFlags, flag
+from dsft.errors import UserError
+
+
+@dataclass(kw_only=True)
+class MergeConfig(CommonFlags):
+    """Merge a LoRA checkpoint into its base model, and prove that the result is right."""
+
+    checkpoint: str = flag(required=True, section="Merge")
+    """A run's folder (its best checkpoint is taken, else the latest) or one checkpoint folder."""
+    output: str | None = flag(None)
+    """Folder of the merged model; the run's folder plus /merged by default. Must not exist."""
+    base: str | None = flag(None)
+    """Base model, where it is not the one named in the adapter's config."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = flag("auto")
+    """Dtype of the merged weights; auto keeps the base model's. The sum itself is done in float32."""
+    max_shard_size: str = flag("5GB")
+    """Largest safetensors file."""
+    tolerance: float | None = flag(None)
+    """Largest difference of logits, relative to their spread; by default 1e-3 (float32) or 0.25 (16 bit)."""
+    trust_remote_code: bool = flag(False)
+    """Run Python code that comes with the base model."""
+
+    def check(self) -> None:
+        """Raise UserError with every problem that can be seen without reading the model."""
+        if self.tolerance is not None and self.tolerance < 0:
+            raise UserError(f"tolerance must be 0 or more, got {self.tolerance}")

@@ -1,0 +1,183 @@
+"""FrozenLake: gymnasium's game as text, with the shortest path or, on slippery ice, the optimal policy as expert."""
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+import numpy as np
+from gymnasium.envs.toy_text.frozen_lake import FrozenLakeEnv
+
+from dsft.envs.base import ACTIONS, MOVES, Environment
+from dsft.errors import UserError
+
+if TYPE_CHECKING:
+    from dsft.config import EnvironmentFlags
+
+NUMBERS = {"Left": 0, "Down": 1, "Right": 2, "Up": 3}
+"""gymnasium's numbers of the actions."""
+ATTEMPTS = 1000
+PATIENCE = 1 - 1e-6
+"""Discount of the value iteration: of two ways that reach the goal equally surely, the shorter one is better."""
+
+
+def from_flags(flags: "EnvironmentFlags") -> "FrozenLake":
+    """The lake that the flags describe."""
+    return FrozenLake(flags.size, flags.p, flags.is_slippery, max_steps=flags.max_steps, max_depth=flags.max_depth)
+
+
+class FrozenLake(Environment):
+    """gymnasium's FrozenLake-v1 on random maps: start top left, goal bottom right, holes between."""
+
+    rules = (
+        "You are P on a frozen lake and must reach the goal G. _ is ice, O is a hole: whoever steps into it has lost. "
+        "Up, Down, Left and Right move you one tile in the picture; the edge of the lake stops you."
+    )
+    slippery_rules = (
+        " The ice is slippery: only one move in three goes where you want, the others go to either side of that "
+        "direction, so keep away from holes."
+    )
+
+    def __init__(self, size: int, p: float, is_slippery: bool, *, max_steps: int, max_depth: int) -> None:
+        """Args:
+        size: width and height in tiles.
+        p: probability that a tile is ice.
+        is_slippery: whether moves may go sideways.
+        max_steps: actions in an episode.
+        max_depth: longest shortest path of a level.
+
+        Raises:
+            UserError: settings that leave no level.
+        """
+        super().__init__(max_steps=max_steps, max_depth=max_depth)
+        problems = []
+        if not 2 <= size <= 100:
+            problems.append(f"--size must be from 2 to 100, got {size}")
+        if not 0 < p <= 1:
+            problems.append(f"--p must be above 0 and at most 1, got {p}")
+        if 2 <= size <= 100 and self.max_depth < 2 * (size - 1):
+            problems.append(
+                f"--max_depth and --max_steps must be {2 * (size - 1)} or more to cross a lake of --size {size}, "
+                f"got {max_depth} and {max_steps}"
+            )
+        if problems:
+            raise UserError("\n".join(problems))
+        self.size, self.p, self.is_slippery = size, p, is_slippery
+        if is_slippery:
+            self.rules = self.rules + self.slippery_rules
+
+    def _make_level(self, seed: int) -> int:
+        random = np.random.default_rng(seed)
+        too_long = False
+        for _ in range(ATTEMPTS):
+            holes = random.random((self.size, self.size)) >= self.p
+            holes[0, 0] = holes[-1, -1] = False
+            length = len(_shortest_path(holes.tolist(), (0, 0)))
+            if 0 < length <= self.max_depth:
+                break
+            too_long = too_long or length > 0
+        else:
+            remedy = "raise --max_depth and --max_steps" if too_long else "raise --p"
+            raise UserError(
+                f"{ATTEMPTS} lakes of --size {self.size} with --p {self.p:g} (seed {seed}): none can be crossed in "
+                f"{self.max_depth} moves; {remedy}, or lower --size"
+            )
+        self._holes = holes.tolist()
+        tiles = np.where(holes, "H", "F")
+        tiles[0, 0], tiles[-1, -1] = "S", "G"
+        self._lake = FrozenLakeEnv(desc=["".join(row) for row in tiles], is_slippery=self.is_slippery)
+        self._lake.reset(seed=seed)
+        self._policy: np.ndarray | None = None
+        return length
+
+    def _move(self, action: str) -> None:
+        self._lake.step(NUMBERS[action])
+
+    @property
+    def _position(self) -> tuple[int, int]:
+        row, column = divmod(int(self._lake.s), self.size)
+        return row, column
+
+    @property
+    def solved(self) -> bool:
+        """Whether the player stands on the goal."""
+        return self._position == (self.size - 1, self.size - 1)
+
+    @property
+    def lost(self) -> bool:
+        """Whether the player has fallen into a hole."""
+        row, column = self._position
+        return self._holes[row][column]
+
+    def observation(self) -> str:
+        """The lake; X is a player in a hole, √ one on the goal."""
+        symbols = [["O" if hole else "_" for hole in row] for row in self._holes]
+        symbols[-1][-1] = "G"
+        row, column = self._position
+        symbols[row][column] = "X" if self.lost else "√" if self.solved else "P"
+        return "\n".join(" ".join(row) for row in symbols)
+
+    def legal_actions(self) -> list[str]:
+        """The actions that may change the position."""
+        here = self._lake.s
+        return [a for a in ACTIONS if any(outcome[1] != here for outcome in self._lake.P[here][NUMBERS[a]])]
+
+    def expert_plan(self) -> list[str]:
+        """The shortest path; on slippery ice the best action for the steps that are left."""
+        if self.over:
+            return []
+        if not self.is_slippery:
+            return _shortest_path(self._holes, self._position)
+        if self._policy is None:
+            self._policy = _optimal_policy(self._lake, self.max_steps)
+        number = self._policy[self.max_steps - self.steps, self._lake.s]
+        return [next(action for action in ACTIONS if NUMBERS[action] == number)]
+
+
+def _shortest_path(holes: list[list[bool]], start: tuple[int, int]) -> list[str]:
+    """Breadth-first search from `start` to the last tile; empty where there is no way."""
+    size = len(holes)
+    came_from: dict[tuple[int, int], tuple[tuple[int, int], str] | None] = {start: None}
+    queue = deque([start])
+    while queue:
+        here = queue.popleft()
+        if here == (size - 1, size - 1):
+            break
+        for action, (down, right) in MOVES.items():
+            row, column = here[0] + down, here[1] + right
+            if 0 <= row < size and 0 <= column < size and not holes[row][column] and (row, column) not in came_from:
+                came_from[row, column] = (here, action)
+                queue.append((row, column))
+    path = []
+    step = came_from.get((size - 1, size - 1))
+    while step is not None:
+        path.append(step[1])
+        step = came_from[step[0]]
+    return path[::-1]
+
+
+def _optimal_policy(lake: FrozenLakeEnv, horizon: int) -> np.ndarray:
+    """Value iteration: the action most likely to reach the goal, int64 [steps left, state], from gymnasium's table.
+
+    Backward induction over the steps that are left, because an episode has an end; Puterman, Markov Decision
+    Processes, 1994, section 4.5.
+    """
+    states, actions = len(lake.P), len(ACTIONS)
+    outcomes = max(len(o) for by_action in lake.P.values() for o in by_action.values())
+    probability = np.zeros((states, actions, outcomes))
+    following = np.zeros((states, actions, outcomes), np.int64)
+    goes_on = np.zeros((states, actions, outcomes))
+    reward = np.zeros((states, actions))
+    for state, by_action in lake.P.items():
+        for action, results in by_action.items():
+            for index, (chance, next_state, gain, done) in enumerate(results):
+                probability[state, action, index] = chance
+                following[state, action, index] = next_state
+                goes_on[state, action, index] = not done
+                reward[state, action] += chance * gain
+    weight = probability * goes_on * PATIENCE
+    value = np.zeros(states)
+    policy = np.zeros((horizon + 1, states), np.int64)
+    for left in range(1, horizon + 1):
+        gain = reward + (weight * value[following]).sum(axis=2)
+        policy[left] = gain.argmax(axis=1)
+        value = gain.max(axis=1)
+    return policy

@@ -1,0 +1,275 @@
+"""Sokoban: levels made by playing backwards from a solved room, solved by a search for the fewest moves."""
+
+import random
+from typing import TYPE_CHECKING
+
+from dsft.envs.base import ACTIONS, Environment
+from dsft.envs.sokoban_solver import reachable, shifts, shortest_plan
+from dsft.errors import UserError
+
+if TYPE_CHECKING:
+    from dsft.config import EnvironmentFlags
+
+SYMBOLS = "#_OXP√S"
+WALL, FLOOR, TARGET, BOX, PLAYER, BOX_ON_TARGET, PLAYER_ON_TARGET = SYMBOLS
+
+SMALLEST, MOST_BOXES = 5, 4
+ATTEMPTS = 200
+PATIENCE = 4
+"""After so many attempts each, a level may have one more box on a target from the start."""
+LONGEST_PULL = 4
+ARMS = 0.6
+"""How often a new cell of floor is one that touches a single other: more arms and pillars, less of a plain hall."""
+
+
+def from_flags(flags: "EnvironmentFlags") -> "Sokoban":
+    """The game with the settings of the command line."""
+    return Sokoban(
+        dim_x=flags.dim_x,
+        dim_y=flags.dim_y,
+        num_boxes=flags.num_boxes,
+        search_depth=flags.search_depth,
+        max_steps=flags.max_steps,
+        max_depth=flags.max_depth,
+    )
+
+
+class Sokoban(Environment):
+    """A room with boxes that the player pushes onto targets.
+
+    A set of cells is an integer: bit `row * width + column`.
+    """
+
+    rules = (
+        "You play Sokoban. You see a room from above, a line per row, and walk one cell at a time: up, down, left or "
+        "right.\n"
+        "Symbols: # wall, _ empty floor, O target, X box, P you, √ box on a target, S you on a target.\n"
+        "Walking into a box pushes it one cell further. You cannot pull a box. Nothing happens if you walk into a "
+        "wall, or if a wall or another box is behind the box you push.\n"
+        "Goal: every box on a target. A box pushed into a corner without a target is stuck, so plan ahead."
+    )
+
+    def __init__(
+        self, *, dim_x: int, dim_y: int, num_boxes: int, search_depth: int, max_steps: int, max_depth: int
+    ) -> None:
+        """Args:
+        dim_x: columns of the board, the surrounding wall included.
+        dim_y: rows of the board, the surrounding wall included.
+        num_boxes: boxes, and targets.
+        search_depth: about how many moves a level is played backwards.
+        max_steps: actions after which an episode is over, solved or not.
+        max_depth: the longest shortest plan, in moves, that a level may need.
+
+        Raises:
+            UserError: a setting is out of bounds.
+        """
+        super().__init__(max_steps=max_steps, max_depth=max_depth)
+        bounds = [
+            ("dim_x", dim_x, SMALLEST),
+            ("dim_y", dim_y, SMALLEST),
+            ("search_depth", search_depth, 1),
+            ("max_steps", max_steps, 1),
+            ("max_depth", max_depth, 1),
+        ]
+        problems = [f"--{flag} must be {least} or more, got {given}" for flag, given, least in bounds if given < least]
+        if not 1 <= num_boxes <= MOST_BOXES:
+            problems.append(f"--num_boxes must be 1 to {MOST_BOXES}, got {num_boxes}")
+        if problems:
+            raise UserError("\n".join(problems))
+        self.dim_x, self.dim_y = dim_x, dim_y
+        self.num_boxes = num_boxes
+        self.search_depth = search_depth
+        self._place(dim_x, dim_y, 0, 0, 0, 0)
+
+    def _place(self, width: int, height: int, floor: int, targets: int, boxes: int, player: int) -> None:
+        self._width, self._height = width, height
+        self._floor, self._targets, self._boxes, self._player = floor, targets, boxes, player
+        self._shifts = dict(zip(ACTIONS, shifts(width), strict=True))
+        self._plan: list[str] | None = None
+
+    def load(self, text: str) -> None:
+        """Go to the position of an observation, of any size and with any number of boxes, as if `reset` had made it.
+
+        `optimal_length` is 0 where no plan of at most `max_depth` moves exists.
+
+        Raises:
+            ValueError: the text is no position.
+        """
+        rows = [line.split() for line in text.strip().splitlines()]
+        if not rows or len({len(row) for row in rows}) > 1:
+            raise ValueError("the rows of a position must be equally long")
+        symbols = [symbol for row in rows for symbol in row]
+        if unknown := set(symbols) - {*SYMBOLS}:
+            raise ValueError(f"a position has no symbol {min(unknown)!r}")
+        if {*rows[0], *rows[-1], *(row[0] for row in rows), *(row[-1] for row in rows)} != {WALL}:
+            raise ValueError("a wall must surround a position")
+
+        def cells(*wanted: str) -> int:
+            return sum(1 << i for i, symbol in enumerate(symbols) if symbol in wanted)
+
+        boxes, player = cells(BOX, BOX_ON_TARGET), cells(PLAYER, PLAYER_ON_TARGET)
+        targets = cells(TARGET, BOX_ON_TARGET, PLAYER_ON_TARGET)
+        if player.bit_count() != 1:
+            raise ValueError(f"a position has one player, not {player.bit_count()}")
+        if not boxes or boxes.bit_count() != targets.bit_count():
+            raise ValueError(f"{boxes.bit_count()} boxes for {targets.bit_count()} targets: not as many, or none")
+        self._place(len(rows[0]), len(rows), cells(*SYMBOLS) & ~cells(WALL), targets, boxes, player)
+        self.steps = 0
+        self.optimal_length = len(self.expert_plan())
+
+    def _make_level(self, seed: int) -> int:
+        for attempt in range(ATTEMPTS):
+            rng = random.Random(f"{seed} {attempt}")
+            level = _draw_level(rng, self.dim_x, self.dim_y, self.num_boxes, self.search_depth)
+            if level is None:
+                continue
+            floor, targets, boxes, player = level
+            if (boxes & targets).bit_count() > attempt // PATIENCE:
+                continue
+            plan = shortest_plan(self.dim_x, floor, targets, boxes, player, self.max_depth)
+            if plan:
+                self._place(self.dim_x, self.dim_y, floor, targets, boxes, player)
+                self._plan = plan
+                return len(plan)
+        raise UserError(
+            f"seed {seed}: none of {ATTEMPTS} levels made can be solved within --max_depth {self.max_depth} moves; "
+            "raise --max_depth, or lower --search_depth, --num_boxes, --dim_x or --dim_y"
+        )
+
+    def _move(self, action: str) -> None:
+        left, right = self._shifts[action]
+        ahead = self._player << left >> right & self._floor
+        if ahead & self._boxes:
+            behind = ahead << left >> right & self._floor & ~self._boxes
+            if not behind:
+                return
+            self._boxes ^= ahead | behind
+        if ahead:
+            self._player = ahead
+            self._plan = self._plan[1:] if self._plan and self._plan[0] == action else None
+
+    @property
+    def solved(self) -> bool:
+        """Whether every box is on a target."""
+        return self._boxes == self._targets
+
+    def observation(self) -> str:
+        symbols = [WALL] * (self._width * self._height)
+        for cells, symbol in (
+            (self._floor, FLOOR),
+            (self._targets, TARGET),
+            (self._boxes, BOX),
+            (self._boxes & self._targets, BOX_ON_TARGET),
+            (self._player, PLAYER),
+            (self._player & self._targets, PLAYER_ON_TARGET),
+        ):
+            while cells:
+                symbols[(cells & -cells).bit_length() - 1] = symbol
+                cells &= cells - 1
+        rows = range(0, len(symbols), self._width)
+        return "\n".join(" ".join(symbols[row : row + self._width]) for row in rows)
+
+    def legal_actions(self) -> list[str]:
+        free = self._floor ^ self._boxes
+        legal = []
+        for action, (left, right) in self._shifts.items():
+            ahead = self._player << left >> right
+            if ahead & free or (ahead & self._boxes and ahead << left >> right & free):
+                legal.append(action)
+        return legal
+
+    def expert_plan(self) -> list[str]:
+        if self._plan is None:
+            plan = shortest_plan(self._width, self._floor, self._targets, self._boxes, self._player, self.max_depth)
+            self._plan = plan or []
+        return list(self._plan)
+
+
+def _draw_level(
+    rng: random.Random, width: int, height: int, num_boxes: int, search_depth: int
+) -> tuple[int, int, int, int] | None:
+    """Floor, targets, boxes and player of a solvable level, or None where the first draws leave nothing to play."""
+    floor = _carve(rng, width, height, at_least=num_boxes + 2)
+    # From these cells a lone box can be pulled away; on others it would stay forever.
+    leavable = 0
+    for left, right in shifts(width):
+        leavable |= floor & (floor >> left << right) & (floor >> 2 * left << 2 * right)
+    if leavable.bit_count() < num_boxes:
+        return None
+    targets = 0
+    for _ in range(num_boxes):
+        targets |= _pick(rng, leavable & ~targets)
+    played = _play_backwards(rng, width, floor, targets, search_depth)
+    return played and (floor, targets, *played)
+
+
+def _carve(rng: random.Random, width: int, height: int, at_least: int) -> int:
+    """A connected floor, mostly open in a small room, with more walls in a larger one."""
+    inside = sum(((1 << width - 2) - 1 << 1) << row * width for row in range(1, height - 1))
+    cells = inside.bit_count()
+    least, most = (0.7, 1.0) if cells <= 25 else (0.55, 0.8)
+    floor = _pick(rng, inside)
+    for _ in range(max(at_least, round(cells * (least + (most - least) * rng.random()))) - 1):
+        once = twice = 0
+        for left, right in shifts(width):
+            beside = floor << left >> right & inside & ~floor
+            twice |= once & beside
+            once |= beside
+        single = once & ~twice
+        floor |= _pick(rng, single if single and rng.random() < ARMS else once)
+    return floor
+
+
+def _play_backwards(rng: random.Random, width: int, floor: int, targets: int, depth: int) -> tuple[int, int] | None:
+    """Boxes and player after about `depth` moves from the solved room, each stretch a walk to a box and some pulls.
+
+    Of all positions passed, the last of those with the most boxes off their targets; None where no box can be pulled.
+    """
+    directions = shifts(width)
+    boxes, player = targets, _pick(rng, floor & ~targets)
+    best, most_off, moves = None, 1, 0
+    while moves < depth:
+        free = floor ^ boxes
+        region = reachable(player, free, width)
+        # A box still on a target goes first in half of the draws, or with several boxes some would never move.
+        chosen = boxes & targets if rng.random() < 0.5 else boxes
+        grips = [region & chosen << left >> right & free >> left << right for left, right in directions]
+        if not any(grips):
+            grips = [region & boxes << left >> right & free >> left << right for left, right in directions]
+        choice = int(rng.random() * sum(grip.bit_count() for grip in grips))
+        for (left, right), grip in zip(directions, grips, strict=True):
+            if choice < grip.bit_count():
+                break
+            choice -= grip.bit_count()
+        else:
+            break
+        start, player = player, _nth(grip, choice)
+        while not start & player:
+            start |= (start >> width | start << width | start >> 1 | start << 1) & free
+            moves += 1
+        for _ in range(1 + int(rng.random() * LONGEST_PULL)):
+            ahead = player << left >> right
+            if not ahead & free:
+                break
+            boxes ^= player ^ (player >> left << right)
+            player = ahead
+            moves += 1
+        off = (boxes & ~targets).bit_count()
+        if off >= most_off:
+            best, most_off = (boxes, player), off
+    if best is None:
+        return None
+    boxes, player = best
+    return boxes, _pick(rng, reachable(player, floor ^ boxes, width))
+
+
+def _pick(rng: random.Random, cells: int) -> int:
+    """One of the cells, each as likely as another."""
+    return _nth(cells, int(rng.random() * cells.bit_count()))
+
+
+def _nth(cells: int, n: int) -> int:
+    """The cell with n others before it."""
+    for _ in range(n):
+        cells &= cells - 1
+    return cells & -cells

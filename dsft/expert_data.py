@@ -1,0 +1,270 @@
+"""An expert's episodes as parquet: search in several processes, write in the order of the seeds."""
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from dsft.config import GenerateConfig
+from dsft.envs import make_environment
+from dsft.envs.base import Environment
+from dsft.envs.dialogue import Dialogue, format_answer, instruction
+from dsft.errors import UserError
+from dsft.files import guard_disk, sync, write_text
+from dsft.processes import end_with_parent
+
+SEEDS_AT_ONCE = 8  # per task of a process
+TASKS_AHEAD = 4  # per process; the writer never waits for one, and memory stays bounded
+ROWS_AT_ONCE = 2048  # per row group
+PATIENCE = 2000  # seeds in a row without a new level
+REPORT = "generate.json"
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One level as the expert played it."""
+
+    seed: int
+    level_id: str
+    optimal_length: int
+    states: list[str]
+    """The position before each action."""
+    actions: list[str]
+    solved: bool
+
+
+@dataclass
+class Report:
+    """What was made. The counts are written to generate.json with the flags."""
+
+    output_dir: str
+    flags: dict[str, Any]
+    levels: dict[str, int] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
+    moves: int = 0
+    optimal_moves: int = 0
+    episodes_played: int = 0
+    episodes_solved: int = 0
+    repeated_levels: int = 0
+
+    def lines(self) -> list[str]:
+        """For the console."""
+        made = [
+            f"{split:<8} {self.levels[split]} levels, {self.rows[split]} rows: {Path(self.output_dir) / split}.parquet"
+            for split in self.levels
+        ]
+        kept = sum(self.levels.values())
+        rate = self.episodes_solved / self.episodes_played
+        made.append(
+            f"expert   solved {rate:.1%} of {self.episodes_played} episodes, {self.moves / kept:.2f} moves a level "
+            f"(shortest {self.optimal_moves / kept:.2f}); {self.repeated_levels} repeated levels passed over"
+        )
+        return made
+
+
+def generate(config: GenerateConfig) -> Report:
+    """Write train.parquet, test.parquet and generate.json.
+
+    Raises:
+        UserError: impossible settings, files that exist, too few different levels, a full disk.
+    """
+    environment = make_environment(config)  # refuses impossible sizes before any process starts
+    folder = Path(config.output_dir)
+    splits = {"test": config.test_size, "train": config.train_size}
+    splits = {split: size for split, size in splits.items() if size}
+    existing = [name for name in ("train.parquet", "test.parquet", REPORT) if (folder / name).exists()]
+    if existing:
+        raise UserError(f"{folder / existing[0]} exists; delete it, or name another --output_dir")
+    guard_disk(lambda: folder.mkdir(parents=True, exist_ok=True), folder)
+    report = Report(config.output_dir, _own_flags(config))
+    unfinished = {split: folder / f".{split}.parquet.tmp" for split in splits}
+    try:
+        with (
+            closing(_episodes(config)) as episodes,
+            tqdm(total=sum(splits.values()), desc="levels", unit="level", disable=None) as bar,
+        ):
+            fresh = _different_levels(episodes, report, config)
+            for split, size in splits.items():
+                rows = _rows_of_split(config, instruction(environment), split, size, fresh, report, bar)
+                guard_disk(partial(_write, unfinished[split], config, rows), folder)
+        for split, path in unfinished.items():
+            guard_disk(partial(path.replace, folder / f"{split}.parquet"), folder)
+        counts = {key: value for key, value in asdict(report).items() if key != "output_dir"}
+        guard_disk(lambda: write_text(folder / REPORT, json.dumps(counts, indent=2) + "\n"), folder)
+    finally:
+        for path in unfinished.values():
+            path.unlink(missing_ok=True)
+    return report
+
+
+def play_expert(environment: Environment, seed: int) -> Episode:
+    """The level of a seed, played by the expert until the episode is over."""
+    environment.reset(seed)
+    level_id, states, actions, plan = environment.level_id, [], [], deque[str]()
+    while not environment.over:
+        if not plan:
+            plan.extend(environment.expert_plan())
+        if not plan:
+            break
+        states.append(environment.observation())
+        actions.append(plan.popleft())
+        environment.step(actions[-1])
+    return Episode(seed, level_id, environment.optimal_length, states, actions, environment.solved)
+
+
+def _own_flags(config: GenerateConfig) -> dict[str, Any]:
+    """The flags on which the files depend."""
+    return {k: v for k, v in asdict(config).items() if k not in ("config", "debug", "output_dir", "num_processes")}
+
+
+def _episodes(config: GenerateConfig) -> Generator[Episode, None, None]:
+    """The expert's episodes on the seeds from config.seed on, in order, without end."""
+    processes = config.num_processes or len(os.sched_getaffinity(0))
+    seeds = (range(first, first + SEEDS_AT_ONCE) for first in count(config.seed, SEEDS_AT_ONCE))
+    if processes == 1:
+        environment = make_environment(config)
+        for some in seeds:
+            yield from (play_expert(environment, seed) for seed in some)
+    # fork is fast, and safe here: neither torch nor Arrow has started threads.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    pool = ProcessPoolExecutor(processes, context, initializer=_start_worker, initargs=(config,))
+    tasks: deque[Future[list[Episode]]] = deque()
+    try:
+        for some in seeds:
+            tasks.append(pool.submit(_play_seeds, some))
+            if len(tasks) >= TASKS_AHEAD * processes:
+                yield from tasks.popleft().result()
+    except BrokenProcessPool as error:
+        raise UserError("a searching process was killed, perhaps for memory; lower --num_processes") from error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+_environment: Environment
+
+
+def _start_worker(config: GenerateConfig) -> None:
+    global _environment
+    end_with_parent(signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
+    _environment = make_environment(config)
+
+
+def _play_seeds(seeds: range) -> list[Episode]:
+    return [play_expert(_environment, seed) for seed in seeds]
+
+
+def _different_levels(episodes: Iterator[Episode], report: Report, config: GenerateConfig) -> Iterator[Episode]:
+    """Solved episodes of levels that have not been seen before; counts the others."""
+    seen: set[str] = set()
+    wanted = config.train_size + config.test_size
+    last = config.seed
+    for episode in episodes:
+        report.episodes_played += 1
+        report.episodes_solved += episode.solved
+        if not episode.solved:
+            pass
+        elif episode.level_id in seen:
+            report.repeated_levels += 1
+        else:
+            seen.add(episode.level_id)
+            last = episode.seed
+            yield episode
+        if episode.seed - last >= PATIENCE:
+            raise UserError(
+                f"only {len(seen)} different levels were solved in {report.episodes_played} episodes, {wanted} are "
+                f"wanted; lower --train_size or --test_size, or let --env {config.env} be larger"
+            )
+
+
+def _rows_of_split(
+    config: GenerateConfig,
+    system: str,
+    split: str,
+    size: int,
+    fresh: Iterator[Episode],
+    report: Report,
+    bar: "tqdm[Any]",
+) -> Iterator[dict[str, Any]]:
+    """The rows of the next `size` levels."""
+    report.levels[split] = report.rows[split] = 0
+    for index in range(size):
+        episode = next(fresh)
+        report.levels[split] += 1
+        report.moves += len(episode.actions)
+        report.optimal_moves += episode.optimal_length
+        bar.update()
+        for row in _rows(config, system, split, index, episode):
+            report.rows[split] += 1
+            yield row
+
+
+def _rows(config: GenerateConfig, system: str, split: str, index: int, episode: Episode) -> Iterator[dict[str, Any]]:
+    answers = [format_answer(action) for action in episode.actions]
+    whole = Dialogue(system, episode.states, answers)
+    for turn in range(len(answers)) if config.rows == "turns" else [0]:
+        so_far = Dialogue(system, episode.states[: turn + 1], answers[:turn])
+        text = (
+            {"prompt": so_far.prompt(config.style, config.history_turns), "response": answers[turn]}
+            if config.rows == "turns"
+            else {"prompt": so_far.messages(), "messages": whole.messages()}
+        )
+        yield {
+            "data_source": config.env,
+            **text,
+            "ability": "planning",
+            "reward_model": {"style": "rule", "ground_truth": {"plan": episode.actions[turn:]}},
+            "extra_info": {
+                "split": split,
+                "index": index,
+                "seed": episode.seed,
+                "turn": turn,
+                "optimal_length": episode.optimal_length,
+                "level": episode.level_id,
+            },
+        }
+
+
+def _write(path: Path, config: GenerateConfig, rows: Iterator[dict[str, Any]]) -> None:
+    """Stream rows to a parquet file."""
+    import pyarrow as pa  # here, and not above: it comes after the processes have been forked
+    import pyarrow.parquet as pq
+
+    messages = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+    prompt = messages if config.style == "messages" else pa.string()
+    text = [("response", pa.string())] if config.rows == "turns" else [("messages", messages)]
+    truth = pa.struct([("plan", pa.list_(pa.string()))])
+    extra = [("split", pa.string()), *((n, pa.int64()) for n in ("index", "seed", "turn", "optimal_length"))]
+    schema = pa.schema(
+        [
+            ("data_source", pa.string()),
+            ("prompt", prompt),
+            *text,
+            ("ability", pa.string()),
+            ("reward_model", pa.struct([("style", pa.string()), ("ground_truth", truth)])),
+            ("extra_info", pa.struct([*extra, ("level", pa.string())])),
+        ]
+    )
+    pending: list[dict[str, Any]] = []
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for row in rows:
+            pending.append(row)
+            if len(pending) == ROWS_AT_ONCE:
+                writer.write_table(pa.Table.from_pylist(pending, schema))
+                pending.clear()
+        if pending:
+            writer.write_table(pa.Table.from_pylist(pending, schema))
+    sync(path)

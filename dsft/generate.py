@@ -1,0 +1,27 @@
+"""Command line: environment -> train.parquet and test.parquet of an expert's episodes."""
+
+import sys
+
+from dsft.cli import main as command_line
+from dsft.cli import run_and_report
+from dsft.config import GenerateConfig
+
+
+def run(config: GenerateConfig) -> None:
+    """Generate and print what was made."""
+    from dsft.expert_data import generate
+
+    def work() -> None:
+        for line in generate(config).lines():
+            print(line)
+
+    sys.exit(run_and_report(work, debug=config.debug))
+
+
+def main() -> None:
+    """The dsft-generate command."""
+    command_line(GenerateConfig, run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""Command line: model -> success rate in a game, or loss and form of answers on dialogues."""
+
+from dsft.cli import main as command_line
+from dsft.config import ValidateConfig
+
+
+def run(config: ValidateConfig) -> None:
+    """Validate and print the figures."""
+    from dsft import runtime
+
+    def work() -> None:
+        from dsft.validation.judge import validate
+
+        for line in validate(config):
+            print(line)
+
+    runtime.run_to_exit(work, debug=config.debug)
+
+
+def main() -> None:
+    """The dsft-validate command."""
+    command_line(ValidateConfig, run)
+
+
+if __name__ == "__main__":
+    main()

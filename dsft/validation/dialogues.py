@@ -1,0 +1,258 @@
+"""Judging a model on dialogues: its loss on their responses, and the form of the answers it gives itself."""
+
+import math
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from dsft import runtime
+from dsft.config import ValidateConfig
+from dsft.dataset.batches import spread
+from dsft.dataset.chat_format import THINK, ChatFormat
+from dsft.dataset.parquet import find_files, read_columns, walk
+from dsft.dataset.tokens import DataFormat, TokenDataset, load_dataset
+from dsft.errors import UserError
+from dsft.loss import TargetHead, count_targets, make_micro_batch, summed_loss
+from dsft.validation.generation import TransformersGenerator, VllmGenerator
+from dsft.validation.statistics import wilson_interval
+
+UNTAGGED = r"(?:(?!</?(?:think|answer)>).)*"
+FORM = re.compile(rf"\s*<think>{UNTAGGED}</think>\s*<answer>{UNTAGGED}</answer>\s*", re.DOTALL)
+BLOCK = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
+LABEL = re.compile(r"\b(Question|Diagnosis|Recommendation):")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an answer's text is.
+
+    in_form: thinking, then an answer, in their tags, and nothing else but whitespace
+    kind: what its one answer block holds, in form or not; None where it is neither of the two, or not one block
+    question: the question it asks
+    """
+
+    in_form: bool
+    kind: Literal["question", "diagnosis"] | None
+    question: str | None = None
+
+
+def parse_answer(text: str, *, with_thinking: bool = False) -> Answer:
+    """What an answer is; `with_thinking` says that its prompt ended in <think>, so that it does not begin with that."""
+    if with_thinking:
+        text = THINK + text
+    in_form = FORM.fullmatch(text) is not None
+    blocks = BLOCK.findall(text)
+    if len(blocks) != 1:
+        return Answer(in_form, None)
+    parts = _parts(blocks[0])
+    if list(parts) == ["Question"]:
+        return Answer(in_form, "question", parts["Question"])
+    return Answer(in_form, "diagnosis" if sorted(parts) == ["Diagnosis", "Recommendation"] else None)
+
+
+def _parts(content: str) -> dict[str, str]:
+    """Label -> text of an answer block; empty where text precedes the labels, one comes twice, or has no text.
+
+    A `Question:` part may hold several sentences: doctors ask a few related things in one turn.
+    """
+    before, *rest = LABEL.split(content)
+    labels, texts = rest[::2], [text.strip() for text in rest[1::2]]
+    if before.strip() or len(set(labels)) < len(labels) or not all(texts):
+        return {}
+    return dict(zip(labels, texts, strict=True))
+
+
+def normalize(question: str) -> str:
+    """A question's words: case, punctuation and whitespace do not tell two questions apart."""
+    kept = (" " if unicodedata.category(c).startswith("P") else c for c in question.casefold())
+    return " ".join("".join(kept).split())
+
+
+def earlier_questions(prompt: str | list[dict[str, str]]) -> frozenset[str]:
+    """The normalized questions that a prompt's assistant turns have asked.
+
+    A plain string does not say whose its words are, so there every answer block counts. What instructions give as
+    an example of the form does not begin with its label, or has no word, so it is no question.
+    """
+    if isinstance(prompt, str):
+        blocks = BLOCK.findall(prompt)
+    else:
+        turns = [message["content"] for message in prompt if message["role"] == "assistant"]
+        blocks = [block for turn in turns for block in BLOCK.findall(turn) or [turn]]
+    questions = (parts["Question"] for parts in map(_parts, blocks) if list(parts) == ["Question"])
+    return frozenset(filter(None, map(normalize, questions)))
+
+
+def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The shares of judged answers, each with its 95 % interval. Well formed: in form, and of one of the two kinds."""
+    questions = [row for row in rows if row["kind"] == "question"]
+    shares = {
+        "form": (sum(row["in_form"] for row in rows), len(rows)),
+        "question": (len(questions), len(rows)),
+        "diagnosis": (sum(row["kind"] == "diagnosis" for row in rows), len(rows)),
+        "well_formed": (sum(row["in_form"] and row["kind"] is not None for row in rows), len(rows)),
+        "repeated_question": (sum(row["repeated"] for row in questions), len(questions)),
+    }
+    report: dict[str, Any] = {"answers": len(rows)}
+    for name, (successes, trials) in shares.items():
+        report[f"{name}_rate"] = successes / trials if trials else None
+        report[f"{name}_interval"] = list(wilson_interval(successes, trials))
+    return report
+
+
+def judge_dialogues(
+    config: ValidateConfig,
+    generator: TransformersGenerator | VllmGenerator,
+    world: runtime.World,
+    device: torch.device,
+) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
+    """Judge a model on the rows of --data: loss on all of them, answers to the first --episodes. On every rank.
+
+    Returns:
+        The report, and the answered rows in file order; None on the ranks other than 0.
+
+    Raises:
+        UserError: faults in the files or their rows, on the rank that says so; PeerFailedError on the others.
+    """
+    assert config.data is not None
+    names, tokenizer = [config.data], generator.tokenizer
+    dialogues = runtime.together(lambda: _read_dialogues(names, config, tokenizer))
+    data_format = DataFormat(
+        config.prompt_key,
+        config.response_key,
+        None,
+        tuple(config.prompt_dict_keys or ()),
+        tuple(config.response_dict_keys or ()),
+        config.with_thinking,
+        config.max_length,
+        config.truncation,
+    )
+    data = runtime.on_first_local_rank(
+        world, lambda: load_dataset(names, "data", tokenizer, data_format, show_progress=world.is_main)
+    )
+    runtime.check_same_everywhere(data.fingerprint, "the rows of --data", "give all machines the same file and model")
+    if isinstance(generator, TransformersGenerator):
+        losses = _measure_loss(config, generator, data, world, device)
+    else:
+        note = "vLLM gives no losses; --engine transformers does"
+        losses = {"val/loss": None, "val/perplexity": None, "loss_note": note}
+    rows = _answer(config, generator, dialogues, world)
+    if rows is None:
+        return None
+    counts = {"rows": len(data), "rows_cut": data.counts.rows_cut, "rows_dropped": data.counts.rows_dropped}
+    cut = {"prompts_cut": sum(dialogue.is_cut for dialogue in dialogues)}
+    return counts | losses | summarize(rows) | cut, rows
+
+
+@dataclass(frozen=True)
+class _Dialogue:
+    """A row's prompt as the model gets it, and what was asked in it."""
+
+    tokens: list[int]
+    is_cut: bool
+    asked: frozenset[str]
+
+
+def _read_dialogues(
+    names: Sequence[str], config: ValidateConfig, tokenizer: PreTrainedTokenizerBase
+) -> list[_Dialogue]:
+    """The first --episodes rows."""
+    room = config.max_length - config.max_new_tokens
+    if room < 1:
+        raise UserError(
+            f"--max_length {config.max_length} leaves no room for a prompt beside --max_new_tokens "
+            f"{config.max_new_tokens}; raise the first, or lower the second"
+        )
+    chat_format = ChatFormat(tokenizer, with_thinking=config.with_thinking)
+    columns = [config.prompt_key, config.response_key]
+    dialogues = []
+    for rows in read_columns(find_files(names, "data"), columns, ["prompt_key", "response_key"], config.episodes):
+        for cell, (prompt, response) in rows:
+            prompt = walk(prompt, config.prompt_dict_keys, cell, config.prompt_key)
+            response = walk(response, config.response_dict_keys, cell, config.response_key)
+            read_only = chat_format.prompt_and_response(prompt, response, cell)[:1]
+            ids, _ = chat_format.tokenize([read_only])[0]
+            if len(ids) > room and config.truncation == "error":
+                raise UserError(
+                    f"{cell} has a prompt of {len(ids)} tokens, --max_length {config.max_length} leaves {room} beside "
+                    f"--max_new_tokens {config.max_new_tokens}; raise --max_length, or choose --truncation left"
+                )
+            dialogues.append(_Dialogue(ids[-room:].tolist(), len(ids) > room, earlier_questions(prompt)))
+    return dialogues
+
+
+@torch.no_grad()
+def _measure_loss(
+    config: ValidateConfig,
+    generator: TransformersGenerator,
+    data: TokenDataset,
+    world: runtime.World,
+    device: torch.device,
+) -> dict[str, Any]:
+    """As in training's validation: sum over sum, over every row, whatever the batch size and the number of ranks."""
+    head = TargetHead(generator.model)
+    pad = generator.tokenizer.pad_token_id
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    plan = spread(data.lengths, world.size, config.batch_size)[world.rank]
+    for members in tqdm(plan, desc="loss", unit=" batches", disable=None if world.is_main else True):
+        batch = make_micro_batch([data[row] for row in members], 0 if pad is None else pad).to(device)
+        loss_sum += summed_loss(generator.model, head, batch)
+    (total,) = runtime.sum_over_ranks([loss_sum.item()], device)
+    loss = total / sum(count_targets(data[row][1]) for row in range(len(data)))
+
+    def check() -> None:
+        if not math.isfinite(loss):
+            remedy = "" if config.dtype == "float32" else ", or try --dtype float32"
+            raise UserError(f"the loss on --data {config.data} is {loss}; look at the weights of the model{remedy}")
+
+    runtime.together(check)
+    return {"val/loss": loss, "val/perplexity": math.exp(loss) if loss < 700 else math.inf}
+
+
+def _answer(
+    config: ValidateConfig,
+    generator: TransformersGenerator | VllmGenerator,
+    dialogues: Sequence[_Dialogue],
+    world: runtime.World,
+) -> list[dict[str, Any]] | None:
+    """Generate and judge an answer to each dialogue; rank 0 gets them, in file order."""
+    # Prompts of like length share a batch, which keeps padding small; longest first, so that memory fails early.
+    order = sorted(range(len(dialogues)), key=lambda row: -len(dialogues[row].tokens))
+    mine = order[world.rank :: world.size]
+    judged = []
+    runtime.seed_step(config.seed, 0, world.rank)
+    with tqdm(total=len(mine), desc="answers", unit=" rows", disable=None if world.is_main else True) as bar:
+        for start in range(0, len(mine), config.batch_size):
+            members = mine[start : start + config.batch_size]
+            texts = generator([dialogues[row].tokens for row in members])
+            judged += [
+                _judge(row, dialogues[row], text, config.with_thinking)
+                for row, text in zip(members, texts, strict=True)
+            ]
+            bar.update(len(members))
+    parts: list[Any] = [judged]
+    if world.size > 1:
+        parts = [None] * world.size
+        dist.gather_object(judged, parts if world.is_main else None)
+    if not world.is_main:
+        return None
+    return sorted((row for part in parts for row in part), key=lambda row: row["row"])
+
+
+def _judge(row: int, dialogue: _Dialogue, text: str, with_thinking: bool) -> dict[str, Any]:
+    answer = parse_answer(text, with_thinking=with_thinking)
+    return {
+        "row": row,
+        "prompt_tokens": len(dialogue.tokens),
+        "answer": text,
+        "in_form": answer.in_form,
+        "kind": answer.kind,
+        "repeated": None if answer.question is None else normalize(answer.question) in dialogue.asked,
+    }

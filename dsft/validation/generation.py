@@ -1,0 +1,147 @@
+"""Prompts in, answers out: generation by transformers, or by vLLM where it is installed."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dsft import runtime
+from dsft.checkpoint import ADAPTER, find_checkpoint
+from dsft.config import ValidateConfig
+from dsft.dataset.chat_format import ChatFormat
+from dsft.errors import UserError
+from dsft.model.source import ModelSource, load_tokenizer, resolve_model
+
+
+class Generator(Protocol):
+    """What answers prompts."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def __call__(self, prompts: Sequence[Sequence[int]]) -> list[str]:
+        """An answer for each prompt of token ids, without its end-of-turn token."""
+        ...
+
+
+def load_generator(config: ValidateConfig, device: torch.device) -> "TransformersGenerator | VllmGenerator":
+    """The generator that the flags name.
+
+    Raises:
+        UserError: a model or an adapter that cannot be loaded, or an adapter of another model.
+    """
+    path = resolve_model(config.model)
+    tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
+    adapter = _find_adapter(config.adapter) if config.adapter else None
+    if config.engine == "vllm":
+        return VllmGenerator(config, path, adapter, tokenizer)
+    return TransformersGenerator(config, path, adapter, tokenizer, device)
+
+
+def _find_adapter(name: str) -> Path:
+    """A run, a checkpoint, or a folder that PEFT has written."""
+    folder = Path(name).expanduser()
+    if not (folder / f"{ADAPTER}.safetensors").is_file():
+        folder = find_checkpoint(name, "adapter")
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"--adapter {name}: {folder} holds no adapter_config.json; name it with --model if it is a model"
+        )
+    return folder
+
+
+class TransformersGenerator:
+    """transformers' generate: left padding, key-value cache, stop at end-of-turn."""
+
+    def __init__(
+        self,
+        config: ValidateConfig,
+        path: str,
+        adapter: Path | None,
+        tokenizer: PreTrainedTokenizerBase,
+        device: torch.device,
+    ) -> None:
+        """Raises:
+        UserError: the model or the adapter cannot be loaded.
+        """
+        self.tokenizer = tokenizer
+        self.device = device
+        source = ModelSource(
+            path, attn_implementation=config.attn_implementation, trust_remote_code=config.trust_remote_code
+        )
+        source.check()
+        model = source.pretrained(runtime.pick_dtype(config.dtype, device))
+        if adapter is not None:
+            from peft import PeftModel
+
+            try:
+                model = PeftModel.from_pretrained(model, str(adapter))
+            except (OSError, ValueError, RuntimeError, KeyError) as error:
+                reason = " ".join(str(error).split())
+                raise UserError(f"--adapter {adapter} does not fit --model {config.model}: {reason[:300]}") from error
+        self.model: Any = model.to(device).eval()
+        end = ChatFormat(tokenizer).end_of_turn
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
+        own = self.model.generation_config.eos_token_id
+        ends = {end, *([own] if isinstance(own, int) else own or [])}
+        self._pad = pad
+        self._options: dict[str, Any] = {
+            "max_new_tokens": config.max_new_tokens,
+            "eos_token_id": sorted(ends),
+            "pad_token_id": pad,
+            "do_sample": config.temperature > 0,
+            "use_cache": True,
+            # A model may come with settings of its own for sampling; the flags alone decide here.
+            "temperature": config.temperature or None,
+            "top_k": 0 if config.temperature else None,
+            "top_p": 1.0 if config.temperature else None,
+            "repetition_penalty": None,
+        }
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[Sequence[int]]) -> list[str]:
+        """An answer for each prompt of token ids, without its end-of-turn token."""
+        longest = max(len(prompt) for prompt in prompts)
+        ids = torch.full((len(prompts), longest), self._pad, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+            mask[row, longest - len(prompt) :] = 1
+        tokens = self.model.generate(
+            input_ids=ids.to(self.device), attention_mask=mask.to(self.device), **self._options
+        )
+        return self.tokenizer.batch_decode(tokens[:, longest:], skip_special_tokens=True)
+
+
+class VllmGenerator:
+    """vLLM's offline engine."""
+
+    def __init__(
+        self, config: ValidateConfig, path: str, adapter: Path | None, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
+        from vllm.lora.request import LoRARequest  # type: ignore[import-not-found]
+
+        self.tokenizer = tokenizer
+        lora: dict[str, Any] = {}
+        if adapter is not None:
+            import json
+
+            rank = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+            lora = {"enable_lora": True, "max_lora_rank": rank}
+        self._request = LoRARequest("adapter", 1, str(adapter)) if adapter is not None else None
+        self._engine = LLM(
+            model=path, dtype=config.dtype, trust_remote_code=config.trust_remote_code, seed=config.seed, **lora
+        )
+        self._sampling = SamplingParams(
+            temperature=config.temperature,
+            max_tokens=config.max_new_tokens,
+            stop_token_ids=[ChatFormat(tokenizer).end_of_turn],
+        )
+
+    def __call__(self, prompts: Sequence[Sequence[int]]) -> list[str]:
+        """An answer for each prompt of token ids, without its end-of-turn token."""
+        requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        results = self._engine.generate(requests, self._sampling, lora_request=self._request, use_tqdm=False)
+        return [result.outputs[0].text for result in results]

@@ -1,0 +1,106 @@
+"""One validation run: ranks, player or model, the report and the file of all episodes."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import dsft
+from dsft import runtime
+from dsft.config import ValidateConfig
+from dsft.files import guard_disk, write_text
+from dsft.validation.generation import load_generator
+from dsft.validation.playing import ExpertPlayer, ModelPlayer, Player, RandomPlayer, choose_levels, play, summarize
+
+NOT_SETTINGS = ("config", "debug", "output", "transcripts")
+
+
+def validate(config: ValidateConfig) -> list[str]:
+    """Judge a model and write the report.
+
+    Returns:
+        Lines for the console, on rank 0; none on the others.
+
+    Raises:
+        UserError: bad input, or a disk that refuses the report.
+    """
+    if not config.debug:
+        runtime.silence_libraries()
+    world = runtime.World.from_environment()
+    runtime.set_threads(world)
+    device = runtime.pick_device(world)
+    if world.size > 1:
+        runtime.start_process_group(world, device)
+    runtime.seed_everything(config.seed)
+    started = time.perf_counter()
+    judged = _judge_game(config, world, device) if config.env else _judge_dialogues(config, world, device)
+    if judged is None:
+        return []
+    summary, rows = judged
+    report = {
+        "model": config.model,
+        "adapter": config.adapter,
+        **summary,
+        "settings": {key: value for key, value in asdict(config).items() if key not in NOT_SETTINGS},
+        "seconds": round(time.perf_counter() - started, 2),
+        "versions": {"dsft": dsft.__version__} | {name: version(name) for name in ("torch", "transformers")},
+    }
+    output = Path(config.output)
+    guard_disk(lambda: output.parent.mkdir(parents=True, exist_ok=True), output.parent)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    guard_disk(lambda: write_text(output.with_suffix(".jsonl"), lines), output)
+    guard_disk(lambda: write_text(output, json.dumps(report, indent=2, ensure_ascii=False) + "\n"), output)
+    return [*(_game_lines(summary) if config.env else _dialogue_lines(summary)), f"report   {output}"]
+
+
+def _judge_game(
+    config: ValidateConfig, world: runtime.World, device: torch.device
+) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
+    def prepare() -> tuple[Any, Player]:
+        levels = choose_levels(config)
+        if config.model == "expert":
+            return levels, ExpertPlayer()
+        if config.model == "random":
+            return levels, RandomPlayer(config.seed)
+        return levels, ModelPlayer(load_generator(config, device), config)
+
+    levels, player = runtime.together(prepare)
+    own = play(config, player, levels, world)
+    gathered: list[Any] = [own]
+    if world.size > 1:
+        gathered = [None] * world.size
+        dist.all_gather_object(gathered, own)
+    if not world.is_main:
+        return None
+    outcomes = sorted((outcome for part in gathered for outcome in part), key=lambda outcome: outcome.episode)
+    return summarize(outcomes, config.transcripts), [asdict(outcome) for outcome in outcomes]
+
+
+def _judge_dialogues(
+    config: ValidateConfig, world: runtime.World, device: torch.device
+) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
+    from dsft.validation.dialogues import judge_dialogues
+
+    generator = runtime.together(lambda: load_generator(config, device))
+    return judge_dialogues(config, generator, world, device)
+
+
+def _game_lines(summary: dict[str, Any]) -> list[str]:
+    low, high = summary["success_interval"]
+    over = summary["moves_over_optimum"]
+    return [
+        f"solved   {summary['solved']} of {summary['episodes']} levels: {summary['success_rate']:.1%} "
+        f"(95 % interval {low:.1%} to {high:.1%})",
+        f"moves    {'no level was solved' if over is None else f'{over:.2f} over the optimum on solved levels'}",
+        f"answers  {summary['turns']}, {summary['invalid_answer_rate']:.1%} of them invalid",
+    ]
+
+
+def _dialogue_lines(summary: dict[str, Any]) -> Sequence[str]:
+    return [f"{key:<24} {value}" for key, value in summary.items() if not isinstance(value, dict)]
