@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from dsft.config import EnvironmentFlags
 
 SYMBOLS = "#_OXP√S"
-WALL, FLOOR, TARGET, BOX, PLAYER, BOX_ON_TARGET, PLAYER_ON_TARGET = SYMBOLS
+WALL, FLOOR, TARGET, BOX, PLAYER, BOX_ON_TARGET, PLAYER_ON_TARGET = tuple(SYMBOLS)
 
 SMALLEST, MOST_BOXES = 5, 4
 ATTEMPTS = 200
@@ -132,8 +132,8 @@ class Sokoban(Environment):
                 self._plan = plan
                 return len(plan)
         raise UserError(
-            f"seed {seed}: none of {ATTEMPTS} levels made can be solved within --max_depth {self.max_depth} moves; "
-            "raise --max_depth, or lower --search_depth, --num_boxes, --dim_x or --dim_y"
+            f"seed {seed}: none of {ATTEMPTS} levels tried has a plan of length {self.max_depth} or less; "
+            "raise --max_depth (and --max_steps), or lower --search_depth, --num_boxes, --dim_x or --dim_y"
         )
 
     def _move(self, action: str) -> None:
@@ -225,25 +225,18 @@ def _play_backwards(rng: random.Random, width: int, floor: int, targets: int, de
 
     Of all positions passed, the last of those with the most boxes off their targets; None where no box can be pulled.
     """
-    directions = shifts(width)
     boxes, player = targets, _pick(rng, floor & ~targets)
     best, most_off, moves = None, 1, 0
     while moves < depth:
         free = floor ^ boxes
         region = reachable(player, free, width)
-        # A box still on a target goes first in half of the draws, or with several boxes some would never move.
-        chosen = boxes & targets if rng.random() < 0.5 else boxes
-        grips = [region & chosen << left >> right & free >> left << right for left, right in directions]
-        if not any(grips):
-            grips = [region & boxes << left >> right & free >> left << right for left, right in directions]
-        choice = int(rng.random() * sum(grip.bit_count() for grip in grips))
-        for (left, right), grip in zip(directions, grips, strict=True):
-            if choice < grip.bit_count():
-                break
-            choice -= grip.bit_count()
-        else:
+        # Half of the draws are for boxes still on a target: else, of several boxes, some would hardly ever move.
+        waiting = boxes & targets if rng.random() < 0.5 else 0
+        pulls = _pulls(waiting, region, free, width) or _pulls(boxes, region, free, width)
+        if not pulls:
             break
-        start, player = player, _nth(grip, choice)
+        places, left, right = pulls[int(rng.random() * len(pulls))]
+        start, player = player, _pick(rng, places)
         while not start & player:
             start |= (start >> width | start << width | start >> 1 | start << 1) & free
             moves += 1
@@ -263,13 +256,14 @@ def _play_backwards(rng: random.Random, width: int, floor: int, targets: int, de
     return boxes, _pick(rng, reachable(player, floor ^ boxes, width))
 
 
+def _pulls(boxes: int, region: int, free: int, width: int) -> list[tuple[int, int, int]]:
+    """For each direction in which the player can pull one of the boxes: where from, and the direction's shifts."""
+    pulls = [(region & boxes << left >> right & free >> left << right, left, right) for left, right in shifts(width)]
+    return [pull for pull in pulls if pull[0]]
+
+
 def _pick(rng: random.Random, cells: int) -> int:
     """One of the cells, each as likely as another."""
-    return _nth(cells, int(rng.random() * cells.bit_count()))
-
-
-def _nth(cells: int, n: int) -> int:
-    """The cell with n others before it."""
-    for _ in range(n):
+    for _ in range(int(rng.random() * cells.bit_count())):
         cells &= cells - 1
     return cells & -cells

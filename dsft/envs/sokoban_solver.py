@@ -9,6 +9,7 @@ from dsft.envs.base import ACTIONS
 
 Layer = dict[int, int]
 
+
 def shifts(width: int) -> tuple[tuple[int, int], ...]:
     """For each of ACTIONS (left, right) such that `cells << left >> right` moves cells by that action."""
     return (0, width), (width, 0), (0, 1), (1, 0)
@@ -148,29 +149,39 @@ def _pull_layer(layer: Layer, seen: Layer, width: int, floor: int, useful: int) 
 
 def _way_in(layers: list[Layer], boxes: int, player: int, width: int) -> list[str]:
     """The actions that lead from the only position of the first layer to one in the last layer."""
-    plan: list[str] = []
+    plan = []
     for layer in reversed(layers[:-1]):
-        for action, (left, right) in zip(ACTIONS, shifts(width), strict=True):
-            before, ahead = player >> left << right, player << left >> right
-            if layer.get(boxes, 0) & before:
-                break
-            if boxes & ahead and layer.get(boxes ^ ahead ^ player, 0) & before:
-                boxes ^= ahead ^ player
-                break
-        player = before
+        action, boxes, player = _one_back(layer, boxes, player, width)
         plan.append(action)
     return plan[::-1]
 
 
+def _one_back(layer: Layer, boxes: int, player: int, width: int) -> tuple[str, int, int]:
+    """A position of the layer that one action turns into the given one: that action, the boxes and the player."""
+    for action, (left, right) in zip(ACTIONS, shifts(width), strict=True):
+        before, ahead = player >> left << right, player << left >> right
+        if layer.get(boxes, 0) & before:
+            return action, boxes, before
+        unpushed = boxes ^ ahead ^ player
+        if boxes & ahead and layer.get(unpushed, 0) & before:
+            return action, unpushed, before
+    raise AssertionError("no position of the layer leads here")
+
+
 def _way_out(layers: list[Layer], boxes: int, player: int, width: int) -> list[str]:
     """The actions that lead from a position in the last layer to one of the first layer."""
-    plan: list[str] = []
+    plan = []
     for layer in reversed(layers[:-1]):
-        for action, (left, right) in zip(ACTIONS, shifts(width), strict=True):
-            ahead = player << left >> right
-            moved = boxes ^ ahead ^ (ahead << left >> right) if boxes & ahead else boxes
-            if layer.get(moved, 0) & ahead:
-                break
-        player, boxes = ahead, moved
+        action, boxes, player = _one_on(layer, boxes, player, width)
         plan.append(action)
     return plan
+
+
+def _one_on(layer: Layer, boxes: int, player: int, width: int) -> tuple[str, int, int]:
+    """A position of the layer that one action makes of the given one: that action, the boxes and the player."""
+    for action, (left, right) in zip(ACTIONS, shifts(width), strict=True):
+        ahead = player << left >> right
+        moved = boxes ^ ahead ^ (ahead << left >> right) if boxes & ahead else boxes
+        if layer.get(moved, 0) & ahead:
+            return action, moved, ahead
+    raise AssertionError("no position of the layer follows this one")
