@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "dsft/__init__.py").read_text(encoding="utf-8")).group(1)
+COMMANDS = ("train", "merge", "generate", "validate", "pipeline")
 
 setup(
     name="dsft",
@@ -34,7 +35,8 @@ setup(
         "PyYAML>=6",
         "tqdm>=4.70",
         "gguf>=0.19",
+        "gymnasium>=1.4",
     ],
-    extras_require={"tensorboard": ["tensorboard>=2.21"]},
-    entry_points={"console_scripts": ["dsft-train = dsft.train:main", "dsft-merge = dsft.merge:main"]},
+    extras_require={"tensorboard": ["tensorboard>=2.21"], "plots": ["matplotlib>=3.11"], "vllm": ["vllm"]},
+    entry_points={"console_scripts": [f"dsft-{name} = dsft.{name}:main" for name in COMMANDS]},
 )

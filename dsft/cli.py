@@ -26,6 +26,8 @@ from fire.decorators import SetParseFn
 from dsft.errors import UserError, did_you_mean
 
 Config = TypeVar("Config")
+SECTION = dict[str, Any]
+"""Type of a field that holds the flags of another command: --train.lr 1e-3, or a section in the YAML file."""
 LAUNCHER_FLAGS = {"local_rank"}  # the DeepSpeed launcher puts it before the user's flags; LOCAL_RANK says the same
 
 
@@ -99,8 +101,14 @@ def parse(config_class: type[Config], argv: Sequence[str]) -> Config:
     problems: list[str] = []
     values: dict[str, Any] = _collect(config_class, argv, problems)
     if values.get("config"):
-        values = _read_yaml(config_class, values["config"], problems) | values
+        values = _merge(_read_yaml(config_class, values["config"], problems), values)
     return build(config_class, values, problems)
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Values over values; sections flag by flag."""
+    sections = {k: below[k] | above[k] for k in above if isinstance(above[k], dict) and isinstance(below.get(k), dict)}
+    return below | above | sections
 
 
 def build(config_class: type[Config], values: dict[str, Any], problems: Sequence[str] = ()) -> Config:
@@ -139,8 +147,8 @@ def as_yaml(config: Any) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
-def _collect(config_class: type, argv: Sequence[str], problems: list[str]) -> dict[str, str]:
-    """Flag name -> text. Appends to `problems` what is no flag, or lacks a value."""
+def _collect(config_class: type, argv: Sequence[str], problems: list[str]) -> dict[str, Any]:
+    """Flag name -> text, or a dict of such for a section. Appends to `problems` what is no flag, or lacks a value."""
     hints = typing.get_type_hints(config_class)
     argv = [word for word in argv if not (_is_flag(word) and _name(word) in LAUNCHER_FLAGS)]
     words = []
@@ -158,7 +166,7 @@ def _collect(config_class: type, argv: Sequence[str], problems: list[str]) -> di
             problems.append(f"--{name} needs a value: {type_text(hints[name])}")
         else:
             words.append(f"--{name}=")
-    collected: dict[str, str] = {}
+    collected: dict[str, Any] = {}
 
     @SetParseFn(str)
     def collect(*words: str, **flags: str) -> None:
@@ -167,6 +175,10 @@ def _collect(config_class: type, argv: Sequence[str], problems: list[str]) -> di
 
     # What follows the last "--" is for Fire itself. Its separator would end our flags at a word "-".
     fire.Fire(collect, command=[*words, "--", "--separator", "\0"])
+    for name in [name for name in collected if hints.get(name.partition(".")[0]) == SECTION]:
+        section, _, of_section = name.partition(".")
+        if of_section:  # --train.lr 1e-3
+            collected.setdefault(section, {})[of_section] = collected.pop(name)
     unknown = [name for name in collected if name not in hints]
     problems += [f"unknown flag --{name}{did_you_mean(name, hints)}; --help lists all flags" for name in unknown]
     return collected
@@ -247,10 +259,29 @@ def read_value(value: Any, kind: Any) -> Any:
         if number != number or abs(number) == float("inf"):
             raise ValueError
         return number
+    if kind == SECTION:
+        if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+            raise ValueError
+        return value
     assert kind is str, kind
     if value is None or isinstance(value, (list, dict)):
         raise ValueError
     return str(value)
+
+
+def as_words(config: Any) -> list[str]:
+    """The flags that differ from their defaults as a command line."""
+    words = []
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if f.metadata["required"] or value != _default(f):
+            text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+            words += [f"--{f.name}", text]
+    return words
+
+
+def _default(f: "dataclasses.Field[Any]") -> Any:
+    return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
 
 
 def type_text(kind: Any) -> str:
@@ -264,6 +295,8 @@ def type_text(kind: Any) -> str:
         return "a list"
     if origin is tuple:
         return f"{len(arguments)} numbers"
+    if origin is dict:
+        return "flags"
     return {bool: "True or False", int: "a whole number", float: "a number", str: "text"}[kind]
 
 
@@ -282,7 +315,9 @@ def default_text(f: "dataclasses.Field[Any]") -> str:
     """A field's default as it would be typed, or "required"."""
     if f.metadata["required"]:
         return "required"
-    default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+    default = _default(f)
+    if isinstance(default, dict):
+        return "none"
     return ",".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
 
 

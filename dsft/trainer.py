@@ -22,12 +22,10 @@ from dsft.checkpoint import (
     MODEL,
     OPTIMIZER,
     CheckpointFolder,
-    TensorReader,
     TrainerState,
     find_checkpoint,
     read_state,
     write_state,
-    write_tensors,
 )
 from dsft.cli import as_yaml
 from dsft.config import EVERY_EPOCH, TrainConfig
@@ -39,6 +37,7 @@ from dsft.loss import TargetHead, count_targets, make_micro_batch, summed_loss
 from dsft.model.lora import LoraOptions, LoraStart, add_lora
 from dsft.model.source import ModelSource, load_tokenizer, resolve_model
 from dsft.schedule import learning_rate_factor
+from dsft.tensor_files import TensorReader, write_tensors
 from dsft.tracking import Tracker
 
 
@@ -64,7 +63,9 @@ class Trainer:
         self._load_data()
         self._load_model()
         runtime.together(self._check_output)
-        self.state = TrainerState(0, 0.0, config.backend, self.world.size, self.train_data.fingerprint)
+        self.state = TrainerState(
+            0, self.total_steps, 0.0, config.backend, self.world.size, self.train_data.fingerprint
+        )
         if self.resume_from is not None:
             self._restore(self.resume_from)
         self._open_output()

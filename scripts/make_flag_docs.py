@@ -12,9 +12,15 @@ from dataclasses import fields
 from pathlib import Path
 
 from dsft.cli import default_text, meanings, type_text
-from dsft.config import GenerateConfig, MergeConfig, TrainConfig, ValidateConfig
+from dsft.config import GenerateConfig, MergeConfig, PipelineConfig, TrainConfig, ValidateConfig
 
-COMMANDS = {"train": TrainConfig, "merge": MergeConfig, "generate": GenerateConfig, "validate": ValidateConfig}
+COMMANDS = {
+    "train": TrainConfig,
+    "merge": MergeConfig,
+    "generate": GenerateConfig,
+    "validate": ValidateConfig,
+    "pipeline": PipelineConfig,
+}
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "flags.md"
 
 

@@ -2,6 +2,7 @@
 
 from dsft.config.games import EnvironmentFlags, GenerateConfig, PromptFlags, ValidateConfig
 from dsft.config.merge import MergeConfig
+from dsft.config.pipeline import PipelineConfig
 from dsft.config.train import EVERY_EPOCH, TrainConfig
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "EnvironmentFlags",
     "GenerateConfig",
     "MergeConfig",
+    "PipelineConfig",
     "PromptFlags",
     "TrainConfig",
     "ValidateConfig",

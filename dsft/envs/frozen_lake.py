@@ -65,7 +65,8 @@ class FrozenLake(Environment):
             self.rules = self.rules + self.slippery_rules
 
     def _make_level(self, seed: int) -> int:
-        random = np.random.default_rng(seed)
+        # Not default_rng(seed): gymnasium draws the slips from that stream, and they would follow the holes.
+        random = np.random.default_rng(np.random.SeedSequence(seed).spawn(1)[0])
         too_long = False
         for _ in range(ATTEMPTS):
             holes = random.random((self.size, self.size)) >= self.p
@@ -125,7 +126,8 @@ class FrozenLake(Environment):
         if self.over:
             return []
         if not self.is_slippery:
-            return _shortest_path(self._holes, self._position)
+            path = _shortest_path(self._holes, self._position)
+            return path if len(path) <= self.max_depth else []
         if self._policy is None:
             self._policy = _optimal_policy(self._lake, self.max_steps)
         number = self._policy[self.max_steps - self.steps, self._lake.s]

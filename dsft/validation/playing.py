@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -168,10 +169,7 @@ def play(config: ValidateConfig, player: Player, levels: Sequence[Level], world:
     outcomes: list[Outcome] = []
     with tqdm(total=share, desc="episodes", unit="episode", disable=None if world.is_main else True) as bar:
         while True:
-            for number, level in waiting:
-                games.append(_start(config, number, level))
-                if len(games) == config.batch_size:
-                    break
+            games += [_start(config, *new) for new in islice(waiting, config.batch_size - len(games))]
             if not games:
                 return outcomes
             for game, answer in zip(games, player(games), strict=True):

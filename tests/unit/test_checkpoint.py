@@ -9,20 +9,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dsft import checkpoint, files
+from dsft import checkpoint, files, tensor_files
 from dsft.checkpoint import (
     COMPLETE,
     STATE,
     CheckpointFolder,
-    TensorReader,
     TrainerState,
     find_checkpoint,
     read_state,
     write_state,
-    write_tensors,
 )
 from dsft.errors import UserError
 from dsft.files import write_text
+from dsft.tensor_files import TensorReader, write_tensors
 
 
 @pytest.fixture
@@ -218,7 +217,7 @@ def test_a_path_that_is_no_checkpoint_says_why(run, tmp_path):
     assert told.startswith(f"--resume {saved}: the checkpoint has no COMPLETE file; its writing was interrupted")
 
 
-STATES = TrainerState(3, 0.5, "fsdp", 2, "abc", val_loss=1.25, best_step=2, best_val_loss=1.0, versions={"torch": "2"})
+STATES = TrainerState(3, 6, 0.5, "fsdp", 2, "abc", val_loss=1.25, best_step=2, best_val_loss=1.0, versions={"torch": "2"})
 
 
 def test_the_state_reads_back_as_it_was_written(tmp_path):
@@ -262,7 +261,7 @@ def test_tensors_read_back_bit_for_bit(tmp_path):
 
 
 def test_many_bytes_are_written_in_numbered_files_and_read_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 100)  # tensors of 16, 32, 48, 64 and 80 bytes
+    monkeypatch.setattr(tensor_files, "SHARD_BYTES", 100)  # tensors of 16, 32, 48, 64 and 80 bytes
     write_tensors(tmp_path, "model", iter(tensors().items()))
     files = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     assert sorted(path.name for path in tmp_path.iterdir()) == [*files, "model.safetensors.index.json"]
@@ -274,7 +273,7 @@ def test_many_bytes_are_written_in_numbered_files_and_read_back(tmp_path, monkey
 
 
 def test_a_tensor_larger_than_a_shard_has_a_file_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 1)
+    monkeypatch.setattr(tensor_files, "SHARD_BYTES", 1)
     write_tensors(tmp_path, "model", iter(tensors(2).items()))
     assert len(list(tmp_path.glob("model-*-of-00002.safetensors"))) == 2
 
@@ -286,12 +285,12 @@ def test_ranks_that_write_nothing_go_through_all_tensors():
 
 
 def test_tensors_are_consumed_to_the_end_even_when_writing_fails(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 1)
+    monkeypatch.setattr(tensor_files, "SHARD_BYTES", 1)
 
     def fail(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", fail)
+    monkeypatch.setattr(tensor_files, "save_file", fail)
     left = iter(tensors().items())
     with pytest.raises(OSError, match="No space"):
         write_tensors(tmp_path, "model", left)
@@ -313,7 +312,7 @@ def test_a_missing_file_is_refused_in_one_line(tmp_path):
 
 
 def test_a_missing_numbered_file_is_refused_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 100)
+    monkeypatch.setattr(tensor_files, "SHARD_BYTES", 100)
     write_tensors(tmp_path, "model", iter(tensors().items()))
     (tmp_path / "model-00003-of-00003.safetensors").unlink()
     told = message(TensorReader, tmp_path, "model")

@@ -1,0 +1,77 @@
+"""Flags of dsft.pipeline: those of its own, those that its steps share, and a section for each step."""
+
+import importlib.util
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from dsft.config.flags import CommonFlags, ModelFlags, flag
+from dsft.config.games import PLAYERS, EnvironmentFlags, GenerateConfig, PromptFlags, ValidateConfig
+from dsft.config.merge import MergeConfig
+from dsft.config.train import TrainConfig
+from dsft.errors import UserError, did_you_mean
+
+STEPS = ("generate", "train", "merge", "validate")
+COMMANDS: dict[str, Any] = {
+    "generate": GenerateConfig,
+    "train": TrainConfig,
+    "merge": MergeConfig,
+    "validate": ValidateConfig,
+}
+SHARED = {f.name for part in (EnvironmentFlags, PromptFlags, ModelFlags) for f in fields(part)}
+SET_BY_PIPELINE = {
+    "generate": {"output_dir", "config"},
+    "train": {"train_files", "val_files", "messages_key", "output_dir", "resume", "config", "backend"},
+    "merge": {"checkpoint", "output", "config", "trust_remote_code"},
+    "validate": {"adapter", "data", "levels", "exclude_levels", "output", "config", "with_thinking"},
+}
+
+
+@dataclass(kw_only=True)
+class PipelineConfig(PromptFlags, EnvironmentFlags, ModelFlags, CommonFlags):
+    """Generate expert data, train on it, merge the best checkpoint, and let the result play against its base."""
+
+    backend: Literal["fsdp", "zero3"] = flag("fsdp", section="Pipeline")
+    """Sharding library of the training."""
+    nproc: int = flag(1)
+    """Processes that train, and that play with a model."""
+    select: Literal["val_loss", "success_rate"] = flag("val_loss")
+    """The best checkpoint: by validation loss, or by letting every kept checkpoint play the levels of test.parquet."""
+    force: Literal["generate", "train", "merge", "validate"] | None = flag(None)
+    """Delete what this step and those after it have made, and go on from there."""
+    output_dir: str = flag(required=True)
+    """Folder of all that the steps make, report.md and loss.png. Started again, it goes on with what is left."""
+
+    generate: dict[str, Any] = flag({}, section="Steps")
+    """Flags of dsft.generate: --generate.train_size 1000, or a section in the YAML file."""
+    train: dict[str, Any] = flag({})
+    """Flags of dsft.train: --train.lr 1e-3, …"""
+    merge: dict[str, Any] = flag({})
+    """Flags of dsft.merge."""
+    validate: dict[str, Any] = flag({})
+    """Flags of dsft.validate: --validate.episodes 100, …"""
+
+    def check(self) -> None:
+        """Raise UserError with every problem, also of the steps' flags, before any step starts."""
+        problems = [] if self.env else ["--env is required: sokoban or frozenlake"]
+        problems += (self.environment_problems() if self.env else []) + self.prompt_problems()
+        if self.nproc < 1:
+            problems.append(f"nproc must be 1 or more, got {self.nproc}")
+        if self.model in PLAYERS:
+            problems.append(f"--model {self.model} plays without weights, so it cannot be trained; name a model")
+        if Path(self.output_dir).exists() and not Path(self.output_dir).is_dir():
+            problems.append(f"output_dir {self.output_dir} is a file; name a folder")
+        if importlib.util.find_spec("matplotlib") is None:
+            problems.append("the report's loss curve needs the package matplotlib; install it")
+        if self.select == "success_rate" and str(self.generate.get("test_size")) == "0":
+            problems.append("--select success_rate plays the levels of test.parquet, got --generate.test_size 0")
+        for step in STEPS:
+            known = {f.name for f in fields(COMMANDS[step])}
+            for name in getattr(self, step):
+                if name not in known:
+                    problems.append(f"unknown flag --{step}.{name}{did_you_mean(name, known)}")
+                elif name in SET_BY_PIPELINE[step] or (name in SHARED and step != "merge"):
+                    own = f"; give --{name}" if name in {f.name for f in fields(self)} else ""
+                    problems.append(f"--{step}.{name} is set by the pipeline{own}")
+        if problems:
+            raise UserError("\n".join(problems))

@@ -1,0 +1,366 @@
+"""The pipeline's steps as processes: run, remembered, and gone on with where an earlier start ended.
+
+A step is done when pipeline.json says so. A step that was killed is run again: training goes on from its latest
+checkpoint, the others start over. No shell is involved, and a step ends when the pipeline does.
+"""
+
+import fcntl
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from tqdm import tqdm
+
+from dsft.checkpoint import CheckpointFolder, read_state
+from dsft.cli import as_words, build
+from dsft.config import GenerateConfig, MergeConfig, PipelineConfig, TrainConfig, ValidateConfig
+from dsft.config.pipeline import SHARED, STEPS
+from dsft.envs import make_environment
+from dsft.errors import UserError
+from dsft.files import guard_disk, write_text
+from dsft.processes import end_with_parent
+
+STATE, LOCK = "pipeline.json", ".pipeline.lock"
+WAIT_FOR_OTHER = 60  # seconds that a step of a killed pipeline may take to end
+PLAYERS = ("base model", "fine-tuned model", "expert", "random")
+
+
+class StepFailedError(UserError):
+    """A step ended with another status than 0, which the pipeline ends with too."""
+
+    def __init__(self, text: str, status: int) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command of a step."""
+
+    name: str
+    command: str
+    config: Any
+    ranks: int = 1
+
+    def words(self) -> list[str]:
+        """The argument list."""
+        start = [sys.executable, "-m"]
+        if self.ranks > 1:
+            start += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(self.ranks), "-m"]
+        return [*start, f"dsft.{self.command}", *as_words(self.config)]
+
+
+class Pipeline:
+    """generate -> train -> merge the best -> validate, in one folder."""
+
+    def __init__(self, config: PipelineConfig) -> None:
+        """Raises:
+        UserError: flags of a step that its command would refuse.
+        """
+        make_environment(config)  # impossible sizes are told before any step starts
+        self.config = config
+        self.root = Path(config.output_dir)
+        self.data, self.run_folder = self.root / "data", self.root / "train"
+        self.merged, self.validation, self.logs = self.root / "merged", self.root / "validate", self.root / "logs"
+        self.generate = self._build("generate", GenerateConfig, {"output_dir": self.data} | self._game())
+        self.train = self._build("train", TrainConfig, self._training())
+        self.merge = self._build("merge", MergeConfig, {"checkpoint": self.run_folder, "output": self.merged})
+        self.validate = self._validation("base model")
+        for player in PLAYERS[1:]:
+            self._validation(player)
+
+    def _build(self, step: str, config_class: Any, values: dict[str, Any]) -> Any:
+        """A step's config from the pipeline's values and the step's own section."""
+        values = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+        try:
+            return build(config_class, getattr(self.config, step) | values)
+        except UserError as error:
+            raise UserError("\n".join(f"--{step}: {line}" for line in str(error).splitlines())) from error
+
+    def _shared(self, config_class: Any) -> dict[str, Any]:
+        names = {f.name for f in fields(config_class)} & SHARED
+        return {name: getattr(self.config, name) for name in names}
+
+    def _game(self) -> dict[str, Any]:
+        return self._shared(GenerateConfig) | {"debug": self.config.debug}
+
+    def _training(self) -> dict[str, Any]:
+        episodes = self.generate.rows == "episodes"
+        return self._shared(TrainConfig) | {
+            "backend": self.config.backend,
+            "train_files": [str(self.data / "train.parquet")],
+            "val_files": [str(self.data / "test.parquet")] if self.generate.test_size else None,
+            "messages_key": "messages" if episodes else None,
+            "output_dir": self.run_folder,
+            "debug": self.config.debug,
+        }
+
+    def _validation(self, player: str) -> ValidateConfig:
+        """Each player meets the same levels, which neither training nor the choice of the checkpoint has seen."""
+        model = {"base model": self.config.model, "fine-tuned model": str(self._tuned_model())}.get(player, player)
+        return self._build(
+            "validate",
+            ValidateConfig,
+            self._shared(ValidateConfig)
+            | {
+                "model": model,
+                "with_thinking": self.train.with_thinking,
+                "exclude_levels": [str(self.data)],
+                "output": self.validation / f"{player.replace(' ', '_')}.json",
+                "debug": self.config.debug,
+            },
+        )
+
+    def _tuned_model(self) -> Path:
+        """Where the fine-tuned model stands: merged, or the best checkpoint itself where all weights were trained."""
+        return self.merged if self.train.lora_rank else self.run_folder / "best"
+
+    # Running
+
+    def run(self) -> list[str]:
+        """Run what is left, write the report, and return its table's lines.
+
+        Raises:
+            UserError: other flags than those of an earlier start, a folder in use, or a step that failed.
+        """
+        guard_disk(lambda: self.logs.mkdir(parents=True, exist_ok=True), self.logs)
+        with self._locked() as lock, _ending_children_on_sigterm():
+            self._lock = lock
+            self._read_state()
+            self._step("generate", lambda: self._run(Job("generate", "generate", self.generate)))
+            self._step("train", self._train)
+            self._step("merge", self._merge)
+            self._step("validate", self._validate)
+            from dsft.pipeline_report import write_report
+
+            lines: list[str] = []
+            guard_disk(lambda: lines.extend(write_report(self)), self.root)
+            return lines
+
+    @contextmanager
+    def _locked(self) -> Iterator[int]:
+        """The folder belongs to one pipeline at a time. Its steps hold the lock as well, until they have ended."""
+        descriptor = os.open(self.root / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            give_up = time.monotonic() + WAIT_FOR_OTHER
+            told = False
+            while True:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > give_up:
+                        raise UserError(
+                            f"{self.root} is in use by another pipeline; wait for it, or name another"
+                        ) from None
+                    if not told:
+                        print(f"waiting: a step of an earlier start still works in {self.root}", flush=True)
+                        told = True
+                    time.sleep(0.5)
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def _read_state(self) -> None:
+        """What is done already; refuses flags that differ from those it was done with."""
+        path = self.root / STATE
+        self._done: dict[str, Any] = {}
+        if path.is_file():
+            try:
+                stored = json.loads(path.read_text(encoding="utf-8"))
+                self._done = {step: dict(stored[step]) for step in STEPS if step in stored}
+            except (OSError, ValueError, TypeError) as error:
+                raise UserError(f"{path} cannot be read ({error}); delete {self.root} and start again") from error
+        forced = STEPS.index(self.config.force) if self.config.force else len(STEPS)
+        for step in STEPS[forced:]:
+            self._done.pop(step, None)
+        problems = []
+        for step, before in self._done.items():
+            now = self._identity(step)
+            problems += [f"{n} was {before.get(n)}, is {now[n]}" for n in now if before.get(n) != now[n]]
+            if problems:
+                raise UserError(
+                    f"{self.root}: {step} was done with other flags: {'; '.join(problems)}; use the same ones, "
+                    f"--force {step}, or another --output_dir"
+                )
+        self._clear(STEPS[forced:])
+        self._write_state()
+
+    def _identity(self, step: str) -> dict[str, Any]:
+        """The flags of a step, and of the choice between checkpoints, as JSON keeps them."""
+        config = {"generate": self.generate, "train": self.train, "merge": self.merge, "validate": self.validate}[step]
+        values = {k: v for k, v in asdict(config).items() if k not in ("debug", "config", "num_processes")}
+        if step == "merge":
+            values["select"] = self.config.select
+        same: dict[str, Any] = json.loads(json.dumps(values))
+        return same
+
+    def _write_state(self) -> None:
+        text = json.dumps(self._done, indent=2) + "\n"
+        guard_disk(lambda: write_text(self.root / STATE, text), self.root / STATE)
+
+    def _clear(self, steps: tuple[str, ...]) -> None:
+        """Delete what steps have made."""
+        made = {
+            "generate": [self.data],
+            "train": [self.run_folder],
+            "merge": [self.merged, self.root / "select"],
+            "validate": [self.validation, self.root / "report.md", self.root / "loss.png"],
+        }
+        for step in steps:
+            for path in made[step]:
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+
+    def _step(self, step: str, work: Callable[[], None]) -> None:
+        if step in self._done:
+            print(f"{step:<8} done before", flush=True)
+            return
+        if step in ("generate", "merge"):
+            self._clear((step,))  # of a killed start; the others know how to go on
+        started = time.monotonic()
+        work()
+        self._done[step] = self._identity(step)
+        self._write_state()
+        print(f"{step:<8} done in {time.monotonic() - started:.0f} s", flush=True)
+
+    def _train(self) -> None:
+        self._run(Job("train", "train", self.train, self.config.nproc), self._training_progress)
+        checkpoints = CheckpointFolder(self.run_folder)
+        latest = checkpoints.latest()
+        state = read_state(latest) if latest else None
+        if state is None or state.step < state.total_steps:
+            raise UserError(
+                f"training was stopped after step {state.step if state else 0}; start the same command again to go on"
+            )
+
+    def _merge(self) -> None:
+        """Choose a checkpoint and merge it; full fine-tuning needs no merge, its checkpoint is the model."""
+        checkpoints = CheckpointFolder(self.run_folder)
+        best = self._best_player(checkpoints) if self.config.select == "success_rate" else checkpoints.best()
+        best = best or checkpoints.latest()
+        assert best is not None
+        if self.train.lora_rank:
+            config = MergeConfig(**asdict(self.merge) | {"checkpoint": str(best)})
+            self._run(Job("merge", "merge", config))
+        else:
+            checkpoints.point("best", best)
+
+    def _best_player(self, checkpoints: CheckpointFolder) -> Path:
+        """The checkpoint that solves most levels of test.parquet; of equals, the one with fewer moves, the earlier."""
+        folder = self.root / "select"
+        results = []
+        for checkpoint in checkpoints.all():
+            weights = (
+                {"model": self.config.model, "adapter": str(checkpoint)}
+                if self.train.lora_rank
+                else {"model": str(checkpoint)}
+            )
+            values = asdict(self.validate) | weights
+            values |= {"levels": str(self.data / "test.parquet"), "exclude_levels": None}
+            values |= {"output": str(folder / f"{checkpoint.name}.json")}
+            values["episodes"] = min(self.validate.episodes, self.generate.test_size)
+            self._run(Job(f"select-{checkpoint.name}", "validate", ValidateConfig(**values), self.config.nproc))
+            report = json.loads((folder / f"{checkpoint.name}.json").read_text(encoding="utf-8"))
+            over = report["moves_over_optimum"]
+            results.append((-report["success_rate"], math.inf if over is None else over, checkpoint.name, checkpoint))
+        return min(results)[-1]
+
+    def _validate(self) -> None:
+        for player in PLAYERS:
+            config = self._validation(player)
+            if not Path(config.output).is_file():  # written whole or not at all
+                ranks = 1 if config.model in ("expert", "random") else self.config.nproc
+                self._run(Job(f"validate-{player.replace(' ', '-')}", "validate", config, ranks))
+
+    def _run(self, job: Job, progress: "Callable[[], tuple[int, int] | None] | None" = None) -> None:
+        """Run one command to its end, its output in a log.
+
+        Raises:
+            StepFailedError: it ended with another status than 0.
+        """
+        log = self.logs / f"{job.name}.log"
+        print(f"{job.name:<8} running, log {log}", flush=True)
+        with open(log, "ab") as output:
+            child = subprocess.Popen(
+                job.words(),
+                stdout=output,
+                stderr=output,
+                stdin=subprocess.DEVNULL,
+                pass_fds=[self._lock],
+                start_new_session=True,  # Ctrl-C reaches the pipeline alone, which then ends its step in order
+                preexec_fn=end_with_parent,
+            )
+            try:
+                status = _wait(child, progress)
+            except BaseException:
+                child.send_signal(signal.SIGTERM)  # training saves a checkpoint and ends
+                try:
+                    child.wait(WAIT_FOR_OTHER)
+                except subprocess.TimeoutExpired:
+                    os.killpg(child.pid, signal.SIGKILL)
+                raise
+        if status != 0:
+            told = [
+                line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if "error: " in line
+            ]
+            reason = f": {told[-1].partition('error: ')[2]}" if told else ""
+            code = status if status > 0 else 128 - status
+            raise StepFailedError(f"{job.name} failed with status {code}{reason}; its log is {log}", code)
+
+    def _training_progress(self) -> tuple[int, int] | None:
+        """(steps done, steps in all), from metrics.jsonl."""
+        try:
+            rows = json.loads((self.data / "generate.json").read_text(encoding="utf-8"))["rows"]["train"]
+            lines = (self.run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            done = json.loads(lines[-1])["step"]
+        except (OSError, ValueError, KeyError, IndexError):
+            return None
+        epochs = self.train.total_epochs * math.ceil(
+            min(rows, self.train.max_train_rows or rows) / self.train.train_batch_size
+        )
+        return done, self.train.total_training_steps or epochs
+
+
+def _wait(child: "subprocess.Popen[bytes]", progress: "Callable[[], tuple[int, int] | None] | None") -> int:
+    """Wait for a process; on a terminal with a bar where the progress is known."""
+    bar: tqdm[Any] | None = None
+    try:
+        while True:
+            try:
+                return child.wait(timeout=1)
+            except subprocess.TimeoutExpired:
+                known = progress() if progress is not None and sys.stderr.isatty() else None
+                if known is not None:
+                    bar = bar or tqdm(total=known[1], initial=known[0], desc="train", unit="step")
+                    bar.update(known[0] - bar.n)
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+@contextmanager
+def _ending_children_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the pipeline as Ctrl-C does, so that the running step is ended in order too."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
