@@ -128,8 +128,8 @@ class ValidateConfig(PromptFlags, EnvironmentFlags, RowFlags, ModelFlags, Common
     """Episodes played side by side on one rank; changes memory and speed."""
     temperature: float = flag(0.0)
     """0 takes the most probable token, above 0 draws."""
-    max_new_tokens: int = flag(128)
-    """Longest answer in tokens."""
+    max_new_tokens: int = flag(512)
+    """Longest answer in tokens; longer ones are cut off."""
     engine: Literal["transformers", "vllm"] = flag("transformers")
     """What generates; vllm must be installed apart."""
     transcripts: int = flag(2)

@@ -18,6 +18,8 @@ from dsft.files import guard_disk, write_text
 from dsft.validation.generation import load_generator
 from dsft.validation.playing import ExpertPlayer, ModelPlayer, Player, RandomPlayer, choose_levels, play, summarize
 
+Judged = tuple[dict[str, Any], list[dict[str, Any]]]
+"""A summary, and what it sums up: a dict an episode or row."""
 NOT_SETTINGS = ("config", "debug", "output", "transcripts")
 
 
@@ -40,15 +42,18 @@ def validate(config: ValidateConfig) -> list[str]:
     runtime.seed_everything(config.seed)
     started = time.perf_counter()
     judged = _judge_game(config, world, device) if config.env else _judge_dialogues(config, world, device)
-    if judged is None:
-        return []
+    return runtime.together(lambda: _write(config, judged, time.perf_counter() - started) if judged else [])
+
+
+def _write(config: ValidateConfig, judged: Judged, seconds: float) -> list[str]:
+    """The report and the file of all episodes or rows."""
     summary, rows = judged
     report = {
         "model": config.model,
         "adapter": config.adapter,
         **summary,
         "settings": {key: value for key, value in asdict(config).items() if key not in NOT_SETTINGS},
-        "seconds": round(time.perf_counter() - started, 2),
+        "seconds": round(seconds, 2),
         "versions": {"dsft": dsft.__version__} | {name: version(name) for name in ("torch", "transformers")},
     }
     output = Path(config.output)
@@ -59,9 +64,7 @@ def validate(config: ValidateConfig) -> list[str]:
     return [*(_game_lines(summary) if config.env else _dialogue_lines(summary)), f"report   {output}"]
 
 
-def _judge_game(
-    config: ValidateConfig, world: runtime.World, device: torch.device
-) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
+def _judge_game(config: ValidateConfig, world: runtime.World, device: torch.device) -> Judged | None:
     def prepare() -> tuple[Any, Player]:
         levels = choose_levels(config)
         if config.model == "expert":
@@ -82,9 +85,7 @@ def _judge_game(
     return summarize(outcomes, config.transcripts), [asdict(outcome) for outcome in outcomes]
 
 
-def _judge_dialogues(
-    config: ValidateConfig, world: runtime.World, device: torch.device
-) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
+def _judge_dialogues(config: ValidateConfig, world: runtime.World, device: torch.device) -> Judged | None:
     from dsft.validation.dialogues import judge_dialogues
 
     generator = runtime.together(lambda: load_generator(config, device))
