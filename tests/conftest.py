@@ -1,7 +1,10 @@
 """Fixtures shared by all tests. The embedded model's tokenizer is real; the tiny model is a real Llama, untrained."""
 
+import os
 import socket
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests run two at a time, on two cores
 
 import pytest
 

@@ -142,7 +142,7 @@ class ValidateConfig(PromptFlags, EnvironmentFlags, RowFlags, ModelFlags, Common
         problems = self.environment_problems() + self.prompt_problems()
         if (self.env is None) == (self.data is None):
             problems.insert(0, "name either --env (sokoban or frozenlake) or --data (a parquet of dialogues)")
-        if self.model in PLAYERS and self.data is not None:
+        if self.model in PLAYERS and self.data is not None and self.env is None:
             problems.append(f"--model {self.model} plays games only; name --env")
         if self.model in PLAYERS and self.adapter is not None:
             problems.append(f"--model {self.model} has no weights; drop --adapter")

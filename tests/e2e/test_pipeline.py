@@ -24,7 +24,7 @@ SMALL = {
         "eval_steps": 2,
         "save_steps": 2,
     },
-    "validate": {"episodes": 6, "max_turns": 3, "max_new_tokens": 4},
+    "validate": {"episodes": 6, "max_turns": 7, "max_new_tokens": 4},
 }
 
 
@@ -131,7 +131,7 @@ def test_killed_in_every_step_it_ends_with_the_same_report(whole, config, tmp_pa
     same = (undisturbed / "report.md").read_bytes()
     assert (output / "report.md").read_bytes() == same
     losses = [(line["step"], line["train/loss"]) for line in metrics(undisturbed / "train")]
-    assert dict((line["step"], line["train/loss"]) for line in metrics(output / "train")) == dict(losses)
+    assert {line["step"]: line["train/loss"] for line in metrics(output / "train")} == dict(losses)
 
 
 @pytest.mark.slow

@@ -217,7 +217,9 @@ def test_a_path_that_is_no_checkpoint_says_why(run, tmp_path):
     assert told.startswith(f"--resume {saved}: the checkpoint has no COMPLETE file; its writing was interrupted")
 
 
-STATES = TrainerState(3, 6, 0.5, "fsdp", 2, "abc", val_loss=1.25, best_step=2, best_val_loss=1.0, versions={"torch": "2"})
+STATES = TrainerState(
+    3, 6, 0.5, "fsdp", 2, "abc", val_loss=1.25, best_step=2, best_val_loss=1.0, versions={"torch": "2"}
+)
 
 
 def test_the_state_reads_back_as_it_was_written(tmp_path):
