@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dsft import cli
 from dsft.cli import as_yaml, parse, read_value
-from dsft.config import MergeConfig, TrainConfig
+from dsft.config import GenerateConfig, MergeConfig, PipelineConfig, TrainConfig, ValidateConfig
 from dsft.errors import UserError
 from tests.helpers import ROOT
 
@@ -321,3 +321,42 @@ def test_every_flag_has_a_meaning_of_one_line(config_class):
 
 def test_no_flags_at_all_name_those_that_are_required():
     assert [line.split()[0] for line in problems()] == ["--model", "--train_files", "--output_dir"]
+
+
+PIPELINE = ["--env", "sokoban", "--model", "m", "--output_dir", "out"]
+
+
+def test_flags_of_a_section_come_from_yaml_and_the_command_line_wins_flag_by_flag(tmp_path):
+    (tmp_path / "c.yaml").write_text("train:\n  lr: 1.0e-3\n  lora_rank: 8\nvalidate:\n  episodes: 7\n")
+    read = parse(
+        PipelineConfig, [*PIPELINE, "--config", str(tmp_path / "c.yaml"), "--train.lr", "2e-3", "--merge.base=b"]
+    )
+    assert (read.train, read.validate) == ({"lr": "2e-3", "lora_rank": 8}, {"episodes": 7})
+    assert (read.merge, read.generate) == ({"base": "b"}, {})
+
+
+def test_wrong_flags_of_sections_are_told_at_once(tmp_path):
+    (tmp_path / "c.yaml").write_text("train: 3\n")
+    assert problems(*PIPELINE, "--config", str(tmp_path / "c.yaml"), config_class=PipelineConfig) == [
+        "train must be flags, got 3"
+    ]
+    assert problems(*PIPELINE, "--train.lrr", "1", "--trian.lr", "1", config_class=PipelineConfig) == [
+        "unknown flag --trian.lr (did you mean 'train'?); --help lists all flags"
+    ]
+    assert problems(*PIPELINE, "--train.lrr", "1", "--generate.seed", "1", config_class=PipelineConfig) == [
+        "unknown flag --train.lrr (did you mean 'lr'?)"
+    ]
+
+
+@pytest.mark.parametrize("config_class", [TrainConfig, MergeConfig, GenerateConfig, ValidateConfig, PipelineConfig])
+def test_every_flag_has_a_meaning_wherever_it_is_declared(config_class):
+    meanings = cli.meanings(config_class)
+    assert all(meanings[f.name].strip() for f in dataclasses.fields(config_class))
+
+
+def test_a_config_as_words_reads_back_to_itself():
+    config = TrainConfig(model="m", train_files=["a", "b"], output_dir="o", lr=3e-4, use_dora=True, eval_steps=7)
+    assert parse(TrainConfig, cli.as_words(config)) == config
+    assert cli.as_words(TrainConfig(model="m", train_files=["a"], output_dir="o")) == [
+        *("--model", "m", "--train_files", "a", "--output_dir", "o")
+    ]
