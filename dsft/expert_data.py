@@ -105,8 +105,8 @@ def generate(config: GenerateConfig) -> Report:
         counts = {key: value for key, value in asdict(report).items() if key != "output_dir"}
         guard_disk(lambda: write_text(folder / REPORT, json.dumps(counts, indent=2) + "\n"), folder)
     finally:
-        for path in unfinished.values():
-            path.unlink(missing_ok=True)
+        for split in ("test", "train"):  # also what a killed run with other sizes left
+            (folder / f".{split}.parquet.tmp").unlink(missing_ok=True)
     return report
 
 
@@ -150,7 +150,7 @@ def _episodes(config: GenerateConfig) -> Generator[Episode, None, None]:
     except BrokenProcessPool as error:
         raise UserError("a searching process was killed, perhaps for memory; lower --num_processes") from error
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)  # without waiting, Python 3.11 may print an OSError at its exit
 
 
 _environment: Environment

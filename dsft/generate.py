@@ -9,9 +9,10 @@ from dsft.config import GenerateConfig
 
 def run(config: GenerateConfig) -> None:
     """Generate and print what was made."""
-    from dsft.expert_data import generate
 
     def work() -> None:
+        from dsft.expert_data import generate
+
         for line in generate(config).lines():
             print(line)
 
