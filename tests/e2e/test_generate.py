@@ -364,6 +364,7 @@ def test_an_interrupt_of_the_parent_alone_does_the_same(tmp_path):
     assert names(tmp_path) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_run_leaves_no_finished_file_and_no_process_and_can_be_started_again(tmp_path, number):
     process = big_run(tmp_path, "lake")
@@ -387,6 +388,7 @@ def test_a_killed_searching_process_ends_the_run_with_one_line(tmp_path):
     assert names(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_levels(tmp_path):
     code = (
         "import resource, sys\n"

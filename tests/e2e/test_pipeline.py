@@ -199,6 +199,27 @@ def test_a_step_that_fails_stops_the_pipeline_with_its_status_and_log(config, tm
     assert "merge" not in done.out
 
 
+@pytest.mark.parametrize("file", sorted(path.name for path in (ROOT / "scripts").glob("pipeline_*.yaml")))
+def test_the_configs_beside_the_script_are_accepted_by_every_step(tmp_path, file):
+    from dsft.cli import parse
+    from dsft.config import PipelineConfig
+    from dsft.orchestration import Pipeline
+
+    game = file.split("_")[1]
+    words = flags(env=game, config=ROOT / "scripts" / file, output_dir=tmp_path / "out")
+    pipeline = Pipeline(parse(PipelineConfig, words))
+    assert pipeline.validate.env == pipeline.generate.env == game
+    assert pipeline.train.lora_rank > 0
+
+
+def test_the_script_names_its_games():
+    assert "out/ENV" in run(["bash", "scripts/run_pipeline.sh", "--help"], timeout=10).out
+    for words in ([], ["chess"]):
+        done = run(["bash", "scripts/run_pipeline.sh", *words], timeout=10)
+        assert (done.status, len(done.errors)) == (1, 1)
+        assert "ENV must be frozenlake or sokoban" in done.errors[0]
+
+
 def test_two_pipelines_do_not_work_in_one_folder(config, tmp_path, monkeypatch):
     import fcntl
 

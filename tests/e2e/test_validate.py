@@ -91,7 +91,10 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("what", WRONG)
+FOUND_LATE = ("no model", "no adapter", "no levels file", "levels without levels", "too few levels", "impossible size")
+
+
+@pytest.mark.parametrize("what", [pytest.param(w, marks=[pytest.mark.slow] * (w in FOUND_LATE)) for w in WRONG])
 def test_wrong_use_is_one_clear_line(tmp_path, what):
     values, told = WRONG[what]
     values = {"model": "random", "env": "frozenlake", "output": tmp_path / "r.json"} | values
@@ -121,6 +124,7 @@ def test_a_level_file_of_another_game_ends_all_ranks(tmp_path):
     assert done.seconds < 60
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_it_without_a_report(tmp_path):
     import signal
 

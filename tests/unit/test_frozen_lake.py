@@ -193,6 +193,7 @@ def test_a_plan_longer_than_max_depth_is_none():
 # The expert, slippery
 
 
+@pytest.mark.slow
 def test_the_expert_succeeds_as_often_as_the_best_possible_player():
     env = lake(is_slippery=True)
     solved, tables = [], []

@@ -71,6 +71,7 @@ def chance_of_random_success(environment, turns: int) -> float:
     return solved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slippery", [False, True])
 def test_the_random_player_succeeds_as_often_as_computed(slippery):
     flags = config(episodes=800, size=5, is_slippery=slippery, max_turns=60, batch_size=500)
