@@ -35,6 +35,8 @@ def load_generator(config: ValidateConfig, device: torch.device) -> "Transformer
     tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
     adapter = _find_adapter(config.adapter) if config.adapter else None
     if config.engine == "vllm":
+        if runtime.World.from_environment().size > 1:
+            raise UserError("--engine vllm runs in one process; start without a launcher, or drop --engine vllm")
         return VllmGenerator(config, path, adapter, tokenizer)
     return TransformersGenerator(config, path, adapter, tokenizer, device)
 
@@ -115,7 +117,7 @@ class TransformersGenerator:
 
 
 class VllmGenerator:
-    """vLLM's offline engine."""
+    """vLLM's offline engine, on one GPU."""
 
     def __init__(
         self, config: ValidateConfig, path: str, adapter: Path | None, tokenizer: PreTrainedTokenizerBase
