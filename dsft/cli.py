@@ -43,7 +43,10 @@ def main(config_class: type[Config], run: Callable[[Config], None], argv: Sequen
         wait_for_peers()
         print_error(error)
         sys.exit(1)
-    run(config)
+    try:
+        run(config)
+    except KeyboardInterrupt:  # while the libraries are loaded; later the command's own work sees it
+        sys.exit(_stopped())
 
 
 def run_and_report(work: Callable[[], Any], *, debug: bool) -> int:
@@ -58,8 +61,7 @@ def run_and_report(work: Callable[[], Any], *, debug: bool) -> int:
         print_error(error)
         return 1
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+        return _stopped()
     except Exception as error:
         if debug:
             raise
@@ -68,6 +70,12 @@ def run_and_report(work: Callable[[], Any], *, debug: bool) -> int:
         print_error(UserError(f"{where}{type(error).__name__}: {reason[:400]} (--debug shows where)"))
         return 1
     return 0
+
+
+def _stopped() -> int:
+    """What Ctrl-C gives: a word and the shell's status for it."""
+    print("stopped", file=sys.stderr)
+    return 130
 
 
 def wait_for_peers() -> None:

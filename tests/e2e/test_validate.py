@@ -1,9 +1,11 @@
 """dsft.validate as a user types it: players, ranks, adapters, dialogues, wrong use."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -125,16 +127,21 @@ def test_a_level_file_of_another_game_ends_all_ranks(tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_it_without_a_report(tmp_path):
-    import signal
-
+@pytest.mark.parametrize("loaded", [False, True])
+def test_ctrl_c_stops_it_without_a_report(tmp_path, loaded):
+    """While torch is loading, and while levels are made."""
     words = [*ALONE, *flags(model="random", env="sokoban", dim_x=12, dim_y=12, episodes=100_000)]
     with subprocess.Popen(
         [*words, "--output", str(tmp_path / "r.json")], cwd=ROOT, stderr=subprocess.PIPE, text=True
     ) as child:
-        time.sleep(5)
+        maps = Path(f"/proc/{child.pid}/maps")
+        mark = "libtorch_python" if loaded else "libtorch"
+        while mark not in maps.read_text() and child.poll() is None:
+            time.sleep(0.01)
+        time.sleep(6 if loaded else 0)
         child.send_signal(signal.SIGINT)
         _, told = child.communicate(timeout=30)
-    assert child.returncode == 130
-    assert told.strip() == "stopped"
+    assert child.returncode == 130, told
+    assert told.strip().splitlines()[-1] == "stopped"
+    assert "Traceback" not in told
     assert list(tmp_path.iterdir()) == []
