@@ -35,8 +35,12 @@ METRIC_KEYS = {
     ],
     ids=["torchrun", "deepspeed-2", "deepspeed", "module", "entry-point"],
 )
-def test_every_start_trains_the_embedded_model(start, tmp_path):
-    done = run([BIN / start[0], *start[1:], *SMALL, "--validate_before_training", "--output_dir", tmp_path / "out"])
+def test_every_start_trains(start, tiny_model, tmp_path):
+    """The embedded model on two processes, the tiny one on one."""
+    words = [BIN / start[0], *start[1:], *SMALL, "--validate_before_training", "--output_dir", tmp_path / "out"]
+    if "2" not in start:
+        words += ["--model", str(tiny_model), "--lr", "0.01"]
+    done = run(words)
     assert done.status == 0, done.err
     assert "Traceback" not in done.err
     lines = metrics(tmp_path / "out")

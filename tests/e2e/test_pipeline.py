@@ -14,6 +14,8 @@ import yaml
 
 from tests.helpers import ROOT, Done, flags, metrics, run
 
+pytestmark = pytest.mark.xdist_group("pipeline")  # they share one whole pipeline
+
 SMALL = {
     "generate": {"rows": "episodes", "train_size": 24, "test_size": 6, "num_processes": 2},
     "train": {
@@ -153,7 +155,6 @@ def test_a_second_start_does_nothing_again_and_force_goes_back(whole, config, tm
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("deepspeed")
 def test_two_ranks_zero3_full_fine_tuning_and_the_checkpoint_that_plays_best(config, tmp_path):
     output = tmp_path / "out"
     more = {"backend": "zero3", "nproc": 2, "select": "success_rate", "train.lora_rank": 0, "train.total_epochs": 1}
