@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -56,6 +57,11 @@ def run(words: Sequence[Any], *, timeout: float = 300, env: dict[str, str] | Non
         [str(word) for word in words], cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=environment
     )
     return Done(done.returncode, done.stdout, done.stderr, time.monotonic() - started)
+
+
+def hear_interrupts() -> None:
+    """For a child's preexec_fn: a shell that starts the tests in the background lets them ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def flags(**values: Any) -> list[str]:

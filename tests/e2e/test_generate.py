@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dsft.dataset.tokens import DataFormat, load_dataset
-from tests.helpers import ROOT, Done, flags, run
+from tests.helpers import ROOT, Done, flags, hear_interrupts, run
 
 COMMAND = [sys.executable, "-m", "dsft.generate"]
 GAMES = {
@@ -316,7 +316,7 @@ def big_run(folder: Path, game: str) -> psutil.Popen:
     process = psutil.Popen(
         [*COMMAND, *flags(**own, **BIG, output_dir=folder)],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where pytest runs in the background
+        preexec_fn=hear_interrupts,
     )  # fmt: skip
     unfinished = folder / ".train.parquet.tmp"
     started = time.monotonic()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.helpers import ROOT, Done, flags, metrics, run
+from tests.helpers import ROOT, Done, flags, hear_interrupts, metrics, run
 
 pytestmark = pytest.mark.xdist_group("pipeline")  # they share one whole pipeline
 
@@ -98,7 +98,9 @@ def test_levels_that_are_played_occur_in_no_file(whole):
 def start_and_kill(command: list[str], output: Path, marker: str, number: int, after: float) -> None:
     """Start, wait until the pipeline says that a step runs, and a moment more; then send a signal to it alone."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment) as child:
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment, preexec_fn=hear_interrupts
+    ) as child:
         assert child.stdout is not None
         for line in child.stdout:
             if line.startswith(marker):

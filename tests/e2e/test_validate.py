@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import BIN, ROOT, SAMPLE_VAL, Done, flags, run, write_parquet
+from tests.helpers import BIN, ROOT, SAMPLE_VAL, Done, flags, hear_interrupts, run, write_parquet
 
 ALONE = [sys.executable, "-m", "dsft.validate"]
 
@@ -132,7 +132,11 @@ def test_ctrl_c_stops_it_without_a_report(tmp_path, loaded):
     """While torch is loading, and while levels are made."""
     words = [*ALONE, *flags(model="random", env="sokoban", dim_x=12, dim_y=12, episodes=100_000)]
     with subprocess.Popen(
-        [*words, "--output", str(tmp_path / "r.json")], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        [*words, "--output", str(tmp_path / "r.json")],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=hear_interrupts,
     ) as child:
         maps = Path(f"/proc/{child.pid}/maps")
         mark = "libtorch_python" if loaded else "libtorch"
