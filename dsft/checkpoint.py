@@ -167,9 +167,9 @@ def read_state(checkpoint: Path) -> TrainerState:
     try:
         return TrainerState(**json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{checkpoint / STATE} is damaged ({error}); {another(checkpoint)}") from error
+        raise UserError(f"{checkpoint / STATE} is damaged ({error}); {another_checkpoint(checkpoint)}") from error
 
 
-def another(checkpoint: Path) -> str:
+def another_checkpoint(checkpoint: Path) -> str:
     """The remedy where a checkpoint is damaged."""
     return f"delete {checkpoint} to go on from an older checkpoint, or name one with --resume"

@@ -59,7 +59,7 @@ def run_and_report(work: Callable[[], Any], *, debug: bool) -> int:
         if not error.is_agreed:
             wait_for_peers()
         print_error(error)
-        return 1
+        return error.status
     except KeyboardInterrupt:
         return _stopped()
     except Exception as error:

@@ -11,6 +11,8 @@ class UserError(ValueError):
     Several problems found together stand on a line each.
     """
 
+    status = 1
+    """What the command exits with."""
     is_agreed = False
     """Whether all ranks know of it, so that the one that has it is the one that prints it."""
 

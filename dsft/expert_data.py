@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from dsft.config import GenerateConfig
 from dsft.envs import make_environment
-from dsft.envs.base import Environment
-from dsft.envs.dialogue import Dialogue, format_answer, instruction
+from dsft.envs.base import SEEDS_WITHOUT_NEW_LEVEL, Environment
+from dsft.envs.conversation import Conversation, format_answer, instruction
 from dsft.errors import UserError
 from dsft.files import guard_disk, sync, write_text
 from dsft.processes import end_with_parent
@@ -29,7 +29,6 @@ from dsft.processes import end_with_parent
 SEEDS_AT_ONCE = 8  # per task of a process
 TASKS_AHEAD = 4  # per process; the writer never waits for one, and memory stays bounded
 ROWS_AT_ONCE = 2048  # per row group
-PATIENCE = 2000  # seeds in a row without a new level
 REPORT = "generate.json"
 
 
@@ -140,7 +139,7 @@ def _episodes(config: GenerateConfig) -> Generator[Episode, None, None]:
             yield from (play_expert(environment, seed) for seed in some)
     # fork is fast, and safe here: neither torch nor Arrow has started threads.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(processes, context, initializer=_start_worker, initargs=(config,))
+    pool = ProcessPoolExecutor(processes, context, initializer=_start_worker, initargs=(config, os.getpid()))
     tasks: deque[Future[list[Episode]]] = deque()
     try:
         for some in seeds:
@@ -156,9 +155,9 @@ def _episodes(config: GenerateConfig) -> Generator[Episode, None, None]:
 _environment: Environment
 
 
-def _start_worker(config: GenerateConfig) -> None:
+def _start_worker(config: GenerateConfig, parent: int) -> None:
     global _environment
-    end_with_parent(signal.SIGKILL)
+    end_with_parent(parent, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
     _environment = make_environment(config)
 
@@ -183,7 +182,7 @@ def _different_levels(episodes: Iterator[Episode], report: Report, config: Gener
             seen.add(episode.level_id)
             last = episode.seed
             yield episode
-        if episode.seed - last >= PATIENCE:
+        if episode.seed - last >= SEEDS_WITHOUT_NEW_LEVEL:
             raise UserError(
                 f"only {len(seen)} different levels were solved in {report.episodes_played} episodes, {wanted} are "
                 f"wanted; lower --train_size or --test_size, or let --env {config.env} be larger"
@@ -214,9 +213,9 @@ def _rows_of_split(
 
 def _rows(config: GenerateConfig, system: str, split: str, index: int, episode: Episode) -> Iterator[dict[str, Any]]:
     answers = [format_answer(action) for action in episode.actions]
-    whole = Dialogue(system, episode.states, answers)
+    whole = Conversation(system, episode.states, answers)
     for turn in range(len(answers)) if config.rows == "turns" else [0]:
-        so_far = Dialogue(system, episode.states[: turn + 1], answers[:turn])
+        so_far = Conversation(system, episode.states[: turn + 1], answers[:turn])
         text = (
             {"prompt": so_far.prompt(config.style, config.history_turns), "response": answers[turn]}
             if config.rows == "turns"

@@ -38,14 +38,14 @@ def count_targets(is_target: np.ndarray) -> int:
     return int(np.count_nonzero(is_target[1:]))
 
 
-def make_micro_batch(rows: list[tuple[np.ndarray, np.ndarray]], pad_token: int) -> MicroBatch:
+def make_micro_batch(rows: list[tuple[np.ndarray, np.ndarray]], pad_token: int | None) -> MicroBatch:
     """Rows of (token ids, is-target mask) as one micro-batch; no rows make one that adds zero to the loss.
 
     Padding stands on the right: a causal model's real positions never see it, so no attention mask is needed,
-    and attention keeps its fastest kernel.
+    and attention keeps its fastest kernel. Where the tokenizer has no pad token, any other does as well.
     """
     length = max((len(tokens) for tokens, _ in rows), default=1)
-    ids = np.full((max(len(rows), 1), length), pad_token, dtype=np.int64)
+    ids = np.full((max(len(rows), 1), length), pad_token or 0, dtype=np.int64)
     positions, labels = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for index, (tokens, is_target) in enumerate(rows):
         ids[index, : len(tokens)] = tokens

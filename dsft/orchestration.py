@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,6 +27,7 @@ from dsft.checkpoint import CheckpointFolder, read_state
 from dsft.cli import as_words, build
 from dsft.config import GenerateConfig, MergeConfig, PipelineConfig, TrainConfig, ValidateConfig
 from dsft.config.pipeline import SHARED, STEPS
+from dsft.dataset.batches import steps_per_epoch
 from dsft.envs import make_environment
 from dsft.errors import UserError
 from dsft.files import guard_disk, write_text
@@ -73,54 +75,41 @@ class Pipeline:
         self.root = Path(config.output_dir)
         self.data, self.run_folder = self.root / "data", self.root / "train"
         self.merged, self.validation, self.logs = self.root / "merged", self.root / "validate", self.root / "logs"
-        self.generate = self._build("generate", GenerateConfig, {"output_dir": self.data} | self._game())
+        self.generate = self._build("generate", GenerateConfig, {"output_dir": self.data})
         self.train = self._build("train", TrainConfig, self._training())
         self.merge = self._build("merge", MergeConfig, {"checkpoint": self.run_folder, "output": self.merged})
-        self.validate = self._validation("base model")
-        for player in PLAYERS[1:]:
-            self._validation(player)
+        self.validate = {player: self._validation(player) for player in PLAYERS}
 
-    def _build(self, step: str, config_class: Any, values: dict[str, Any]) -> Any:
-        """A step's config from the pipeline's values and the step's own section."""
-        values = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+    def _build(self, step: str, config_class: Any, own: dict[str, Any]) -> Any:
+        """A step's config: what the steps share, the step's own section, and what the pipeline itself decides."""
+        names = {f.name for f in fields(config_class)}
+        shared = {name: getattr(self.config, name) for name in names & SHARED}
+        own = {name: str(value) if isinstance(value, Path) else value for name, value in own.items()}
         try:
-            return build(config_class, getattr(self.config, step) | values)
+            return build(config_class, shared | getattr(self.config, step) | own)
         except UserError as error:
             raise UserError("\n".join(f"--{step}: {line}" for line in str(error).splitlines())) from error
 
-    def _shared(self, config_class: Any) -> dict[str, Any]:
-        names = {f.name for f in fields(config_class)} & SHARED
-        return {name: getattr(self.config, name) for name in names}
-
-    def _game(self) -> dict[str, Any]:
-        return self._shared(GenerateConfig) | {"debug": self.config.debug}
-
     def _training(self) -> dict[str, Any]:
         episodes = self.generate.rows == "episodes"
-        return self._shared(TrainConfig) | {
+        return {
             "backend": self.config.backend,
             "train_files": [str(self.data / "train.parquet")],
             "val_files": [str(self.data / "test.parquet")] if self.generate.test_size else None,
             "messages_key": "messages" if episodes else None,
             "output_dir": self.run_folder,
-            "debug": self.config.debug,
         }
 
     def _validation(self, player: str) -> ValidateConfig:
         """Each player meets the same levels, which neither training nor the choice of the checkpoint has seen."""
         model = {"base model": self.config.model, "fine-tuned model": str(self._tuned_model())}.get(player, player)
-        return self._build(
-            "validate",
-            ValidateConfig,
-            self._shared(ValidateConfig)
-            | {
-                "model": model,
-                "with_thinking": self.train.with_thinking,
-                "exclude_levels": [str(self.data)],
-                "output": self.validation / f"{player.replace(' ', '_')}.json",
-                "debug": self.config.debug,
-            },
-        )
+        own = {
+            "model": model,
+            "with_thinking": self.train.with_thinking,
+            "exclude_levels": [str(self.data)],
+            "output": self.validation / f"{player.replace(' ', '_')}.json",
+        }
+        return self._build("validate", ValidateConfig, own)
 
     def _tuned_model(self) -> Path:
         """Where the fine-tuned model stands: merged, or the best checkpoint itself where all weights were trained."""
@@ -129,7 +118,7 @@ class Pipeline:
     # Running
 
     def run(self) -> list[str]:
-        """Run what is left, write the report, and return its table's lines.
+        """Run what is left, write the report, and return lines for the console, its table last.
 
         Raises:
             UserError: other flags than those of an earlier start, a folder in use, or a step that failed.
@@ -142,11 +131,7 @@ class Pipeline:
             self._step("train", self._train)
             self._step("merge", self._merge)
             self._step("validate", self._validate)
-            from dsft.pipeline_report import write_report
-
-            lines: list[str] = []
-            guard_disk(lambda: lines.extend(write_report(self)), self.root)
-            return lines
+            return self._report()
 
     @contextmanager
     def _locked(self) -> Iterator[int]:
@@ -173,41 +158,44 @@ class Pipeline:
             os.close(descriptor)
 
     def _read_state(self) -> None:
-        """What is done already; refuses flags that differ from those it was done with."""
+        """Which steps were begun and done, with which flags; refuses others for those that are done."""
         path = self.root / STATE
-        self._done: dict[str, Any] = {}
+        self._steps: dict[str, dict[str, Any]] = {}
         if path.is_file():
             try:
                 stored = json.loads(path.read_text(encoding="utf-8"))
-                self._done = {step: dict(stored[step]) for step in STEPS if step in stored}
-            except (OSError, ValueError, TypeError) as error:
+                self._steps = {step: {"flags": dict(v["flags"]), "done": bool(v["done"])} for step, v in stored.items()}
+            except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
                 raise UserError(f"{path} cannot be read ({error}); delete {self.root} and start again") from error
         forced = STEPS.index(self.config.force) if self.config.force else len(STEPS)
-        for step in STEPS[forced:]:
-            self._done.pop(step, None)
-        problems = []
-        for step, before in self._done.items():
-            now = self._identity(step)
-            problems += [f"{n} was {before.get(n)}, is {now[n]}" for n in now if before.get(n) != now[n]]
-            if problems:
+        for step in STEPS[:forced]:
+            before, now = self._steps.get(step), self._flags(step)
+            if before is not None and before["done"] and before["flags"] != now:
+                old = before["flags"]
+                changed = [f"{name} was {old.get(name)}, is {now[name]}" for name in now if old.get(name) != now[name]]
                 raise UserError(
-                    f"{self.root}: {step} was done with other flags: {'; '.join(problems)}; use the same ones, "
+                    f"{self.root}: {step} was done with other flags: {'; '.join(changed)}; use the same ones, "
                     f"--force {step}, or another --output_dir"
                 )
+        for step in STEPS[forced:]:
+            self._steps.pop(step, None)
         self._clear(STEPS[forced:])
         self._write_state()
 
-    def _identity(self, step: str) -> dict[str, Any]:
-        """The flags of a step, and of the choice between checkpoints, as JSON keeps them."""
-        config = {"generate": self.generate, "train": self.train, "merge": self.merge, "validate": self.validate}[step]
+    def _flags(self, step: str) -> dict[str, Any]:
+        """The flags on which a step's results depend, as JSON keeps them."""
+        configs = {"generate": self.generate, "train": self.train, "merge": self.merge}
+        config = configs.get(step) or self.validate["fine-tuned model"]
         values = {k: v for k, v in asdict(config).items() if k not in ("debug", "config", "num_processes")}
         if step == "merge":
             values["select"] = self.config.select
+        if step == "validate":
+            values["base_model"] = self.config.model
         same: dict[str, Any] = json.loads(json.dumps(values))
         return same
 
     def _write_state(self) -> None:
-        text = json.dumps(self._done, indent=2) + "\n"
+        text = json.dumps(self._steps, indent=2) + "\n"
         guard_disk(lambda: write_text(self.root / STATE, text), self.root / STATE)
 
     def _clear(self, steps: tuple[str, ...]) -> None:
@@ -226,14 +214,19 @@ class Pipeline:
                     path.unlink(missing_ok=True)
 
     def _step(self, step: str, work: Callable[[], None]) -> None:
-        if step in self._done:
+        begun, flags = self._steps.get(step), self._flags(step)
+        if begun is not None and begun["done"]:
             print(f"{step:<8} done before", flush=True)
             return
-        if step in ("generate", "merge"):
-            self._clear((step,))  # of a killed start; the others know how to go on
+        # Training goes on with what a killed start left, or refuses it itself; validation with the players that have
+        # played by the same flags; the others start over.
+        if step in ("generate", "merge") or (step == "validate" and begun is not None and begun["flags"] != flags):
+            self._clear((step,))
+        self._steps[step] = {"flags": flags, "done": False}
+        self._write_state()
         started = time.monotonic()
         work()
-        self._done[step] = self._identity(step)
+        self._steps[step]["done"] = True
         self._write_state()
         print(f"{step:<8} done in {time.monotonic() - started:.0f} s", flush=True)
 
@@ -269,10 +262,10 @@ class Pipeline:
                 if self.train.lora_rank
                 else {"model": str(checkpoint)}
             )
-            values = asdict(self.validate) | weights
+            values = asdict(self.validate["base model"]) | weights
             values |= {"levels": str(self.data / "test.parquet"), "exclude_levels": None}
             values |= {"output": str(folder / f"{checkpoint.name}.json")}
-            values["episodes"] = min(self.validate.episodes, self.generate.test_size)
+            values["episodes"] = min(values["episodes"], self.generate.test_size)
             self._run(Job(f"select-{checkpoint.name}", "validate", ValidateConfig(**values), self.config.nproc))
             report = json.loads((folder / f"{checkpoint.name}.json").read_text(encoding="utf-8"))
             over = report["moves_over_optimum"]
@@ -280,11 +273,30 @@ class Pipeline:
         return min(results)[-1]
 
     def _validate(self) -> None:
-        for player in PLAYERS:
-            config = self._validation(player)
+        for player, config in self.validate.items():
             if not Path(config.output).is_file():  # written whole or not at all
                 ranks = 1 if config.model in ("expert", "random") else self.config.nproc
                 self._run(Job(f"validate-{player.replace(' ', '-')}", "validate", config, ranks))
+
+    def _report(self) -> list[str]:
+        from dsft.pipeline_report import write_report
+
+        lines: list[str] = []
+
+        def write() -> None:
+            lines.extend(
+                write_report(
+                    self.root,
+                    {player: Path(config.output) for player, config in self.validate.items()},
+                    generated=self.data / "generate.json",
+                    metrics=self.run_folder / "metrics.jsonl",
+                    model=self.config.model,
+                    backend=self.config.backend,
+                )
+            )
+
+        guard_disk(write, self.root)
+        return [f"report   {self.root / 'report.md'}", *lines]
 
     def _run(self, job: Job, progress: "Callable[[], tuple[int, int] | None] | None" = None) -> None:
         """Run one command to its end, its output in a log.
@@ -295,6 +307,7 @@ class Pipeline:
         log = self.logs / f"{job.name}.log"
         print(f"{job.name:<8} running, log {log}", flush=True)
         with open(log, "ab") as output:
+            before = output.tell()  # earlier starts have written there
             child = subprocess.Popen(
                 job.words(),
                 stdout=output,
@@ -302,7 +315,7 @@ class Pipeline:
                 stdin=subprocess.DEVNULL,
                 pass_fds=[self._lock],
                 start_new_session=True,  # Ctrl-C reaches the pipeline alone, which then ends its step in order
-                preexec_fn=end_with_parent,
+                preexec_fn=partial(end_with_parent, os.getpid()),
             )
             try:
                 status = _wait(child, progress)
@@ -314,10 +327,9 @@ class Pipeline:
                     os.killpg(child.pid, signal.SIGKILL)
                 raise
         if status != 0:
-            told = [
-                line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if "error: " in line
-            ]
-            reason = f": {told[-1].partition('error: ')[2]}" if told else ""
+            text = log.read_bytes()[before:].decode("utf-8", errors="replace")
+            told = [line.partition("error: ")[2] for line in text.splitlines() if line.startswith("error: ")]
+            reason = f": {told[-1]}" if told else ""
             code = status if status > 0 else 128 - status
             raise StepFailedError(f"{job.name} failed with status {code}{reason}; its log is {log}", code)
 
@@ -329,9 +341,8 @@ class Pipeline:
             done = json.loads(lines[-1])["step"]
         except (OSError, ValueError, KeyError, IndexError):
             return None
-        epochs = self.train.total_epochs * math.ceil(
-            min(rows, self.train.max_train_rows or rows) / self.train.train_batch_size
-        )
+        rows = min(rows, self.train.max_train_rows or rows)
+        epochs = self.train.total_epochs * steps_per_epoch(rows, self.train.train_batch_size)
         return done, self.train.total_training_steps or epochs
 
 

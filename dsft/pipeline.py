@@ -9,21 +9,14 @@ from dsft.config import PipelineConfig
 
 def run(config: PipelineConfig) -> None:
     """Run the steps that are left, and print the table last."""
-    from dsft.orchestration import Pipeline, StepFailedError
-
-    failed = []
 
     def work() -> None:
-        try:
-            lines = Pipeline(config).run()
-        except StepFailedError as error:
-            failed.append(error.status)
-            raise
-        print(f"report   {config.output_dir}/report.md")
-        print("\n".join(lines))
+        from dsft.orchestration import Pipeline
 
-    status = run_and_report(work, debug=config.debug)
-    sys.exit(failed[0] if failed else status)
+        for line in Pipeline(config).run():
+            print(line)
+
+    sys.exit(run_and_report(work, debug=config.debug))
 
 
 def main() -> None:

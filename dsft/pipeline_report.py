@@ -2,38 +2,39 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dsft.files import write_text
-
-if TYPE_CHECKING:
-    from dsft.orchestration import Pipeline
 
 HEADER = ("player", "success rate (95 % interval)", "moves over optimum", "invalid answers")
 
 
-def write_report(pipeline: "Pipeline") -> list[str]:
+def write_report(
+    folder: Path, reports: dict[str, Path], *, generated: Path, metrics: Path, model: str, backend: str
+) -> list[str]:
     """Write report.md and loss.png.
+
+    Args:
+        folder: where to.
+        reports: player -> its report by dsft.validate; "fine-tuned model" among them.
+        generated: generate.json of dsft.generate.
+        metrics: metrics.jsonl of the training.
+        model: what was trained.
+        backend: what trained it.
 
     Returns:
         The table's lines.
     """
-    from dsft.orchestration import PLAYERS
-
-    reports = {
-        player: json.loads((pipeline.validation / f"{player.replace(' ', '_')}.json").read_text(encoding="utf-8"))
-        for player in PLAYERS
-    }
-    lines = _table([HEADER, *(_row(player, report) for player, report in reports.items())])
-    _plot(pipeline.run_folder / "metrics.jsonl", pipeline.root / "loss.png")
-    tuned = reports["fine-tuned model"]
-    episodes = tuned["episodes"]
-    made = json.loads((pipeline.data / "generate.json").read_text(encoding="utf-8"))
+    found = {player: json.loads(path.read_text(encoding="utf-8")) for player, path in reports.items()}
+    made = json.loads(generated.read_text(encoding="utf-8"))
+    lines = _table([HEADER, *(_row(player, report) for player, report in found.items())])
+    _plot(metrics, folder / "loss.png")
+    tuned = found["fine-tuned model"]
     text = [
-        f"# {pipeline.config.env}: {pipeline.config.model}, before and after fine-tuning",
+        f"# {made['flags']['env']}: {model}, before and after fine-tuning",
         "",
-        f"Trained with {pipeline.config.backend} on {made['levels']['train']} levels ({made['rows']['train']} rows); "
-        f"every player met the same {episodes} levels, none of which occurs in train.parquet or test.parquet.",
+        f"Trained with {backend} on {made['levels']['train']} levels ({made['rows']['train']} rows); every player met "
+        f"the same {tuned['episodes']} levels, none of which occurs in train.parquet or test.parquet.",
         "",
         *lines,
         "",
@@ -47,7 +48,7 @@ def write_report(pipeline: "Pipeline") -> list[str]:
             text += [f"## One level that the fine-tuned model {kind} (seed {episode['seed']})", ""]
             for message in episode["messages"]:
                 text += [f"{message['role']}:", "", "```", message["content"], "```", ""]
-    write_text(pipeline.root / "report.md", "\n".join(text))
+    write_text(folder / "report.md", "\n".join(text))
     return lines
 
 

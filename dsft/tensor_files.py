@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from dsft.checkpoint import another
+from dsft.checkpoint import another_checkpoint
 from dsft.errors import UserError
 from dsft.files import write_text
 
@@ -71,17 +71,17 @@ class TensorReader:
         self._file_of: dict[str, Path] = {}
         files = sorted(folder.glob(f"{stem}.safetensors")) or sorted(folder.glob(f"{stem}-*.safetensors"))
         if not files:
-            raise UserError(f"{folder / stem}.safetensors is missing; {another(folder)}")
+            raise UserError(f"{folder / stem}.safetensors is missing; {another_checkpoint(folder)}")
         count = 1 if files[0].name == f"{stem}.safetensors" else int(files[0].stem.rsplit("-", 1)[1])
         if len(files) < count:
             missing = f"{count - len(files)} of the {count} files {folder / stem}-*.safetensors"
-            raise UserError(f"missing: {missing}; {another(folder)}")
+            raise UserError(f"missing: {missing}; {another_checkpoint(folder)}")
         for file in files:
             try:
                 with safe_open(file, framework="pt") as handle:
                     self._file_of |= dict.fromkeys(handle.keys(), file)
             except (OSError, SafetensorError) as error:
-                raise UserError(f"{file} is damaged ({error}); {another(folder)}") from error
+                raise UserError(f"{file} is damaged ({error}); {another_checkpoint(folder)}") from error
 
     def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Raise UserError unless every one of the named tensors is there, in its shape."""
@@ -90,7 +90,7 @@ class TensorReader:
             if stored != shape:
                 raise UserError(
                     f"{self.folder / self.stem}.safetensors holds {'no' if stored is None else 'another shape of'} "
-                    f"'{name}', so it belongs to another model; {another(self.folder)}"
+                    f"'{name}', so it belongs to another model; {another_checkpoint(self.folder)}"
                 )
 
     def _shape_of(self, name: str) -> tuple[int, ...] | None:

@@ -7,7 +7,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from torch.optim.lr_scheduler import LambdaLR
@@ -39,6 +38,7 @@ from dsft.model.source import ModelSource, load_tokenizer, resolve_model
 from dsft.schedule import learning_rate_factor
 from dsft.tensor_files import TensorReader, write_tensors
 from dsft.tracking import Tracker
+from dsft.validation.loss import loss_metrics, mean_loss
 
 
 class Trainer:
@@ -136,16 +136,7 @@ class Trainer:
         self.tokenizer = runtime.together(
             lambda: load_tokenizer(self.model_path, trust_remote_code=config.trust_remote_code)
         )
-        data_format = DataFormat(
-            config.prompt_key,
-            config.response_key,
-            config.messages_key,
-            tuple(config.prompt_dict_keys or ()),
-            tuple(config.response_dict_keys or ()),
-            config.with_thinking,
-            config.max_length,
-            config.truncation,
-        )
+        data_format = DataFormat.from_flags(config)
 
         def load(names: list[str], flag: str, max_rows: int | None) -> TokenDataset:
             return runtime.on_first_local_rank(
@@ -351,8 +342,8 @@ class Trainer:
         self.backend.model.train()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         for index, members in enumerate(plan):
-            batch = self._micro_batch(self.train_data, rows[members])
-            loss = summed_loss(self.backend.model, self.head, batch)
+            batch = make_micro_batch([self.train_data[row] for row in rows[members]], self.tokenizer.pad_token_id)
+            loss = summed_loss(self.backend.model, self.head, batch.to(self.device))
             self.backend.backward(loss / targets, last_micro_batch=index == len(plan) - 1)
             loss_sum += loss.detach()
         signal_code = {None: 0, "SIGTERM": 1, "SIGINT": 1_000_000}[stop.received]
@@ -378,10 +369,6 @@ class Trainer:
         self._log("step", metrics)
         return None if not stop_code else "SIGINT" if stop_code >= 1_000_000 else "SIGTERM"
 
-    def _micro_batch(self, data: TokenDataset, rows: np.ndarray) -> Any:
-        pad = self.tokenizer.pad_token_id
-        return make_micro_batch([data[row] for row in rows], 0 if pad is None else pad).to(self.device)
-
     def _refuse_non_finite(self, value: float, what: str) -> None:
         """The value is the same on all ranks, so all of them stop here."""
         if math.isfinite(value):
@@ -401,23 +388,21 @@ class Trainer:
 
         runtime.together(refuse)
 
-    @torch.no_grad()
     def _validate(self) -> None:
-        """Validation loss: sum over sum, over every row, whatever the micro-batch and the number of ranks."""
-        data = self.val_data
-        assert data is not None
+        assert self.val_data is not None
         self.backend.model.eval()
-        plan = spread(data.lengths, self.world.size, self.config.micro_batch_size)[self.world.rank]
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        for rows in plan:
-            loss_sum += summed_loss(self.backend.model, self.head, self._micro_batch(data, rows))
-        (total,) = runtime.sum_over_ranks([loss_sum.item()], self.device)
-        self._refuse_non_finite(total, f"the validation loss after step {self.state.step}")
-        targets = sum(count_targets(data[row][1]) for row in range(len(data)))
-        loss = total / targets
+        loss = mean_loss(
+            self.backend.model,
+            self.head,
+            self.val_data,
+            micro_batch_size=self.config.micro_batch_size,
+            pad_token=self.tokenizer.pad_token_id,
+            world=self.world,
+            device=self.device,
+        )
+        self._refuse_non_finite(loss, f"the validation loss after step {self.state.step}")
         self.state.val_loss = loss
-        perplexity = math.exp(loss) if loss < 700 else math.inf
-        self._log("evaluation", {"val/loss": loss, "val/perplexity": perplexity})
+        self._log("evaluation", loss_metrics(loss))
         self._evaluated_step = self.state.step
 
     def _log(self, kind: str, metrics: dict[str, Any]) -> None:

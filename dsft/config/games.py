@@ -10,6 +10,17 @@ from dsft.errors import UserError
 
 OWN_FLAGS = {"sokoban": ("dim_x", "dim_y", "num_boxes", "search_depth"), "frozenlake": ("size", "p", "is_slippery")}
 PLAYERS = ("expert", "random")
+ONLY_GAMES = (
+    "levels",
+    "exclude_levels",
+    "max_turns",
+    "max_steps",
+    "max_depth",
+    "transcripts",
+    "style",
+    "history_turns",
+)
+ONLY_DIALOGUES = tuple(f.name for f in fields(RowFlags) if f.name != "with_thinking")
 
 
 @dataclass(kw_only=True)
@@ -146,10 +157,13 @@ class ValidateConfig(PromptFlags, EnvironmentFlags, RowFlags, ModelFlags, Common
             problems.append(f"--model {self.model} plays games only; name --env")
         if self.model in PLAYERS and self.adapter is not None:
             problems.append(f"--model {self.model} has no weights; drop --adapter")
-        if self.data is not None and (self.levels is not None or self.exclude_levels is not None):
-            problems.append("levels and exclude_levels belong to --env, got --data")
         if self.data is not None and self.messages_key is not None:
             problems.append("--data needs prompt and response columns; it cannot go with messages_key")
+        unread = ONLY_DIALOGUES if self.env else ONLY_GAMES if self.data else ()
+        defaults = {f.name: f.default for f in fields(self)}
+        changed = [f"--{name}" for name in unread if getattr(self, name) != defaults[name]]
+        if changed:
+            problems.append(f"{', '.join(changed)} belongs to {'--data' if self.env else '--env'}; drop one of them")
         names = ("episodes", "batch_size", "max_new_tokens", "max_length")
         problems += [f"{n} must be 1 or more, got {getattr(self, n)}" for n in _below_one(self, *names)]
         if self.max_turns is not None and self.max_turns < 1:

@@ -18,7 +18,7 @@ COMMANDS: dict[str, Any] = {
     "merge": MergeConfig,
     "validate": ValidateConfig,
 }
-SHARED = {f.name for part in (EnvironmentFlags, PromptFlags, ModelFlags) for f in fields(part)}
+SHARED = {f.name for part in (EnvironmentFlags, PromptFlags, ModelFlags) for f in fields(part)} | {"debug"}
 SET_BY_PIPELINE = {
     "generate": {"output_dir", "config"},
     "train": {"train_files", "val_files", "messages_key", "output_dir", "resume", "config", "backend"},

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -16,6 +16,9 @@ from dsft.dataset.chat_format import ChatFormat, Segment
 from dsft.dataset.parquet import Cell, find_files, read_columns, walk
 from dsft.errors import UserError
 from dsft.loss import count_targets
+
+if TYPE_CHECKING:
+    from dsft.config.flags import RowFlags
 
 CACHE_FORMAT = 1  # raise it when the same input would give other tokens
 Truncation = Literal["error", "left", "right", "drop"]
@@ -33,6 +36,20 @@ class DataFormat:
     with_thinking: bool = False
     max_length: int = 2048
     truncation: Truncation = "error"
+
+    @classmethod
+    def from_flags(cls, flags: "RowFlags") -> "DataFormat":
+        """As the flags say."""
+        return cls(
+            flags.prompt_key,
+            flags.response_key,
+            flags.messages_key,
+            tuple(flags.prompt_dict_keys or ()),
+            tuple(flags.response_dict_keys or ()),
+            flags.with_thinking,
+            flags.max_length,
+            flags.truncation,
+        )
 
 
 @dataclass

@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 ACTIONS = ("Up", "Down", "Left", "Right")
 MOVES = {"Up": (-1, 0), "Down": (1, 0), "Left": (0, -1), "Right": (0, 1)}
 """(rows, columns) that each action moves the player by."""
+SEEDS_WITHOUT_NEW_LEVEL = 2000
+"""So many seeds in a row that make only levels one has had: there are hardly any more."""
 
 
 class Environment(ABC):

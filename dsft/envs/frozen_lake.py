@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 NUMBERS = {"Left": 0, "Down": 1, "Right": 2, "Up": 3}
 """gymnasium's numbers of the actions."""
 ATTEMPTS = 1000
-PATIENCE = 1 - 1e-6
-"""Discount of the value iteration: of two ways that reach the goal equally surely, the shorter one is better."""
+DISCOUNT = 1 - 1e-6
+"""In the value iteration: of two ways that reach the goal equally surely, the shorter one is better."""
 
 
 def from_flags(flags: "EnvironmentFlags") -> "FrozenLake":
@@ -71,7 +71,8 @@ class FrozenLake(Environment):
         for _ in range(ATTEMPTS):
             holes = random.random((self.size, self.size)) >= self.p
             holes[0, 0] = holes[-1, -1] = False
-            length = len(_shortest_path(holes.tolist(), (0, 0)))
+            self._holes = holes.tolist()
+            length = len(_shortest_path(self._holes, (0, 0)))
             if 0 < length <= self.max_depth:
                 break
             too_long = too_long or length > 0
@@ -81,7 +82,6 @@ class FrozenLake(Environment):
                 f"{ATTEMPTS} lakes of --size {self.size} with --p {self.p:g} (seed {seed}): none can be crossed in "
                 f"{self.max_depth} moves; {remedy}, or lower --size"
             )
-        self._holes = holes.tolist()
         tiles = np.where(holes, "H", "F")
         tiles[0, 0], tiles[-1, -1] = "S", "G"
         self._lake = FrozenLakeEnv(desc=["".join(row) for row in tiles], is_slippery=self.is_slippery)
@@ -175,7 +175,7 @@ def _optimal_policy(lake: FrozenLakeEnv, horizon: int) -> np.ndarray:
                 following[state, action, index] = next_state
                 goes_on[state, action, index] = not done
                 reward[state, action] += chance * gain
-    weight = probability * goes_on * PATIENCE
+    weight = probability * goes_on * DISCOUNT
     value = np.zeros(states)
     policy = np.zeros((horizon + 1, states), np.int64)
     for left in range(1, horizon + 1):

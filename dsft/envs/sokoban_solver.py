@@ -81,18 +81,23 @@ def _pushed_from(boxes: int, floor: int, width: int) -> int:
     return cells
 
 
+def _walk(boxes: int, players: int, free: int, width: int, seen: Layer, following: Layer) -> int:
+    """Add the player cells one step on that were not seen before; the boxes beside which a player stands."""
+    beside = players >> width | players << width | players >> 1 | players << 1
+    walked = beside & free & ~seen[boxes]
+    if walked:
+        seen[boxes] |= walked
+        following[boxes] = following.get(boxes, 0) | walked
+    return beside & boxes
+
+
 def _push_layer(layer: Layer, seen: Layer, width: int, floor: int, targets: int, useful: int) -> Layer:
     """The positions one move after the layer's that were not seen before."""
     following: Layer = {}
     directions = shifts(width)
     for boxes, players in layer.items():
-        beside = players >> width | players << width | players >> 1 | players << 1
         free = floor ^ boxes
-        walked = beside & free & ~seen[boxes]
-        if walked:
-            seen[boxes] |= walked
-            following[boxes] = following.get(boxes, 0) | walked
-        if not beside & boxes:
+        if not _walk(boxes, players, free, width, seen, following):
             continue
         for left, right in directions:
             arrived = (players << left >> right & boxes) << left >> right & free & useful
@@ -124,13 +129,8 @@ def _pull_layer(layer: Layer, seen: Layer, width: int, floor: int, useful: int) 
     following: Layer = {}
     directions = shifts(width)
     for boxes, players in layer.items():
-        beside = players >> width | players << width | players >> 1 | players << 1
         free = floor ^ boxes
-        walked = beside & free & ~seen[boxes]
-        if walked:
-            seen[boxes] |= walked
-            following[boxes] = following.get(boxes, 0) | walked
-        if not beside & boxes:
+        if not _walk(boxes, players, free, width, seen, following):
             continue
         for left, right in directions:
             # The box that the player pulls stands where the opposite action would lead.

@@ -14,13 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 from dsft import runtime
 from dsft.config import ValidateConfig
-from dsft.dataset.batches import spread
 from dsft.dataset.chat_format import THINK, ChatFormat
 from dsft.dataset.parquet import find_files, read_columns, walk
 from dsft.dataset.tokens import DataFormat, TokenDataset, load_dataset
 from dsft.errors import UserError
-from dsft.loss import TargetHead, count_targets, make_micro_batch, summed_loss
+from dsft.loss import TargetHead
 from dsft.validation.generation import TransformersGenerator, VllmGenerator
+from dsft.validation.loss import loss_metrics, mean_loss
 from dsft.validation.statistics import wilson_interval
 
 UNTAGGED = r"(?:(?!</?(?:think|answer)>).)*"
@@ -124,22 +124,13 @@ def judge_dialogues(
     assert config.data is not None
     names, tokenizer = [config.data], generator.tokenizer
     dialogues = runtime.together(lambda: _read_dialogues(names, config, tokenizer))
-    data_format = DataFormat(
-        config.prompt_key,
-        config.response_key,
-        None,
-        tuple(config.prompt_dict_keys or ()),
-        tuple(config.response_dict_keys or ()),
-        config.with_thinking,
-        config.max_length,
-        config.truncation,
-    )
+    data_format = DataFormat.from_flags(config)
     data = runtime.on_first_local_rank(
         world, lambda: load_dataset(names, "data", tokenizer, data_format, show_progress=world.is_main)
     )
     runtime.check_same_everywhere(data.fingerprint, "the rows of --data", "give all machines the same file and model")
     if isinstance(generator, TransformersGenerator):
-        losses = _measure_loss(config, generator, data, world, device)
+        losses: dict[str, Any] = _measure_loss(config, generator, data, world, device)
     else:
         note = "vLLM gives no losses; --engine transformers does"
         losses = {"val/loss": None, "val/perplexity": None, "loss_note": note}
@@ -188,24 +179,24 @@ def _read_dialogues(
     return dialogues
 
 
-@torch.no_grad()
 def _measure_loss(
     config: ValidateConfig,
     generator: TransformersGenerator,
     data: TokenDataset,
     world: runtime.World,
     device: torch.device,
-) -> dict[str, Any]:
-    """As in training's validation: sum over sum, over every row, whatever the batch size and the number of ranks."""
-    head = TargetHead(generator.model)
-    pad = generator.tokenizer.pad_token_id
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    plan = spread(data.lengths, world.size, config.batch_size)[world.rank]
-    for members in tqdm(plan, desc="loss", unit=" batches", disable=None if world.is_main else True):
-        batch = make_micro_batch([data[row] for row in members], 0 if pad is None else pad).to(device)
-        loss_sum += summed_loss(generator.model, head, batch)
-    (total,) = runtime.sum_over_ranks([loss_sum.item()], device)
-    loss = total / sum(count_targets(data[row][1]) for row in range(len(data)))
+) -> dict[str, float]:
+    """The Trainer's figure."""
+    loss = mean_loss(
+        generator.model,
+        TargetHead(generator.model),
+        data,
+        micro_batch_size=config.batch_size,
+        pad_token=generator.tokenizer.pad_token_id,
+        world=world,
+        device=device,
+        show_progress=world.is_main,
+    )
 
     def check() -> None:
         if not math.isfinite(loss):
@@ -213,7 +204,7 @@ def _measure_loss(
             raise UserError(f"the loss on --data {config.data} is {loss}; look at the weights of the model{remedy}")
 
     runtime.together(check)
-    return {"val/loss": loss, "val/perplexity": math.exp(loss) if loss < 700 else math.inf}
+    return loss_metrics(loss)
 
 
 def _answer(

@@ -1,5 +1,7 @@
 """Prompts in, answers out: generation by transformers, or by vLLM where it is installed."""
 
+import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -88,6 +90,7 @@ class TransformersGenerator:
         own = self.model.generation_config.eos_token_id
         ends = {end, *([own] if isinstance(own, int) else own or [])}
         self._pad = pad
+        self._positions = getattr(self.model.config, "max_position_embeddings", None) or math.inf
         self._options: dict[str, Any] = {
             "max_new_tokens": config.max_new_tokens,
             "eos_token_id": sorted(ends),
@@ -105,6 +108,11 @@ class TransformersGenerator:
     def __call__(self, prompts: Sequence[Sequence[int]]) -> list[str]:
         """An answer for each prompt of token ids, without its end-of-turn token."""
         longest = max(len(prompt) for prompt in prompts)
+        if longest + self._options["max_new_tokens"] > self._positions:
+            raise UserError(
+                f"a prompt has {longest} tokens, which with --max_new_tokens {self._options['max_new_tokens']} is more "
+                f"than the model's {self._positions} positions; lower it, --history_turns, --max_turns or --max_length"
+            )
         ids = torch.full((len(prompts), longest), self._pad, dtype=torch.int64)
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
@@ -128,8 +136,6 @@ class VllmGenerator:
         self.tokenizer = tokenizer
         lora: dict[str, Any] = {}
         if adapter is not None:
-            import json
-
             rank = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["r"]
             lora = {"enable_lora": True, "max_lora_rank": rank}
         self._request = LoRARequest("adapter", 1, str(adapter)) if adapter is not None else None

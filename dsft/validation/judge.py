@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -103,5 +102,13 @@ def _game_lines(summary: dict[str, Any]) -> list[str]:
     ]
 
 
-def _dialogue_lines(summary: dict[str, Any]) -> Sequence[str]:
-    return [f"{key:<24} {value}" for key, value in summary.items() if not isinstance(value, dict)]
+def _dialogue_lines(summary: dict[str, Any]) -> list[str]:
+    """A line a figure; a share with its interval."""
+    lines = []
+    for key, value in summary.items():
+        interval = summary.get(key.replace("_rate", "_interval")) if key.endswith("_rate") else None
+        if interval is not None and value is not None:
+            lines.append(f"{key:<24} {value:.1%} (95 % interval {interval[0]:.1%} to {interval[1]:.1%})")
+        elif not key.endswith("_interval"):
+            lines.append(f"{key:<24} {value:.6f}" if isinstance(value, float) else f"{key:<24} {value}")
+    return lines

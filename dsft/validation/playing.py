@@ -12,14 +12,12 @@ from dsft.config import ValidateConfig
 from dsft.dataset.chat_format import ChatFormat
 from dsft.dataset.parquet import Cell, find_files, read_columns
 from dsft.envs import make_environment
-from dsft.envs.base import ACTIONS, Environment
-from dsft.envs.dialogue import NOT_UNDERSTOOD, Dialogue, format_answer, instruction, parse_answer
+from dsft.envs.base import ACTIONS, SEEDS_WITHOUT_NEW_LEVEL, Environment
+from dsft.envs.conversation import NOT_UNDERSTOOD, Conversation, format_answer, instruction, parse_answer
 from dsft.errors import UserError
 from dsft.runtime import World
 from dsft.validation.generation import Generator
 from dsft.validation.statistics import wilson_interval
-
-PATIENCE = 2000  # seeds in a row without a new level
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class Game:
 
     number: int
     environment: Environment
-    dialogue: Dialogue
+    conversation: Conversation
     level: Level
     invalid: int = 0
 
@@ -67,18 +65,9 @@ class Player(Protocol):
 class ExpertPlayer:
     """The search itself: the ceiling."""
 
-    def __init__(self) -> None:
-        self._plans: dict[int, list[str]] = {}
-
     def __call__(self, games: Sequence[Game]) -> list[str]:
-        """The next action of each game's plan."""
-        answers = []
-        for game in games:
-            plan = self._plans.get(game.number) or game.environment.expert_plan()
-            assert plan, f"no plan on the level of seed {game.level.seed}"
-            answers.append(format_answer(plan[0]))
-            self._plans[game.number] = plan[1:]
-        return answers
+        """The first action of the best plan from each game's position."""
+        return [format_answer(game.environment.expert_plan()[0]) for game in games]
 
 
 class RandomPlayer:
@@ -90,14 +79,14 @@ class RandomPlayer:
     def __call__(self, games: Sequence[Game]) -> list[str]:
         """A random action for each game."""
         draws = [
-            np.random.default_rng([self._seed, game.number, len(game.dialogue.answers)]).integers(len(ACTIONS))
+            np.random.default_rng([self._seed, game.number, len(game.conversation.answers)]).integers(len(ACTIONS))
             for game in games
         ]
         return [format_answer(ACTIONS[draw]) for draw in draws]
 
 
 class ModelPlayer:
-    """A model that reads the dialogue so far and answers. Its prompts become tokens as they do in training."""
+    """A model that reads the conversation so far and answers. Its prompts become tokens as they do in training."""
 
     def __init__(self, generator: Generator, config: ValidateConfig) -> None:
         self._generator = generator
@@ -108,8 +97,8 @@ class ModelPlayer:
         """The model's answers."""
         rows = []
         for game in games:
-            prompt = game.dialogue.prompt(self._config.style, self._config.history_turns)
-            cell = Cell(f"the level of seed {game.level.seed}", len(game.dialogue.answers))
+            prompt = game.conversation.prompt(self._config.style, self._config.history_turns)
+            cell = Cell(f"the level of seed {game.level.seed}", len(game.conversation.answers))
             rows.append(self._format.prompt_and_response(prompt, "", cell)[:1])
         return self._generator([tokens.tolist() for tokens, _ in self._format.tokenize(rows)])
 
@@ -138,7 +127,7 @@ def choose_levels(config: ValidateConfig) -> list[Level]:
             levels.append(Level(seed, environment.level_id))
             last = seed
         seed += 1
-        if seed - last > PATIENCE:
+        if seed - last > SEEDS_WITHOUT_NEW_LEVEL:
             raise UserError(
                 f"only {len(levels)} different levels were found that are not excluded, --episodes is "
                 f"{config.episodes}; lower it, or let --env {config.env} be larger"
@@ -175,7 +164,7 @@ def play(config: ValidateConfig, player: Player, levels: Sequence[Level], world:
             for game, answer in zip(games, player(games), strict=True):
                 _take(game, answer)
             for game in games:
-                if game.environment.over or len(game.dialogue.answers) >= (config.max_turns or config.max_steps):
+                if game.environment.over or len(game.conversation.answers) >= (config.max_turns or config.max_steps):
                     outcomes.append(_outcome(game))
                     bar.update()
             ended = {outcome.episode for outcome in outcomes}
@@ -190,19 +179,19 @@ def _start(config: ValidateConfig, number: int, level: Level) -> Game:
             f"--levels {config.levels}: with these flags seed {level.seed} makes another level than the file's; "
             "give the flags of dsft.generate (they stand in generate.json)"
         )
-    return Game(number, environment, Dialogue(instruction(environment), [state]), level)
+    return Game(number, environment, Conversation(instruction(environment), [state]), level)
 
 
 def _take(game: Game, answer: str) -> None:
     """One answer, and the position that follows. An answer in another form moves nothing."""
-    game.dialogue.answers.append(answer)
+    game.conversation.answers.append(answer)
     action = parse_answer(answer)
     if action is None:
         game.invalid += 1
-        game.dialogue.states.append(f"{NOT_UNDERSTOOD}\n{game.environment.observation()}")
+        game.conversation.states.append(f"{NOT_UNDERSTOOD}\n{game.environment.observation()}")
     else:
         game.environment.step(action)
-        game.dialogue.states.append(game.environment.observation())
+        game.conversation.states.append(game.environment.observation())
 
 
 def _outcome(game: Game) -> Outcome:
@@ -214,9 +203,9 @@ def _outcome(game: Game) -> Outcome:
         solved=environment.solved,
         moves=environment.steps,
         optimal_length=environment.optimal_length,
-        turns=len(game.dialogue.answers),
+        turns=len(game.conversation.answers),
         invalid_answers=game.invalid,
-        messages=game.dialogue.messages(),
+        messages=game.conversation.messages(),
     )
 
 

@@ -211,7 +211,7 @@ def test_the_configs_beside_the_script_are_accepted_by_every_step(tmp_path, file
     game = file.split("_")[1]
     words = flags(env=game, config=ROOT / "scripts" / file, output_dir=tmp_path / "out")
     pipeline = Pipeline(parse(PipelineConfig, words))
-    assert pipeline.validate.env == pipeline.generate.env == game
+    assert pipeline.validate["expert"].env == pipeline.generate.env == game
     assert pipeline.train.lora_rank > 0
 
 

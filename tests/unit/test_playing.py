@@ -107,7 +107,7 @@ class Says:
         self.answers = answers
 
     def __call__(self, games):
-        return [self.answers[len(game.dialogue.answers) % len(self.answers)] for game in games]
+        return [self.answers[len(game.conversation.answers) % len(self.answers)] for game in games]
 
 
 def test_answers_out_of_form_are_counted_use_up_turns_and_move_nothing():
@@ -181,7 +181,7 @@ def test_a_batch_of_episodes_and_the_same_one_by_one_give_the_same_moves(tiny_mo
         def __call__(self, games):
             answers = super().__call__(games)
             for game, answer in zip(games, answers, strict=True):
-                self.texts[game.number, len(game.dialogue.answers)] = answer
+                self.texts[game.number, len(game.conversation.answers)] = answer
             return [f"{answer}<answer>{ACTIONS[len(answer) % 4]}</answer>" for answer in answers]
 
     told = []

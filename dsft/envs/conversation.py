@@ -30,7 +30,7 @@ def instruction(environment: Environment) -> str:
 
 
 @dataclass
-class Dialogue:
+class Conversation:
     """One episode as it is told to a model."""
 
     system: str

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from dsft.dataset.chat_format import ChatFormat
 from dsft.dataset.parquet import Cell
 from dsft.envs.base import ACTIONS
-from dsft.envs.dialogue import Dialogue, format_answer, instruction, parse_answer
+from dsft.envs.conversation import Conversation, format_answer, instruction, parse_answer
 from dsft.envs.frozen_lake import FrozenLake
 from dsft.envs.sokoban import Sokoban
 
@@ -129,49 +129,49 @@ def assistant(text):
     ],
 )
 def test_history_turns_keeps_the_last_answers_and_always_the_instruction(history_turns, turns):
-    dialogue = Dialogue("rules", ["s0", "s1", "s2"], ["a0", "a1"])
-    assert dialogue.messages(history_turns) == [system("rules"), *turns]
-    assert dialogue.prompt("messages", history_turns) == [system("rules"), *turns]
+    conversation = Conversation("rules", ["s0", "s1", "s2"], ["a0", "a1"])
+    assert conversation.messages(history_turns) == [system("rules"), *turns]
+    assert conversation.prompt("messages", history_turns) == [system("rules"), *turns]
 
 
 @pytest.mark.parametrize("history_turns", [None, 0, 1])
 def test_before_the_first_answer_there_is_no_history(history_turns):
-    assert Dialogue("rules", ["s0"]).messages(history_turns) == [system("rules"), user("s0")]
+    assert Conversation("rules", ["s0"]).messages(history_turns) == [system("rules"), user("s0")]
 
 
 def test_a_whole_conversation_ends_with_its_last_answer():
-    whole = Dialogue("rules", ["s0", "s1"], ["a0", "a1"]).messages()
+    whole = Conversation("rules", ["s0", "s1"], ["a0", "a1"]).messages()
     assert whole == [system("rules"), user("s0"), assistant("a0"), user("s1"), assistant("a1")]
 
 
 def test_the_strings_of_the_two_other_styles():
-    dialogue = Dialogue("rules", ["s0", "s1"], ["a0"])
-    assert dialogue.prompt("plain") == "rules\n\ns0\n\na0\n\ns1"
-    assert dialogue.prompt("plain", 0) == "rules\n\ns1"
-    assert dialogue.prompt("chatml") == (
+    conversation = Conversation("rules", ["s0", "s1"], ["a0"])
+    assert conversation.prompt("plain") == "rules\n\ns0\n\na0\n\ns1"
+    assert conversation.prompt("plain", 0) == "rules\n\ns1"
+    assert conversation.prompt("chatml") == (
         "<|im_start|>system\nrules<|im_end|>\n"
         "<|im_start|>user\ns0<|im_end|>\n"
         "<|im_start|>assistant\na0<|im_end|>\n"
         "<|im_start|>user\ns1<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-    assert dialogue.prompt("chatml", 0) == (
+    assert conversation.prompt("chatml", 0) == (
         "<|im_start|>system\nrules<|im_end|>\n<|im_start|>user\ns1<|im_end|>\n<|im_start|>assistant\n"
     )
 
 
 @st.composite
 def played(draw):
-    """A dialogue of real positions, with the player to move."""
+    """A conversation of real positions, with the player to move."""
     game = draw(st.sampled_from(GAMES))
-    dialogue = Dialogue(instruction(game), [game.reset(draw(st.integers(0, 10**6)))])
+    conversation = Conversation(instruction(game), [game.reset(draw(st.integers(0, 10**6)))])
     for action in draw(st.lists(actions, max_size=10)):
         if game.over:
             break
-        dialogue.answers.append(format_answer(action))
+        conversation.answers.append(format_answer(action))
         game.step(action)
-        dialogue.states.append(game.observation())
-    return dialogue
+        conversation.states.append(game.observation())
+    return conversation
 
 
 @st.composite
@@ -179,15 +179,15 @@ def of_any_text(draw):
     words = st.text(st.characters(codec="utf-8"), max_size=20).filter(lambda text: "<|" not in text)
     answers = draw(st.lists(words, max_size=4))
     states = draw(st.lists(words, min_size=len(answers) + 1, max_size=len(answers) + 1))
-    return Dialogue(draw(words), states, answers)
+    return Conversation(draw(words), states, answers)
 
 
 @PROPERTY
 @given(st.one_of(played(), of_any_text()), history, actions)
-def test_chatml_and_messages_are_the_same_tokens_to_train_on(tokenizer, dialogue, history_turns, action):
+def test_chatml_and_messages_are_the_same_tokens_to_train_on(tokenizer, conversation, history_turns, action):
     chat_format = ChatFormat(tokenizer)
     rows = [
-        chat_format.prompt_and_response(dialogue.prompt(style, history_turns), format_answer(action), CELL)
+        chat_format.prompt_and_response(conversation.prompt(style, history_turns), format_answer(action), CELL)
         for style in ("messages", "chatml")
     ]
     [messages, chatml] = [(tokens.tolist(), mask.tolist()) for tokens, mask in chat_format.tokenize(rows)]
@@ -196,23 +196,23 @@ def test_chatml_and_messages_are_the_same_tokens_to_train_on(tokenizer, dialogue
 
 @PROPERTY
 @given(played(), history)
-def test_a_prompt_ends_in_the_present_position_and_its_history_in_order(dialogue, history_turns):
-    messages = dialogue.prompt("messages", history_turns)
-    kept = len(dialogue.answers) if history_turns is None else min(history_turns, len(dialogue.answers))
+def test_a_prompt_ends_in_the_present_position_and_its_history_in_order(conversation, history_turns):
+    messages = conversation.prompt("messages", history_turns)
+    kept = len(conversation.answers) if history_turns is None else min(history_turns, len(conversation.answers))
     assert len(messages) == 2 * kept + 2
-    assert messages[0] == system(dialogue.system)
-    assert messages[-1] == user(dialogue.states[-1])
-    assert [m["content"] for m in messages if m["role"] == "user"] == dialogue.states[-kept - 1 :]
+    assert messages[0] == system(conversation.system)
+    assert messages[-1] == user(conversation.states[-1])
+    assert [m["content"] for m in messages if m["role"] == "user"] == conversation.states[-kept - 1 :]
     said = [m["content"] for m in messages if m["role"] == "assistant"]
-    assert said == dialogue.answers[len(dialogue.answers) - kept :]
-    assert dialogue.prompt("plain", history_turns) == "\n\n".join(m["content"] for m in messages)
+    assert said == conversation.answers[len(conversation.answers) - kept :]
+    assert conversation.prompt("plain", history_turns) == "\n\n".join(m["content"] for m in messages)
 
 
 @PROPERTY
 @given(played())
-def test_making_a_prompt_changes_nothing(dialogue):
-    states, answers = list(dialogue.states), list(dialogue.answers)
-    whole = dialogue.messages()
-    dialogue.messages(1).append(user("more"))
-    dialogue.prompt("messages", 0)[0]["content"] = "other"
-    assert (dialogue.states, dialogue.answers, dialogue.messages()) == (states, answers, whole)
+def test_making_a_prompt_changes_nothing(conversation):
+    states, answers = list(conversation.states), list(conversation.answers)
+    whole = conversation.messages()
+    conversation.messages(1).append(user("more"))
+    conversation.prompt("messages", 0)[0]["content"] = "other"
+    assert (conversation.states, conversation.answers, conversation.messages()) == (states, answers, whole)
