@@ -1,96 +1,130 @@
-"""The masked-response loss: the one place that shifts labels and counts targets."""
+"""The masked-response loss, computed inside the model's output head, a part of the targets at a time."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
+from dsft.dataset.micro_batches import MicroBatch
 
-@dataclass
-class MicroBatch:
-    """Rows side by side for one forward pass, padded on the right to the longest.
-
-    input_ids: int64 [rows, length]
-    positions: int64 [targets], indices into the flattened [rows * length] positions whose next token is a target
-    labels: int64 [targets], those next tokens
-    tokens: how many of input_ids are not padding
-    """
-
-    input_ids: torch.Tensor
-    positions: torch.Tensor
-    labels: torch.Tensor
-    tokens: int
-
-    def to(self, device: torch.device) -> "MicroBatch":
-        """The same on a device."""
-        ids, positions, labels = (
-            t.to(device, non_blocking=True) for t in (self.input_ids, self.positions, self.labels)
-        )
-        return MicroBatch(ids, positions, labels, self.tokens)
-
-
-def count_targets(is_target: np.ndarray) -> int:
-    """Targets in one row's mask (bool [length]). A row's first token is predicted by nothing, so never counts."""
-    return int(np.count_nonzero(is_target[1:]))
-
-
-def make_micro_batch(rows: list[tuple[np.ndarray, np.ndarray]], pad_token: int | None) -> MicroBatch:
-    """Rows of (token ids, is-target mask) as one micro-batch; no rows make one that adds zero to the loss.
-
-    Padding stands on the right: a causal model's real positions never see it, so no attention mask is needed,
-    and attention keeps its fastest kernel. Where the tokenizer has no pad token, any other does as well.
-    """
-    length = max((len(tokens) for tokens, _ in rows), default=1)
-    ids = np.full((max(len(rows), 1), length), pad_token or 0, dtype=np.int64)
-    positions, labels = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    for index, (tokens, is_target) in enumerate(rows):
-        ids[index, : len(tokens)] = tokens
-        where = np.flatnonzero(is_target[1:])
-        positions.append(index * length + where)
-        labels.append(tokens[where + 1].astype(np.int64))
-    return MicroBatch(
-        input_ids=torch.from_numpy(ids),
-        positions=torch.from_numpy(np.concatenate(positions)),
-        labels=torch.from_numpy(np.concatenate(labels)),
-        tokens=sum(len(tokens) for tokens, _ in rows),
-    )
+LOGITS_AT_ONCE = 2**25  # float32 elements: 128 MiB, whatever the vocabulary
+SCALED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+"""Settings of models that change the logits after the head (Gemma 2, Granite, Cohere)."""
 
 
 class TargetHead:
-    """Makes a model's output head run on the target positions only.
+    """Makes a model's output head compute the loss, on the target positions only.
 
-    transformers' logits_to_keep names the same positions for every row of a batch; rows end at different
-    places, so a hook before the head picks positions out of the flattened [rows * length] instead. Only 11.5 %
-    of the tokens of the medical set are targets, and the head is a fifth of the small model's multiplications.
+    Only 11.5 % of the tokens of the medical set are targets, and the head is a fifth of the small model's
+    multiplications. A hook before the head picks their positions out of the flattened [sequences * length]. Where the
+    logits are the head's output as it is, the head's forward is replaced for the time of a loss: it then returns the
+    summed loss, and the logits of a long micro-batch never exist at once. That happens inside the head's own call,
+    where a sharding library has gathered its weight.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._positions: torch.Tensor | None = None
-        head = model.get_output_embeddings()  # type: ignore[operator]
+        self._batch: MicroBatch | None = None
+        head: Any = model.get_output_embeddings()  # type: ignore[operator]
         head.register_forward_pre_hook(self._pick)
+        config = model.config.get_text_config()  # type: ignore[operator,union-attr]
+        changed = [name for name in SCALED_LOGITS if getattr(config, name, None) not in (None, 1, 1.0)]
+        self.in_parts = type(head) is torch.nn.Linear and not changed
+        if self.in_parts:
+            plain_forward = head.forward
+
+            def forward(hidden: torch.Tensor) -> torch.Tensor:
+                if self._batch is None:
+                    return plain_forward(hidden)
+                return LossInParts.apply(hidden[0], head.weight, head.bias, self._batch.labels, self._batch.weights)
+
+            head.forward = forward
 
     def _pick(self, _module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if self._positions is None:
+        if self._batch is None:
             return None
         hidden = inputs[0]
-        return (hidden.reshape(1, -1, hidden.shape[-1])[:, self._positions], *inputs[1:])
+        return (hidden.reshape(1, -1, hidden.shape[-1])[:, self._batch.positions], *inputs[1:])
 
     @contextmanager
-    def only(self, positions: torch.Tensor) -> Iterator[None]:
-        """Within this, the model's logits are [1, targets, vocabulary] in the order of `positions`."""
-        self._positions = positions
+    def computing(self, batch: MicroBatch) -> Iterator[None]:
+        """Within this, the model's "logits" are the summed loss, or where not `in_parts` [1, targets, vocabulary]."""
+        self._batch = batch
         try:
             yield
         finally:
-            self._positions = None
+            self._batch = None
 
 
 def summed_loss(model: torch.nn.Module, head: TargetHead, batch: MicroBatch) -> torch.Tensor:
-    """Summed negative log-likelihood of the targets, a float32 scalar."""
-    with head.only(batch.positions):
-        logits = model(input_ids=batch.input_ids, use_cache=False).logits
-    return F.cross_entropy(logits[0].float(), batch.labels, reduction="sum")
+    """Summed negative log-likelihood of the targets, each times its weight, a float32 scalar."""
+    structure = {} if batch.tree is None else {"position_ids": batch.position_ids, "tree": batch.tree}
+    with head.computing(batch):
+        output = model(input_ids=batch.input_ids, use_cache=False, **structure).logits
+    if head.in_parts:
+        return output
+    losses = F.cross_entropy(output[0].float(), batch.labels, reduction="none")
+    return (losses * batch.weights).sum()
+
+
+class LossInParts(torch.autograd.Function):
+    """Head and cross-entropy together; the gradient is computed beside the loss, while a part's logits are there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        labels: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """The summed loss (float32 scalar).
+
+        Args:
+            ctx: autograd's.
+            hidden: [targets, hidden size], before the head.
+            weight: [vocabulary, hidden size].
+            bias: [vocabulary] or None.
+            labels: int64 [targets].
+            weights: float32 [targets].
+        """
+        needs = ctx.needs_input_grad[:3]
+        hidden_gradient = torch.empty_like(hidden) if needs[0] else None
+        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None
+        bias_gradient = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs[2] else None
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for part in torch.arange(len(hidden)).split(max(1, LOGITS_AT_ONCE // len(weight))):
+            rows = slice(int(part[0]), int(part[-1]) + 1) if len(part) else slice(0, 0)
+            logits = F.linear(hidden[rows], weight, bias).float()
+            log_normalisers = logits.logsumexp(dim=-1)
+            chosen = logits.gather(1, labels[rows, None]).squeeze(1)
+            total += ((log_normalisers - chosen) * weights[rows]).sum()
+            if not any(needs):
+                continue
+            slopes = logits.sub_(log_normalisers[:, None]).exp_()  # the probabilities, less one at the label
+            slopes.scatter_add_(1, labels[rows, None], slopes.new_full((len(slopes), 1), -1.0))
+            slopes.mul_(weights[rows, None])
+            if bias_gradient is not None:
+                bias_gradient += slopes.sum(dim=0)
+            slopes = slopes.to(hidden.dtype)
+            if hidden_gradient is not None:
+                hidden_gradient[rows] = slopes @ weight
+            if weight_gradient is not None:
+                weight_gradient += slopes.T @ hidden[rows]
+        gradients = (hidden_gradient, weight_gradient, bias_gradient)
+        ctx.save_for_backward(*(gradient for gradient in gradients if gradient is not None))
+        ctx.present = [gradient is not None for gradient in gradients]
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The stored gradients times that of the loss."""
+        saved = iter(ctx.saved_tensors)
+        gradients = [
+            (next(saved) * outer[0]).to(dtype) if present else None
+            for present, dtype in zip(ctx.present, ctx.dtypes, strict=True)
+        ]
+        return (*gradients, None, None)

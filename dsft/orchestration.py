@@ -27,7 +27,6 @@ from dsft.checkpoint import CheckpointFolder, read_state
 from dsft.cli import as_words, build
 from dsft.config import GenerateConfig, MergeConfig, PipelineConfig, TrainConfig, ValidateConfig
 from dsft.config.pipeline import SHARED, STEPS
-from dsft.dataset.batches import steps_per_epoch
 from dsft.envs import make_environment
 from dsft.errors import UserError
 from dsft.files import guard_disk, write_text
@@ -342,7 +341,7 @@ class Pipeline:
         except (OSError, ValueError, KeyError, IndexError):
             return None
         rows = min(rows, self.train.max_train_rows or rows)
-        epochs = self.train.total_epochs * steps_per_epoch(rows, self.train.train_batch_size)
+        epochs = self.train.total_epochs * math.ceil(rows / self.train.train_batch_size)  # may be a few more
         return done, self.train.total_training_steps or epochs
 
 

@@ -225,6 +225,14 @@ def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
     return tensor.tolist()
 
 
+def least_over_ranks(values: list[float], device: torch.device) -> list[float]:
+    """Element-wise minimum over all ranks, in float64."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
+    return tensor.tolist()
+
+
 def peak_memory_gib(device: torch.device) -> float:
     """Peak memory of this rank in GiB: allocated on the GPU, or resident in the process on CPU."""
     if device.type == "cuda":

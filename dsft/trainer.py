@@ -7,9 +7,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from torch.optim.lr_scheduler import LambdaLR
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import dsft
 from dsft import runtime
@@ -28,12 +30,16 @@ from dsft.checkpoint import (
 )
 from dsft.cli import as_yaml
 from dsft.config import EVERY_EPOCH, TrainConfig
-from dsft.dataset.batches import global_batch, spread, steps_per_epoch
+from dsft.dataset.batches import GlobalBatches
+from dsft.dataset.micro_batches import Layout, MicroBatches
 from dsft.dataset.tokens import DataFormat, TokenDataset, load_dataset
 from dsft.errors import UserError
 from dsft.files import guard_disk, write_text
-from dsft.loss import TargetHead, count_targets, make_micro_batch, summed_loss
+from dsft.loss import TargetHead, summed_loss
+from dsft.model import tree_attention
+from dsft.model.flops import count_flops, measure_matmul
 from dsft.model.lora import LoraOptions, LoraStart, add_lora
+from dsft.model.memory import ActivationMemory, checkpointed_layers, free_memory, token_budget
 from dsft.model.source import ModelSource, load_tokenizer, resolve_model
 from dsft.schedule import learning_rate_factor
 from dsft.tensor_files import TensorReader, write_tensors
@@ -62,12 +68,14 @@ class Trainer:
         )
         self._load_data()
         self._load_model()
+        self._fit_memory(self.dtype)
         runtime.together(self._check_output)
         self.state = TrainerState(
             0, self.total_steps, 0.0, config.backend, self.world.size, self.train_data.fingerprint
         )
         if self.resume_from is not None:
             self._restore(self.resume_from)
+        self._log_error: UserError | None = None
         self._open_output()
 
     # Building
@@ -83,11 +91,10 @@ class Trainer:
         runtime.start_process_group(self.world, self.device)
         runtime.check_same_everywhere(as_yaml(config), "the flags", "start all ranks alike")
         runtime.seed_everything(config.seed, deterministic=config.deterministic)
-        dtype = runtime.pick_dtype(config.dtype, self.device)
+        dtype = self.dtype = runtime.pick_dtype(config.dtype, self.device)
         self.dtype_name = str(dtype).removeprefix("torch.")
         chosen = backend_class(config.backend)
-        accumulation = math.ceil(config.train_batch_size / (self.world.size * config.micro_batch_size))
-        settings = RunSettings(config.train_batch_size, config.micro_batch_size, accumulation, config.clip_grad, dtype)
+        settings = RunSettings(config.train_batch_size, config.clip_grad, dtype)
         library_config = runtime.together(lambda: chosen.read_library_config(config.ds_config, settings))
         self.backend = chosen(
             BackendOptions(
@@ -148,12 +155,14 @@ class Trainer:
 
         self.train_data = load(config.train_files, "train_files", config.max_train_rows)
         self.val_data = load(config.val_files, "val_files", config.max_val_rows) if config.val_files else None
-        rows = [self.train_data.fingerprint, self.val_data.fingerprint if self.val_data else "none"]
+        prints = [self.train_data.fingerprint, self.val_data.fingerprint if self.val_data else "none"]
         runtime.check_same_everywhere(
-            "\n".join(rows), "the rows of --train_files or --val_files", "give all machines the same files and model"
+            "\n".join(prints), "the rows of --train_files or --val_files", "give all machines the same files and model"
         )
-        self.steps_per_epoch = steps_per_epoch(len(self.train_data), config.train_batch_size)
-        self.total_steps = config.total_training_steps or config.total_epochs * self.steps_per_epoch
+        rows = len(self.train_data)
+        dialogue = np.arange(rows) if config.fold == "off" else self.train_data.dialogue
+        self.batches = GlobalBatches(dialogue, self.train_data.sorted_place, config.train_batch_size, config.seed)
+        self.total_steps = config.total_training_steps or self.batches.first_step(config.total_epochs)
 
     def _load_model(self) -> None:
         config = self.config
@@ -166,6 +175,9 @@ class Trainer:
         self.backend.setup()
         model: Any = self.backend.load_model(source)
         model.config.use_cache = False
+        self.why_no_trees = tree_attention.why_no_trees(model, config.attn_implementation)
+        if self.why_no_trees is None:
+            model.set_attn_implementation(tree_attention.NAME)
         if config.lora_rank:
             options = LoraOptions(
                 config.lora_rank,
@@ -183,13 +195,41 @@ class Trainer:
             source.after_fill = LoraStart(model, config.seed)
             source.after_fill(model)
         self.head = TargetHead(model)
-        if config.gradient_checkpointing:
+        self.full_model = model
+        self.backend.prepare(model, self._make_optimizer, self._make_scheduler)
+
+    def _fit_memory(self, dtype: torch.dtype) -> None:
+        """Decide what is recomputed and how many tokens a micro-batch has, and measure the machine."""
+        config, model = self.config, self.full_model
+        memory = ActivationMemory.of(model, dtype)
+        [free] = runtime.least_over_ranks([free_memory(self.device, self.world)], self.device)
+        datasets = [data for data in (self.train_data, self.val_data) if data is not None]
+        longest = max(int(data.lengths.max()) for data in datasets)
+        layers = memory.layers if config.gradient_checkpointing is True else 0
+        if config.gradient_checkpointing == "auto":
+            layers = checkpointed_layers(memory, free, longest)
+        if layers:
             reentrant = self.backend.reentrant_checkpointing
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             if reentrant:
                 model.enable_input_require_grads()
-        self.full_model = model
-        self.backend.prepare(model, self._make_optimizer, self._make_scheduler)
+            checkpointing = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+            for module in checkpointing[layers:]:
+                module.gradient_checkpointing = False
+        self.checkpointed_layers = layers
+        budget = config.max_tokens_per_micro_batch or token_budget(memory, free, longest, layers, self.device)
+        self.layout = Layout(self.world.size, budget, fold=config.fold != "off", trees=self.why_no_trees is None)
+        cost = count_flops(model, self.backend.shape)
+        pad_token = self.tokenizer.pad_token_id
+
+        def prepare(data: TokenDataset | None) -> MicroBatches | None:
+            return None if data is None else MicroBatches(data, self.layout, cost, pad_token)
+
+        self.train_batches, self.val_batches = runtime.together(
+            lambda: (MicroBatches(self.train_data, self.layout, cost, pad_token), prepare(self.val_data))
+        )
+        rates = [measure_matmul(dtype, self.device)]
+        [self.matmul_rate] = runtime.sum_over_ranks(rates, self.device)
 
     def _make_optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         config = self.config
@@ -281,7 +321,9 @@ class Trainer:
             f"data     {len(data)} rows, {data.counts.tokens} tokens, {data.counts.targets} targets"
             + (f"; {data.counts.losses()}" if data.counts.losses() else ""),
             f"batch    {config.train_batch_size} rows: {self.world.size} ranks, micro-batches of at most "
-            f"{config.micro_batch_size} rows; {self.steps_per_epoch} steps an epoch, {self.total_steps} in all",
+            f"{self.layout.token_budget} tokens; {self.batches.first_step(1)} steps in the first epoch, "
+            f"{self.total_steps} in all",
+            f"fold     {self._fold_text()}",
             f"backend  {config.backend} on {self.device.type}, {torch.get_num_threads()} threads a rank",
             f"output   {config.output_dir}",
         ]
@@ -296,6 +338,17 @@ class Trainer:
             lines.append(f"resumed  {self.resume_from}, {ahead}")
         for line in lines:
             tracker.say(line)
+
+    def _fold_text(self) -> str:
+        if not self.layout.fold:
+            text = "off: rows are shuffled one by one, each is computed by itself"
+        elif self.layout.trees:
+            text = "rows of a dialogue meet in a batch, what they have in common is computed once"
+        else:
+            text = f"only rows that continue each other, because {self.why_no_trees}"
+        if self.checkpointed_layers:
+            text += f"; {self.checkpointed_layers} layers recompute their activations"
+        return text
 
     # Running
 
@@ -324,8 +377,9 @@ class Trainer:
         self.backend.close()
 
     def _is_due(self, interval: int | str) -> bool:
-        every = self.steps_per_epoch if interval == EVERY_EPOCH else int(interval)
-        return every > 0 and self.state.step % every == 0
+        if interval == EVERY_EPOCH:
+            return self.state.epoch == int(self.state.epoch)
+        return int(interval) > 0 and self.state.step % int(interval) == 0
 
     def _step(self, stop: runtime.StopSignals) -> str | None:
         """One optimizer step over one global batch.
@@ -336,33 +390,42 @@ class Trainer:
         config, step = self.config, self.state.step
         started = time.perf_counter()
         runtime.seed_step(config.seed, step, self.world.rank)
-        rows = global_batch(len(self.train_data), config.train_batch_size, config.seed, step)
-        targets = sum(count_targets(self.train_data[row][1]) for row in rows)
-        plan = spread(self.train_data.lengths[rows], self.world.size, config.micro_batch_size)[self.world.rank]
+        plan = self.train_batches.plan(self.batches[step])
+        parts = plan.parts[self.world.rank]
+        data_seconds = time.perf_counter() - started
         self.backend.model.train()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        for index, members in enumerate(plan):
-            batch = make_micro_batch([self.train_data[row] for row in rows[members]], self.tokenizer.pad_token_id)
-            loss = summed_loss(self.backend.model, self.head, batch.to(self.device))
-            self.backend.backward(loss / targets, last_micro_batch=index == len(plan) - 1)
+        for index, part in enumerate(parts):
+            before = time.perf_counter()
+            batch = self.train_batches.make(part).to(self.device)
+            data_seconds += time.perf_counter() - before
+            loss = summed_loss(self.backend.model, self.head, batch)
+            self.backend.backward(loss / plan.targets, last_micro_batch=index == len(parts) - 1)
             loss_sum += loss.detach()
         signal_code = {None: 0, "SIGTERM": 1, "SIGINT": 1_000_000}[stop.received]
-        total, stop_code = runtime.sum_over_ranks([loss_sum.item(), signal_code], self.device)
+        failed = float(self._log_error is not None)
+        total, stop_code, failed = runtime.sum_over_ranks([loss_sum.item(), signal_code, failed], self.device)
+        if failed:
+            runtime.together(self._raise_log_error)
         self._refuse_non_finite(total, f"the loss of step {step + 1}")
         rate = self.backend.learning_rate()
         norm = self.backend.step()
         self._refuse_non_finite(norm, f"the gradient norm of step {step + 1}")
         self.state.step = step + 1
-        self.state.epoch = self.state.step / self.steps_per_epoch
+        self.state.epoch = self.batches.epochs_after(self.state.step)
         seconds = time.perf_counter() - started
-        tokens = int(self.train_data.lengths[rows].sum())
         metrics = {
-            "train/loss": total / targets,
+            "train/loss": total / plan.targets,
             "train/grad_norm": norm,
             "train/lr": rate,
-            "train/targets": targets,
-            "train/tokens": tokens,
-            "train/tokens_per_second": tokens / seconds,
+            "train/targets": plan.targets,
+            "train/tokens": plan.row_tokens,
+            "train/tokens_per_second": plan.tokens / seconds,
+            "train/effective_tokens_per_second": plan.row_tokens / seconds,
+            "train/fold_ratio": plan.row_tokens / plan.tokens,
+            "train/mfu": plan.flops / seconds / self.matmul_rate,
+            "train/rank_imbalance": plan.imbalance,
+            "train/data_seconds": data_seconds,
             "train/step_seconds": seconds,
             "memory": runtime.peak_memory_gib(self.device),
         }
@@ -389,31 +452,27 @@ class Trainer:
         runtime.together(refuse)
 
     def _validate(self) -> None:
-        assert self.val_data is not None
+        assert self.val_batches is not None
         self.backend.model.eval()
-        loss = mean_loss(
-            self.backend.model,
-            self.head,
-            self.val_data,
-            micro_batch_size=self.config.micro_batch_size,
-            pad_token=self.tokenizer.pad_token_id,
-            world=self.world,
-            device=self.device,
-        )
+        loss = mean_loss(self.backend.model, self.head, self.val_batches, self.world, self.device)
         self._refuse_non_finite(loss, f"the validation loss after step {self.state.step}")
         self.state.val_loss = loss
         self._log("evaluation", loss_metrics(loss))
         self._evaluated_step = self.state.step
 
     def _log(self, kind: str, metrics: dict[str, Any]) -> None:
-        """Rank 0 writes; a full disk ends all ranks, at the cost of one small collective."""
+        """Rank 0 writes. Its failure, such as a full disk, ends all ranks at the next step, save or end."""
+        if self.tracker is None or self._log_error is not None:
+            return
+        values = {"step": self.state.step, "epoch": round(self.state.epoch, 6)} | metrics
+        try:
+            getattr(self.tracker, kind)(values)
+        except UserError as error:
+            self._log_error = error
 
-        def write() -> None:
-            if self.tracker is not None:
-                values = {"step": self.state.step, "epoch": round(self.state.epoch, 6)} | metrics
-                getattr(self.tracker, kind)(values)
-
-        runtime.together(write)
+    def _raise_log_error(self) -> None:
+        if self._log_error is not None:
+            raise self._log_error
 
     # Saving
 
@@ -446,6 +505,7 @@ class Trainer:
         def check() -> None:
             if failure is not None:
                 raise failure
+            self._raise_log_error()
 
         runtime.together(check)
 

@@ -39,9 +39,6 @@ class RunSettings:
     """What flags have decided and a library's own file must not contradict. The fields have the flags' names."""
 
     train_batch_size: int
-    micro_batch_size: int
-    gradient_accumulation: int
-    """Micro-batches a rank runs per step; follows from the two above and the number of ranks."""
     clip_grad: float
     dtype: torch.dtype
 

@@ -8,6 +8,12 @@ import dsft
 from dsft.errors import UserError
 
 AUTO = "auto"  # transformers' word for "the trainer fills this in"
+DECIDED = {
+    "optimizer": "--lr, --betas and --weight_decay",
+    "scheduler": "--schedule and --warmup_ratio",
+    "train_micro_batch_size_per_gpu": "--max_tokens_per_micro_batch",
+    "gradient_accumulation_steps": "--train_batch_size and --max_tokens_per_micro_batch",
+}
 
 
 def default_file() -> Path:
@@ -33,9 +39,9 @@ def read_ds_config(path: str | None, owned: dict[str, tuple[str, Any]]) -> dict[
         return config
     user = _read(Path(path).expanduser())
     problems = [
-        f"--ds_config {path}: '{section}' is dsft's own to build, from --lr, --betas and --schedule; take it out"
-        for section in ("optimizer", "scheduler")
-        if section in user
+        f"--ds_config {path}: '{key}' is dsft's own to decide, from {flags}; take it out"
+        for key, flags in DECIDED.items()
+        if user.pop(key, AUTO) != AUTO
     ]
     for key, value in user.items():
         if isinstance(config.get(key), dict) and not isinstance(value, dict) and value != AUTO:

@@ -32,8 +32,6 @@ class Zero3Backend(Backend):
         """
         owned = {
             "train_batch_size": ("train_batch_size", settings.train_batch_size),
-            "train_micro_batch_size_per_gpu": ("micro_batch_size", settings.micro_batch_size),
-            "gradient_accumulation_steps": ("train_batch_size", settings.gradient_accumulation),
             "gradient_clipping": ("clip_grad", settings.clip_grad),
             "bf16.enabled": ("dtype", settings.dtype == torch.bfloat16),
             "fp16.enabled": ("dtype", False),

@@ -17,8 +17,8 @@ class TrainConfig(RowFlags, ModelFlags, CommonFlags):
 
     backend: Literal["fsdp", "zero3"] = flag("fsdp", section="Sharding")
     """Sharding library: fsdp (PyTorch FSDP2) or zero3 (DeepSpeed ZeRO-3). The numbers are the same."""
-    gradient_checkpointing: bool = flag(False)
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: bool | Literal["auto"] = flag("auto")
+    """Recompute activations in the backward pass: auto does so in as many layers as the longest row needs to fit."""
     cpu_offload: bool = flag(False)
     """Keep parameters and optimizer state in CPU memory between uses."""
 
@@ -46,8 +46,10 @@ class TrainConfig(RowFlags, ModelFlags, CommonFlags):
 
     train_batch_size: int = flag(128, section="Optimization", run_identity=True)
     """Rows per optimizer step, over all ranks. The last batch of an epoch may be smaller; no row is dropped."""
-    micro_batch_size: int = flag(8)
-    """Rows per forward pass on one rank; changes memory and speed, not the numbers."""
+    max_tokens_per_micro_batch: int | None = flag(None)
+    """Tokens per forward pass on one rank; changes memory and speed, not the numbers. Default: by model and memory."""
+    fold: Literal["batch", "off"] = flag("batch", run_identity=True)
+    """batch draws whole dialogues into a batch and computes what its rows have in common once; off shuffles rows."""
     lr: float = flag(1e-4, run_identity=True)
     """Peak learning rate of AdamW."""
     betas: tuple[float, float] = flag((0.9, 0.95), run_identity=True)
@@ -95,7 +97,7 @@ class TrainConfig(RowFlags, ModelFlags, CommonFlags):
     def check(self) -> None:
         """Raise UserError with every problem that can be seen without reading data or model."""
         problems = []
-        positive = ["max_length", "train_batch_size", "micro_batch_size", "total_epochs"]
+        positive = ["max_length", "train_batch_size", "max_tokens_per_micro_batch", "total_epochs"]
         positive += ["max_train_rows", "max_val_rows", "total_training_steps", "max_checkpoints"]
         for name in positive:
             value = getattr(self, name)

@@ -1,49 +1,76 @@
-"""Which rows meet in which batch, and how a batch is spread over ranks and micro-batches."""
+"""Which rows meet in which optimizer step: decided by (seed, epoch) alone, whatever the ranks and the backend."""
 
-import math
+from bisect import bisect_right
+from functools import lru_cache
 
 import numpy as np
 
-
-def epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of rows in an epoch (int64 [rows]): depends on (seed, epoch) alone, not on ranks or backend."""
-    return np.random.default_rng([seed, epoch]).permutation(rows)
+OPEN_BATCHES = 16  # that may still be filled up while an epoch is laid out
 
 
-def global_batch(rows: int, batch_size: int, seed: int, step: int) -> np.ndarray:
-    """Row indices of optimizer step `step` (0-based), counted over all epochs.
+class GlobalBatches:
+    """The global batches of all epochs, numbered by optimizer step (0-based).
 
-    Every row stands in exactly one batch of an epoch; the last batch of an epoch may be smaller.
-    """
-    epoch, index = divmod(step, steps_per_epoch(rows, batch_size))
-    return epoch_order(rows, seed, epoch)[index * batch_size : (index + 1) * batch_size]
-
-
-def steps_per_epoch(rows: int, batch_size: int) -> int:
-    """Optimizer steps in a pass over the rows."""
-    return math.ceil(rows / batch_size)
-
-
-def spread(lengths: np.ndarray, ranks: int, micro_batch_size: int) -> list[list[np.ndarray]]:
-    """Spread rows over ranks and micro-batches so that ranks have like amounts of work.
+    Whole dialogues are drawn in random order, each into the first batch that has room for it. A dialogue is split only
+    where it alone has more rows than a batch. Every row stands in exactly one batch of an epoch; a batch may have fewer
+    rows than `batch_size`, and an epoch may have a few steps more or less than another.
 
     Args:
-        lengths: tokens of each row, int64 [rows].
-        ranks: number of ranks.
-        micro_batch_size: most rows in a micro-batch.
-
-    Returns:
-        For each rank its micro-batches, each an int64 array of positions in `lengths`. All ranks have the same
-        number of micro-batches, because every forward and backward is collective; some may be empty.
-        Rows of like length share a micro-batch (little padding), and the n-th micro-batches of all ranks are
-        alike in size (ranks wait for each other layer by layer).
+        dialogue: int64 [rows], equal for rows that must meet; np.arange(rows) shuffles plain rows.
+        order: int64 [rows], along which a dialogue that is too large is split.
+        batch_size: rows.
+        seed: of the shuffling.
     """
-    steps = max(1, math.ceil(len(lengths) / (ranks * micro_batch_size)))
-    capacity = steps * micro_batch_size
-    members: list[list[int]] = [[] for _ in range(ranks)]
-    load = [0] * ranks
-    for row in np.argsort(-lengths, kind="stable"):  # longest first, each to the rank with the least so far
-        rank = min((r for r in range(ranks) if len(members[r]) < capacity), key=lambda r: (load[r], r))
-        members[rank].append(int(row))
-        load[rank] += int(lengths[row])
-    return [[np.array(part, dtype=np.int64) for part in np.array_split(rows, steps)] for rows in members]
+
+    def __init__(self, dialogue: np.ndarray, order: np.ndarray, batch_size: int, seed: int) -> None:
+        self._batch_size, self._seed = batch_size, seed
+        by_dialogue = np.lexsort((order, dialogue))
+        starts = np.flatnonzero(np.diff(dialogue[by_dialogue])) + 1
+        self._dialogues = np.split(by_dialogue, starts)
+        self._first_steps = [0]  # of the epochs known so far, and of the next
+        self._layout = lru_cache(maxsize=2)(self._lay_out)
+
+    def epoch(self, epoch: int) -> list[np.ndarray]:
+        """The batches of one epoch, each int64 [rows]."""
+        return self._layout(epoch)
+
+    def first_step(self, epoch: int) -> int:
+        """The step with which an epoch begins."""
+        while len(self._first_steps) <= epoch:
+            self._first_steps.append(self._first_steps[-1] + len(self.epoch(len(self._first_steps) - 1)))
+        return self._first_steps[epoch]
+
+    def __getitem__(self, step: int) -> np.ndarray:
+        """The rows of a step, int64 [rows]."""
+        epoch = self._epoch_of(step)
+        return self.epoch(epoch)[step - self.first_step(epoch)]
+
+    def epochs_after(self, step: int) -> float:
+        """Epochs that are done once `step` steps are, with the share of the running one; whole at an epoch's end."""
+        epoch = self._epoch_of(step)
+        return epoch + (step - self.first_step(epoch)) / len(self.epoch(epoch))
+
+    def _epoch_of(self, step: int) -> int:
+        while self._first_steps[-1] <= step:
+            self.first_step(len(self._first_steps))
+        return bisect_right(self._first_steps, step) - 1
+
+    def _lay_out(self, epoch: int) -> list[np.ndarray]:
+        size = self._batch_size
+        batches: list[list[np.ndarray]] = []
+        room: dict[int, int] = {}  # of the open batches, oldest first
+        for index in np.random.default_rng([self._seed, epoch]).permutation(len(self._dialogues)):
+            rows = self._dialogues[index]
+            for piece in [rows[start : start + size] for start in range(0, len(rows), size)]:
+                batch = next((b for b, free in room.items() if free >= len(piece)), None)
+                if batch is None:
+                    batch = len(batches)
+                    batches.append([])
+                    room[batch] = size
+                    if len(room) > OPEN_BATCHES:
+                        del room[next(iter(room))]
+                batches[batch].append(piece)
+                room[batch] -= len(piece)
+                if not room[batch]:
+                    del room[batch]
+        return [np.concatenate(batch) for batch in batches]

@@ -13,14 +13,14 @@ from transformers import PreTrainedTokenizerBase
 
 from dsft.cache import build_once
 from dsft.dataset.chat_format import ChatFormat, Segment
+from dsft.dataset.folding import find_dialogues, sort_rows
 from dsft.dataset.parquet import Cell, find_files, read_columns, walk
 from dsft.errors import UserError
-from dsft.loss import count_targets
 
 if TYPE_CHECKING:
     from dsft.config.flags import RowFlags
 
-CACHE_FORMAT = 1  # raise it when the same input would give other tokens
+CACHE_FORMAT = 2  # raise it when the same input would give other tokens
 Truncation = Literal["error", "left", "right", "drop"]
 
 
@@ -78,12 +78,17 @@ class TokenDataset:
     """Rows of token ids and target masks, read from memory-mapped files.
 
     tokens: int32 [all tokens], is_target: bool [all tokens], starts: int64 [rows + 1]
+    targets: int64 [rows]
+    sorted_place: int64 [rows], where a row stands when rows are sorted by their tokens: neighbours share beginnings
+    dialogue: int64 [rows], the same number for rows of one dialogue, see dsft.dataset.folding.find_dialogues
     """
 
     def __init__(self, folder: Path) -> None:
         self.tokens = np.load(folder / "tokens.npy", mmap_mode="r")
         self.is_target = np.load(folder / "is_target.npy", mmap_mode="r")
-        self.starts = np.load(folder / "starts.npy")
+        self.starts, self.targets, self.sorted_place, self.dialogue = (
+            np.load(folder / f"{name}.npy") for name in ("starts", "targets", "sorted_place", "dialogue")
+        )
         self.counts = Counts(**json.loads((folder / "counts.json").read_text(encoding="utf-8")))
         self.fingerprint = folder.name
 
@@ -99,6 +104,11 @@ class TokenDataset:
     def lengths(self) -> np.ndarray:
         """Tokens in each row, int64 [rows]."""
         return np.diff(self.starts)
+
+
+def count_targets(is_target: np.ndarray) -> int:
+    """Targets in one row's mask (bool [length]). A row's first token is predicted by nothing, so never counts."""
+    return int(np.count_nonzero(is_target[1:]))
 
 
 def load_dataset(
@@ -187,10 +197,16 @@ def _tokenize_files(
         )
     counts.rows = len(tokens)
     counts.tokens = sum(map(len, tokens))
-    counts.targets = sum(map(count_targets, masks))
+    targets = np.array([count_targets(mask) for mask in masks], np.int64)
+    counts.targets = int(targets.sum())
+    order = sort_rows(tokens)
+    prompt_lengths = np.array([max(1, np.argmax(mask)) for mask in masks], np.int64)
     np.save(folder / "tokens.npy", np.concatenate(tokens))
     np.save(folder / "is_target.npy", np.concatenate(masks))
     np.save(folder / "starts.npy", np.cumsum([0, *map(len, tokens)], dtype=np.int64))
+    np.save(folder / "targets.npy", targets)
+    np.save(folder / "sorted_place.npy", np.argsort(order))
+    np.save(folder / "dialogue.npy", find_dialogues(tokens, prompt_lengths, order))
     (folder / "counts.json").write_text(json.dumps(asdict(counts)), encoding="utf-8")
 
 

@@ -15,10 +15,13 @@ from transformers import PreTrainedTokenizerBase
 from dsft import runtime
 from dsft.config import ValidateConfig
 from dsft.dataset.chat_format import THINK, ChatFormat
+from dsft.dataset.micro_batches import Layout, MicroBatches
 from dsft.dataset.parquet import find_files, read_columns, walk
 from dsft.dataset.tokens import DataFormat, TokenDataset, load_dataset
 from dsft.errors import UserError
 from dsft.loss import TargetHead
+from dsft.model.flops import count_flops
+from dsft.model.memory import ActivationMemory, free_memory, token_budget
 from dsft.validation.generation import TransformersGenerator, VllmGenerator
 from dsft.validation.loss import loss_metrics, mean_loss
 from dsft.validation.statistics import wilson_interval
@@ -187,16 +190,14 @@ def _measure_loss(
     device: torch.device,
 ) -> dict[str, float]:
     """The Trainer's figure."""
-    loss = mean_loss(
-        generator.model,
-        TargetHead(generator.model),
-        data,
-        micro_batch_size=config.batch_size,
-        pad_token=generator.tokenizer.pad_token_id,
-        world=world,
-        device=device,
-        show_progress=world.is_main,
-    )
+    model = generator.model
+    memory = ActivationMemory.of(model, model.dtype)
+    [free] = runtime.least_over_ranks([free_memory(device, world)], device)
+    budget = token_budget(memory, free, int(data.lengths.max()), 0, device)
+    layout = Layout(world.size, budget, fold=True, trees=False)
+    cost = count_flops(model, lambda parameter: tuple(parameter.shape))
+    micro_batches = MicroBatches(data, layout, cost, generator.tokenizer.pad_token_id)
+    loss = mean_loss(model, TargetHead(model), micro_batches, world, device, show_progress=world.is_main)
 
     def check() -> None:
         if not math.isfinite(loss):

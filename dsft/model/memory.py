@@ -1,0 +1,61 @@
+"""What a forward and backward pass keeps in memory, and the token budget and checkpointing that fit."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from dsft import runtime
+
+SHARE = 0.5  # of the free memory that activations may take; the rest is for gradients, gathered weights and the system
+MOST_TOKENS = {"cpu": 4096, "cuda": 32_768}  # more does not run faster, see docs/benchmarks.md
+HIDDEN_KEPT, INNER_KEPT = 10.0, 4.5  # values a layer keeps for each token, in hidden and intermediate sizes; measured
+
+
+@dataclass(frozen=True)
+class ActivationMemory:
+    """Bytes that a token takes between forward and backward."""
+
+    layers: int
+    kept: float
+    """In a layer that keeps its activations."""
+    kept_checkpointed: float
+    """In a layer that recomputes them."""
+
+    @classmethod
+    def of(cls, model: Any, dtype: torch.dtype) -> "ActivationMemory":
+        """From the shapes in a transformers model's config."""
+        config = model.config.get_text_config()
+        hidden = config.hidden_size
+        inner = getattr(config, "intermediate_size", None) or 4 * hidden
+        size = dtype.itemsize
+        norms = 8.0 * hidden if size < 4 else 0.0  # kept in float32 whatever the dtype
+        return cls(config.num_hidden_layers, size * (HIDDEN_KEPT * hidden + INNER_KEPT * inner) + norms, size * hidden)
+
+    def per_token(self, checkpointed_layers: int) -> float:
+        """Bytes, with one checkpointed layer recomputed at a time."""
+        kept = (self.layers - checkpointed_layers) * self.kept + checkpointed_layers * self.kept_checkpointed
+        return kept + (self.kept if checkpointed_layers else 0.0)
+
+
+def free_memory(device: torch.device, world: runtime.World) -> float:
+    """Bytes that this rank may still take."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    return psutil.virtual_memory().available / world.local_size
+
+
+def checkpointed_layers(memory: ActivationMemory, free: float, longest: int) -> int:
+    """The fewest layers to checkpoint so that the longest row fits; all of them where it may not fit even then."""
+    for layers in range(memory.layers + 1):
+        if longest * memory.per_token(layers) <= SHARE * free:
+            return layers
+    return memory.layers
+
+
+def token_budget(memory: ActivationMemory, free: float, longest: int, layers: int, device: torch.device) -> int:
+    """Tokens for a micro-batch: what memory holds, no more than pays, and at least the longest row."""
+    fitting = int(SHARE * free / memory.per_token(layers))
+    return max(longest, min(fitting, MOST_TOKENS[device.type]))
