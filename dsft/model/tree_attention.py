@@ -1,9 +1,9 @@
 """Attention over folded rows: every token sees its ancestors in the prefix tree and itself.
 
-On CPU the tree is cut into blocks of tokens that have their ancestors in common, and a block attends to exactly the keys
-that it may see: no work is spent on other dialogues. The products are plain matrix products on tiles of queries, which
-on these sizes are several times faster in bfloat16 than torch's fused kernel for CPU (see docs/benchmarks.md). On CUDA
-FlexAttention skips what the mask rules out.
+On CPU the tree is cut into blocks of tokens that have their ancestors in common, and a block attends to exactly the
+keys that it may see: no work is spent on other dialogues. The products are plain matrix products on tiles of queries,
+which on these sizes are several times faster in bfloat16 than torch's fused kernel for CPU (see docs/benchmarks.md). On
+CUDA FlexAttention skips what the mask rules out.
 """
 
 import inspect
