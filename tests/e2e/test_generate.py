@@ -414,10 +414,11 @@ def test_what_a_searching_process_refuses_is_told_as_in_one_process(tmp_path):
     assert names(tmp_path) == []
 
 
-def test_a_killed_searching_process_ends_the_run_with_one_line(tmp_path):
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_killed_searching_process_ends_the_run_with_one_line(tmp_path, which):
     process = big_run(tmp_path, "lake")
     children = process.children(recursive=True)
-    children[0].kill()
+    children[which].kill()
     done = ended(process, children)
     assert done.status == 1
     assert done.errors == ["error: a searching process was killed, perhaps for memory; lower --num_processes"]
