@@ -212,8 +212,9 @@ def test_the_reason_of_a_failed_step_is_this_starts(config, tmp_path):
         words(output, config), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as again:
         assert any(line.startswith("train    running") for line in again.stdout)
-        [training] = psutil.Process(again.pid).children()
-        training.kill()  # as a machine without memory does, which writes no reason
+        while not (children := psutil.Process(again.pid).children()):
+            time.sleep(0.01)
+        children[0].kill()  # as a machine without memory does, which writes no reason
         _, err = again.communicate(timeout=60)
     assert again.returncode == 128 + signal.SIGKILL
     assert err.splitlines() == [f"error: train failed with status 137; its log is {output}/logs/train.log"]
