@@ -5,16 +5,15 @@ import multiprocessing
 import os
 import signal
 import sys
+import traceback
 from collections import deque
-from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import count
+from itertools import count, cycle
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -24,10 +23,13 @@ from dsft.envs.base import SEEDS_WITHOUT_NEW_LEVEL, Environment
 from dsft.envs.conversation import Conversation, format_answer, instruction
 from dsft.errors import UserError
 from dsft.files import guard_disk, sync, write_text
-from dsft.processes import end_with_parent
+from dsft.processes import HeldInterrupt, end_with_parent
 
-SEEDS_AT_ONCE = 8  # per task of a process
-TASKS_AHEAD = 4  # per process; the writer never waits for one, and memory stays bounded
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+SEEDS_AT_ONCE = 8  # what a process hands over at a time
+SECONDS_TO_END = 5  # for a process that was killed
 ROWS_AT_ONCE = 2048  # per row group
 REPORT = "generate.json"
 
@@ -90,22 +92,23 @@ def generate(config: GenerateConfig) -> Report:
     guard_disk(lambda: folder.mkdir(parents=True, exist_ok=True), folder)
     report = Report(config.output_dir, _own_flags(config))
     unfinished = {split: folder / f".{split}.parquet.tmp" for split in splits}
-    try:
-        with (
-            closing(_episodes(config)) as episodes,
-            tqdm(total=sum(splits.values()), desc="levels", unit="level", disable=None) as bar,
-        ):
-            fresh = _different_levels(episodes, report, config)
-            for split, size in splits.items():
-                rows = _rows_of_split(config, instruction(environment), split, size, fresh, report, bar)
-                guard_disk(partial(_write, unfinished[split], config, rows), folder)
-        for split, path in unfinished.items():
-            guard_disk(partial(path.replace, folder / f"{split}.parquet"), folder)
-        counts = {key: value for key, value in asdict(report).items() if key != "output_dir"}
-        guard_disk(lambda: write_text(folder / REPORT, json.dumps(counts, indent=2) + "\n"), folder)
-    finally:
-        for split in ("test", "train"):  # also what a killed run with other sizes left
-            (folder / f".{split}.parquet.tmp").unlink(missing_ok=True)
+    with HeldInterrupt() as interrupt:
+        try:
+            with (
+                _searching(config, interrupt) as episodes,
+                tqdm(total=sum(splits.values()), desc="levels", unit="level", disable=None) as bar,
+            ):
+                fresh = _different_levels(episodes, report, config)
+                for split, size in splits.items():
+                    rows = _rows_of_split(config, instruction(environment), split, size, fresh, report, bar)
+                    guard_disk(partial(_write, unfinished[split], config, rows), folder)
+            for split, path in unfinished.items():
+                guard_disk(partial(path.replace, folder / f"{split}.parquet"), folder)
+            counts = {key: value for key, value in asdict(report).items() if key != "output_dir"}
+            guard_disk(lambda: write_text(folder / REPORT, json.dumps(counts, indent=2) + "\n"), folder)
+        finally:
+            for split in ("test", "train"):  # also what a killed run with other sizes left
+                (folder / f".{split}.parquet.tmp").unlink(missing_ok=True)
     return report
 
 
@@ -129,41 +132,69 @@ def _own_flags(config: GenerateConfig) -> dict[str, Any]:
     return {k: v for k, v in asdict(config).items() if k not in ("config", "debug", "output_dir", "num_processes")}
 
 
-def _episodes(config: GenerateConfig) -> Generator[Episode, None, None]:
-    """The expert's episodes on the seeds from config.seed on, in order, without end."""
+@contextmanager
+def _searching(config: GenerateConfig, interrupt: HeldInterrupt) -> Iterator[Iterator[Episode]]:
+    """The expert's episodes on the seeds from config.seed on, in order, without end, until the block is left.
+
+    Each process plays every n-th chunk of seeds and writes it to a pipe of its own, which holds it back when it is far
+    ahead. A ProcessPoolExecutor has threads and locks, and hung at its end where Ctrl-C came while one was being taken.
+    """
     processes = config.num_processes or len(os.sched_getaffinity(0))
-    seeds = (range(first, first + SEEDS_AT_ONCE) for first in count(config.seed, SEEDS_AT_ONCE))
     if processes == 1:
-        environment = make_environment(config)
-        for some in seeds:
-            yield from (play_expert(environment, seed) for seed in some)
+        yield _played_here(config, interrupt)
+        return
     # fork is fast, and safe here: neither torch nor Arrow has started threads.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(processes, context, initializer=_start_worker, initargs=(config, os.getpid()))
-    tasks: deque[Future[list[Episode]]] = deque()
+    context = multiprocessing.get_context("fork") if sys.platform == "linux" else multiprocessing.get_context("spawn")
+    workers, readers = [], []
     try:
-        for some in seeds:
-            tasks.append(pool.submit(_play_seeds, some))
-            if len(tasks) >= TASKS_AHEAD * processes:
-                yield from tasks.popleft().result()
-    except BrokenProcessPool as error:
-        raise UserError("a searching process was killed, perhaps for memory; lower --num_processes") from error
+        for number in range(processes):
+            reader, writer = context.Pipe(duplex=False)
+            chunks = (config, number, processes, writer, os.getpid())
+            worker = context.Process(target=_play_chunks, args=chunks, daemon=True)
+            worker.start()
+            workers.append(worker)
+            writer.close()  # then the process holds the only end, and its death ends the pipe
+            readers.append(reader)
+        yield _received(readers, interrupt)
     finally:
-        pool.shutdown(cancel_futures=True)  # without waiting, Python 3.11 may print an OSError at its exit
+        for worker in workers:
+            worker.kill()
+        for worker in workers:
+            worker.join(SECONDS_TO_END)
 
 
-_environment: Environment
+def _played_here(config: GenerateConfig, interrupt: HeldInterrupt) -> Iterator[Episode]:
+    environment = make_environment(config)
+    for seed in count(config.seed):
+        with interrupt.let_through():
+            episode = play_expert(environment, seed)
+        yield episode
 
 
-def _start_worker(config: GenerateConfig, parent: int) -> None:
-    global _environment
-    end_with_parent(parent, signal.SIGKILL)
+def _received(readers: "list[Connection]", interrupt: HeldInterrupt) -> Iterator[Episode]:
+    for reader in cycle(readers):
+        try:
+            with interrupt.let_through():
+                chunk = reader.recv()
+        except (EOFError, OSError) as error:
+            raise UserError("a searching process was killed, perhaps for memory; lower --num_processes") from error
+        if isinstance(chunk, Exception):
+            raise chunk
+        yield from chunk
+
+
+def _play_chunks(config: GenerateConfig, number: int, processes: int, writer: "Connection", parent: int) -> None:
+    """The body of a process: every n-th chunk, until it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
-    _environment = make_environment(config)
-
-
-def _play_seeds(seeds: range) -> list[Episode]:
-    return [play_expert(_environment, seed) for seed in seeds]
+    end_with_parent(parent, signal.SIGKILL)
+    environment = make_environment(config)
+    with suppress(BrokenPipeError):  # the parent has gone
+        try:
+            for first in count(config.seed + number * SEEDS_AT_ONCE, processes * SEEDS_AT_ONCE):
+                writer.send([play_expert(environment, seed) for seed in range(first, first + SEEDS_AT_ONCE)])
+        except Exception as error:
+            error.add_note(traceback.format_exc())  # for --debug; the traceback itself stays here
+            writer.send(error)
 
 
 def _different_levels(episodes: Iterator[Episode], report: Report, config: GenerateConfig) -> Iterator[Episode]:
@@ -239,7 +270,7 @@ def _rows(config: GenerateConfig, system: str, split: str, index: int, episode: 
 
 def _write(path: Path, config: GenerateConfig, rows: Iterator[dict[str, Any]]) -> None:
     """Stream rows to a parquet file."""
-    import pyarrow as pa  # here, and not above: it comes after the processes have been forked
+    import pyarrow as pa  # here, and not above: by now the processes have been forked
     import pyarrow.parquet as pq
 
     messages = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))

@@ -59,6 +59,15 @@ def run(words: Sequence[Any], *, timeout: float = 300, env: dict[str, str] | Non
     return Done(done.returncode, done.stdout, done.stderr, time.monotonic() - started)
 
 
+def outputs_elsewhere(code: str) -> set[str]:
+    """What Python code prints in processes of its own, in which strings hash differently."""
+    words = [sys.executable, "-c", code]
+    return {
+        subprocess.run(words, cwd=ROOT, env={"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True).stdout
+        for seed in "12"
+    }
+
+
 def hear_interrupts() -> None:
     """For a child's preexec_fn: a shell that starts the tests in the background lets them ignore SIGINT."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)

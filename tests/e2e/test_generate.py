@@ -355,6 +355,33 @@ def test_control_c_leaves_nothing(tmp_path, game):
     assert names(tmp_path) == []
 
 
+@pytest.mark.slow
+def test_control_c_at_any_moment_ends_it_and_leaves_nothing(tmp_path):
+    """Often, in one process: at random instants from the start of the searching processes on."""
+    code = (
+        "import multiprocessing, os, random, signal, sys\n"
+        "from dsft.config import GenerateConfig\n"
+        "from dsft.envs import frozen_lake\n"
+        "from dsft.expert_data import generate\n"
+        "signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))\n"
+        "big = dict(env='frozenlake', train_size=100000, test_size=20, num_processes=2)\n"
+        "for number in range(50):\n"
+        "    try:\n"
+        "        signal.setitimer(signal.ITIMER_REAL, random.uniform(0.001, 0.1))\n"
+        "        generate(GenerateConfig(**big, output_dir=sys.argv[1]))\n"
+        "    except KeyboardInterrupt:\n"
+        "        assert multiprocessing.active_children() == []\n"
+        "        assert os.listdir(sys.argv[1]) == [], number\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts,
+    ) as process:  # fmt: skip
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "Traceback" not in err
+
+
 def test_an_interrupt_of_the_parent_alone_does_the_same(tmp_path):
     process = big_run(tmp_path, "lake")
     children = process.children(recursive=True)
@@ -377,10 +404,21 @@ def test_a_killed_run_leaves_no_finished_file_and_no_process_and_can_be_started_
     assert names(tmp_path) == FILES
 
 
-def test_a_killed_searching_process_ends_the_run_with_one_line(tmp_path):
+def test_what_a_searching_process_refuses_is_told_as_in_one_process(tmp_path):
+    """Here the ninth seed makes no lake; it is told where the seeds in order come to it."""
+    words = {"env": "frozenlake", "size": 6, "p": 0.3, "train_size": 20, "test_size": 0}
+    told = [run([*COMMAND, *flags(**words, num_processes=n, output_dir=tmp_path)]) for n in (1, 2)]
+    assert [done.status for done in told] == [1, 1]
+    assert told[0].errors == told[1].errors != []
+    assert "(seed 100008): none can be crossed" in told[0].errors[0]
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_killed_searching_process_ends_the_run_with_one_line(tmp_path, which):
     process = big_run(tmp_path, "lake")
     children = process.children(recursive=True)
-    children[0].kill()
+    children[which].kill()
     done = ended(process, children)
     assert done.status == 1
     assert done.errors == ["error: a searching process was killed, perhaps for memory; lower --num_processes"]

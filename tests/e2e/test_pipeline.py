@@ -3,12 +3,14 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -200,6 +202,66 @@ def test_a_step_that_fails_stops_the_pipeline_with_its_status_and_log(config, tm
     refused(done, "train failed with status 1", "nowhere: no such folder", f"its log is {tmp_path}/out/logs/train.log")
     assert done.status == 1
     assert "merge" not in done.out
+
+
+@pytest.mark.slow
+def test_the_reason_of_a_failed_step_is_this_starts(config, tmp_path):
+    output = tmp_path / "out"
+    refused(run(words(output, config, model=tmp_path / "nowhere")), "nowhere: no such folder")
+    with subprocess.Popen(
+        words(output, config), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as again:
+        assert any(line.startswith("train    running") for line in again.stdout)
+        while not (children := psutil.Process(again.pid).children()):
+            time.sleep(0.01)
+        children[0].kill()  # as a machine without memory does, which writes no reason
+        _, err = again.communicate(timeout=60)
+    assert again.returncode == 128 + signal.SIGKILL
+    assert err.splitlines() == [f"error: train failed with status 137; its log is {output}/logs/train.log"]
+    assert "nowhere: no such folder" in (output / "logs" / "train.log").read_text()
+
+
+def moved(output: Path, to: Path) -> Path:
+    """A copy of a pipeline's folder that stands as if it had been made there."""
+    shutil.copytree(output, to, symlinks=True)
+    state = to / "pipeline.json"
+    state.write_text(state.read_text().replace(str(output), str(to)))
+    return to
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [{}, {"validate.episodes": 4}])
+def test_an_unfinished_validation_goes_on_unless_its_flags_changed(whole, config, tmp_path, more):
+    output = moved(whole[0], tmp_path / "out")
+    start_and_kill(words(output, config, force="validate"), output, "validate-expert", signal.SIGKILL, 0)
+    played = output / "validate" / "fine-tuned_model.json"
+    before = played.stat().st_mtime_ns
+    done = run(words(output, config, **more))
+    assert done.status == 0, done.err
+    assert (played.stat().st_mtime_ns == before) == (more == {})
+    reports = [json.loads(path.read_text()) for path in (output / "validate").glob("*.json")]
+    expected = more.get("validate.episodes", 6)
+    assert [report["episodes"] for report in reports] == [expected] * 4
+
+
+def test_shared_flags_reach_every_step_that_has_them(config, tmp_path):
+    from dsft.cli import as_words, parse
+    from dsft.config import PipelineConfig
+    from dsft.orchestration import Pipeline
+
+    shared = {"dtype": "bfloat16", "attn_implementation": "eager", "trust_remote_code": True, "debug": True}
+    shared |= {"size": 5, "p": 0.7, "max_steps": 60, "max_depth": 50, "history_turns": 1}
+    values = flags(config=config, output_dir=tmp_path / "out", **shared, **{"generate.rows": "turns"})
+    pipeline = Pipeline(parse(PipelineConfig, values))
+    steps = {
+        "generate": (pipeline.generate, {"size", "p", "max_steps", "max_depth", "history_turns", "debug"}),
+        "train": (pipeline.train, {"dtype", "attn_implementation", "trust_remote_code", "debug"}),
+        "merge": (pipeline.merge, {"trust_remote_code", "debug"}),
+        **{f"validate {player}": (config, set(shared)) for player, config in pipeline.validate.items()},
+    }
+    for step, (made, names) in steps.items():
+        assert {name: getattr(made, name) for name in names} == {name: shared[name] for name in names}, step
+        assert {f"--{name}" for name in names} <= {word.partition("=")[0] for word in as_words(made)}, step
 
 
 @pytest.mark.parametrize("file", sorted(path.name for path in (ROOT / "scripts").glob("pipeline_*.yaml")))

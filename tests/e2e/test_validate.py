@@ -89,11 +89,25 @@ WRONG = {
     "no episodes": ({"episodes": 0}, "episodes must be 1 or more, got 0"),
     "vllm missing": ({"engine": "vllm"}, "--engine vllm needs the package vllm"),
     "output no json": ({"output": "report.txt"}, "output must be the name of a .json file, got report.txt"),
+    "dialogues' flag": ({"max_length": 100}, "--max_length belongs to --data; drop one of them"),
+    "games' flag": (
+        {"env": None, "data": SAMPLE_VAL, "model": "m", "style": "plain"},
+        "--style belongs to --env; drop one of them",
+    ),
+    "beyond the model": ({"model": "smollm2-135m", "max_new_tokens": 9000}, "positions; lower it, --history_turns"),
     "dialogues for a player": ({"env": None, "data": SAMPLE_VAL}, "--model random plays games only; name --env"),
 }
 
 
-FOUND_LATE = ("no model", "no adapter", "no levels file", "levels without levels", "too few levels", "impossible size")
+FOUND_LATE = (
+    "no model",
+    "no adapter",
+    "no levels file",
+    "levels without levels",
+    "too few levels",
+    "impossible size",
+    "beyond the model",
+)
 
 
 @pytest.mark.parametrize("what", [pytest.param(w, marks=[pytest.mark.slow] * (w in FOUND_LATE)) for w in WRONG])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dsft.config import MergeConfig, TrainConfig
+from dsft.config import MergeConfig, TrainConfig, ValidateConfig
 from dsft.errors import UserError, did_you_mean
 
 
@@ -105,6 +105,42 @@ def test_what_defines_a_run_is_all_that_changes_its_numbers():
 def test_a_negative_tolerance_of_the_merge_is_refused():
     with pytest.raises(UserError, match=r"^tolerance must be 0 or more, got -1.0$"):
         MergeConfig(checkpoint="c", tolerance=-1.0).check()
+
+
+@pytest.mark.parametrize(
+    ("mode", "values", "message"),
+    [
+        ("env", {"max_length": 100}, "--max_length belongs to --data; drop one of them"),
+        ("env", {"prompt_key": "question"}, "--prompt_key belongs to --data; drop one of them"),
+        ("env", {"response_dict_keys": ["text"]}, "--response_dict_keys belongs to --data; drop one of them"),
+        (
+            "env",
+            {"messages_key": "m", "truncation": "left"},
+            "--messages_key, --truncation belongs to --data; drop one of them",
+        ),
+        ("data", {"style": "plain"}, "--style belongs to --env; drop one of them"),
+        ("data", {"history_turns": 0}, "--history_turns belongs to --env; drop one of them"),
+        ("data", {"levels": "l.parquet"}, "--levels belongs to --env; drop one of them"),
+        ("data", {"exclude_levels": ["l.parquet"]}, "--exclude_levels belongs to --env; drop one of them"),
+        ("data", {"max_turns": 5}, "--max_turns belongs to --env; drop one of them"),
+        ("data", {"max_steps": 50, "max_depth": 50}, "--max_steps, --max_depth belongs to --env; drop one of them"),
+        ("data", {"transcripts": 0}, "--transcripts belongs to --env; drop one of them"),
+    ],
+)
+def test_validate_refuses_what_only_its_other_mode_reads(mode, values, message):
+    modes = {"env": {"env": "frozenlake"}, "data": {"data": "d.parquet"}}
+    with pytest.raises(UserError) as caught:
+        ValidateConfig(model="m", **modes[mode], **values).check()
+    assert str(caught.value) == message
+    other = modes["data" if mode == "env" else "env"]
+    if "messages_key" not in values:  # which neither reads
+        ValidateConfig(model="m", **other, **values).check()
+
+
+@pytest.mark.parametrize("values", [{"env": "sokoban"}, {"data": "d.parquet"}])
+def test_validate_accepts_what_both_modes_read(values):
+    shared = {"with_thinking": True, "episodes": 3, "seed": 1, "temperature": 0.5, "max_new_tokens": 9}
+    ValidateConfig(model="m", **values, **shared).check()
 
 
 def test_a_spelling_suggestion_needs_a_close_name():

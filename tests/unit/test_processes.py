@@ -1,0 +1,173 @@
+"""Children that end with their parent, and Ctrl-C that waits for its place, in real processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+import psutil
+import pytest
+
+from dsft.processes import HeldInterrupt
+from tests.helpers import ROOT, hear_interrupts
+
+SECONDS = 10
+linux = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's PR_SET_PDEATHSIG")
+CHILD = """
+import os, sys, time
+from dsft.processes import end_with_parent
+end_with_parent(int(sys.argv[1]) if len(sys.argv) > 1 else os.getppid(), *map(int, sys.argv[2:]))
+print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+PARENT = f"""
+import subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", {CHILD!r}])
+time.sleep(60)
+"""
+
+
+def start(code: str, *words: object) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, words)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=hear_interrupts,
+    )
+
+
+def has_ended(process: psutil.Process) -> bool:
+    give_up = time.monotonic() + SECONDS
+    while time.monotonic() < give_up:
+        if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+@linux
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_child_ends_when_its_parent_is_killed(number):
+    with start(PARENT) as parent:
+        child = psutil.Process(int(parent.stdout.readline()))
+        assert child.ppid() == parent.pid
+        parent.send_signal(number)
+        parent.wait(SECONDS)
+        gone = has_ended(child)
+        if not gone:
+            child.kill()
+        assert gone
+
+
+@linux
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_child_whose_parent_died_before_it_asked_ends_at_once(number):
+    with subprocess.Popen([sys.executable, "-c", ""]) as dead:
+        dead.wait(SECONDS)
+    with start(CHILD, dead.pid, int(number)) as child:
+        assert child.wait(SECONDS) == -number
+        assert child.stdout.read() == ""
+
+
+@linux
+def test_a_child_of_a_living_parent_lives():
+    with start(CHILD, os.getpid()) as child:
+        assert int(child.stdout.readline()) == child.pid
+        assert child.poll() is None
+        child.kill()
+
+
+@linux
+def test_a_child_of_process_1_lives():
+    """As in a container, where a command is process 1 of its own."""
+    code = (
+        f"import os, subprocess, sys; assert os.getpid() == 1; subprocess.run([sys.executable, '-c', {CHILD!r}, '1'])"
+    )
+    words = ["unshare", "--map-root-user", "--user", "--pid", "--fork", "--kill-child", sys.executable, "-c"]
+    if subprocess.run([*words, ""], capture_output=True, check=False).returncode != 0:
+        pytest.skip("this machine gives no namespaces")
+    with subprocess.Popen([*words, code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as container:
+        assert container.stdout.readline() == "2\n"  # so its parent is process 1
+        assert container.poll() is None
+        container.kill()
+
+
+# Ctrl-C
+
+
+@pytest.fixture
+def hears_interrupts():
+    """Also where pytest was started in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def press_control_c() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.usefixtures("hears_interrupts")
+def test_control_c_waits_until_it_is_let_through():
+    with HeldInterrupt() as interrupt:
+        press_control_c()
+        with pytest.raises(KeyboardInterrupt), interrupt.let_through():
+            raise AssertionError("it came before")
+
+
+@pytest.mark.usefixtures("hears_interrupts")
+def test_where_it_is_let_through_it_ends_a_wait_at_once():
+    reader, _writer = os.pipe()
+    started = time.monotonic()
+    threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt), HeldInterrupt() as interrupt, interrupt.let_through():
+        os.read(reader, 1)
+    assert time.monotonic() - started < SECONDS
+
+
+@pytest.mark.usefixtures("hears_interrupts")
+def test_an_interrupt_that_was_swallowed_is_raised_again():
+    with HeldInterrupt() as interrupt:
+        with suppress(KeyboardInterrupt), interrupt.let_through():
+            press_control_c()
+        with pytest.raises(KeyboardInterrupt), interrupt.let_through():
+            raise AssertionError("it went on")
+
+
+@pytest.mark.usefixtures("hears_interrupts")
+def test_a_second_one_does_not_cut_a_clean_up_short():
+    with HeldInterrupt() as interrupt:
+        with pytest.raises(KeyboardInterrupt), interrupt.let_through():
+            press_control_c()
+        press_control_c()
+
+
+@pytest.mark.usefixtures("hears_interrupts")
+def test_after_the_block_an_interrupt_is_raised_as_ever():
+    with HeldInterrupt() as interrupt, interrupt.let_through():
+        pass
+    with pytest.raises(KeyboardInterrupt):
+        press_control_c()
+
+
+@pytest.mark.usefixtures("hears_interrupts")
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, lambda *_: None])
+def test_a_handler_of_somebody_else_stays(handler):
+    signal.signal(signal.SIGINT, handler)
+    with HeldInterrupt() as interrupt:
+        assert signal.getsignal(signal.SIGINT) is handler
+        press_control_c()
+        with interrupt.let_through():
+            pass
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_another_thread_than_the_main_one_sets_no_handler():
+    with ThreadPoolExecutor() as pool:
+        pool.submit(lambda: HeldInterrupt().__enter__()).result(SECONDS)
