@@ -97,13 +97,11 @@ class LossInParts(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float32)
         for part in torch.arange(len(hidden)).split(max(1, LOGITS_AT_ONCE // len(weight))):
             rows = slice(int(part[0]), int(part[-1]) + 1) if len(part) else slice(0, 0)
-            logits = F.linear(hidden[rows], weight, bias).float()
-            log_normalisers = logits.logsumexp(dim=-1)
-            chosen = logits.gather(1, labels[rows, None]).squeeze(1)
-            total += ((log_normalisers - chosen) * weights[rows]).sum()
+            log_likelihoods = F.log_softmax(F.linear(hidden[rows], weight, bias), dim=-1, dtype=torch.float32)
+            total -= (log_likelihoods.gather(1, labels[rows, None]).squeeze(1) * weights[rows]).sum()
             if not any(needs):
                 continue
-            slopes = logits.sub_(log_normalisers[:, None]).exp_()  # the probabilities, less one at the label
+            slopes = log_likelihoods.exp_()  # the probabilities, less one at the label
             slopes.scatter_add_(1, labels[rows, None], slopes.new_full((len(slopes), 1), -1.0))
             slopes.mul_(weights[rows, None])
             if bias_gradient is not None:

@@ -96,8 +96,11 @@ class Zero3Backend(Backend):
         import deepspeed
 
         parameters = trainable(model)
-        # The engine rounds everything to the compute dtype before it makes its float32 masters of it.
+        # The engine makes float32 masters of what it is given, and computes in that dtype: left in float32, LoRA would
+        # turn the input of every layer into float32 first. So it gets rounded weights, and the true masters afterwards.
         masters = {n: p.detach().clone() for n, p in parameters.items() if not self.options.trains_base}
+        for parameter in parameters.values():
+            parameter.data = parameter.data.to(self.options.dtype)
         optimizer = make_optimizer(list(parameters.values()))
         scheduler = make_scheduler(optimizer)
         with redirect_stdout(sys.stderr):

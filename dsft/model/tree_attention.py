@@ -218,12 +218,12 @@ def _weights(queries: torch.Tensor, keys: torch.Tensor, block: Block, tile: slic
     scores = torch.bmm(queries.flatten(1, 2), keys.transpose(1, 2))
     count = tile.stop - tile.start
     if block.mask is None:
-        hidden = torch.ones(count, count, dtype=torch.bool).triu_(1)
+        hidden = torch.full((count, count), float("-inf"), dtype=scores.dtype).triu_(1)
     else:
         inside = slice(tile.start - block.start, tile.stop - block.start)
-        hidden = ~block.mask[inside, : inside.stop]
-    recent = scores.unflatten(1, (queries.shape[1], count))[..., -hidden.shape[1] :]
-    recent.masked_fill_(hidden, float("-inf"))
+        hidden = torch.zeros(count, inside.stop, dtype=scores.dtype)
+        hidden.masked_fill_(~block.mask[inside, : inside.stop], float("-inf"))
+    scores.unflatten(1, (queries.shape[1], count))[..., -hidden.shape[1] :].add_(hidden)
     return torch.softmax(scores, dim=-1)
 
 
