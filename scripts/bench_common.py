@@ -1,6 +1,7 @@
 """What bench_throughput.py and bench_gpu.py share: arms, TRL's environment, runs with their memory, tables.
 
-An arm is one way to train a case: dsft:BACKEND:FOLD, or trl:BACKEND:ROWS with ROWS per micro-batch. All arms of a case
+An arm is one way to train a case: dsft:BACKEND:FOLD, or trl:BACKEND:ROWS with ROWS per micro-batch;
+backends are fsdp and zero3, and for TRL plain (one process, nothing sharded). All arms of a case
 train the same rows in the same global batches, so their first steps must have the same loss. Only then are times shown.
 """
 
@@ -8,6 +9,7 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -26,6 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # this checkout's dsft, whichever is installed
 
 from compare_backends import command as dsft_command  # noqa: E402
+
+from dsft.processes import end_with_parent  # noqa: E402
 
 # TRL and what it needs over requirements.txt, installed without dependencies: nothing else can come along.
 TRL_PACKAGES = ("trl==1.16.0", "datasets==5.2.0", "dill==0.4.1", "multiprocess==0.70.19")
@@ -118,6 +122,8 @@ def check_case(case: Case, arms: Sequence[Arm]) -> None:
     if case.rows % case.train_batch_size:
         stop(f"--rows {case.rows} must be a multiple of --train_batch_size {case.train_batch_size}")
     for arm in arms:
+        if arm.backend == "plain" and case.ranks > 1:
+            stop(f"{arm}: plain is one process, --ranks is {case.ranks}")
         if not arm.is_dsft and case.train_batch_size % (case.ranks * int(arm.setting)):
             stop(f"{arm}: --train_batch_size {case.train_batch_size} does not divide by {case.ranks} ranks x its rows")
     if case.sampling != "sequential" and case.train_batch_size != case.rows:
@@ -220,6 +226,7 @@ def export_rows(case: Case, file: Path) -> dict[str, Any]:
             labels.append(np.where(target, tokens, -100).astype(np.int64))
     pq.write_table(pa.table({"input_ids": ids, "labels": labels}), file)
     return {
+        "rows_digest": hashlib.sha256(file.read_bytes()).hexdigest()[:16],
         "model_folder": model,
         "tokens": int(data.lengths.sum()),
         "longest": int(data.lengths.max()),
@@ -291,8 +298,10 @@ def trl_words(arm: Arm, case: Case, facts: dict[str, Any], python: Path, folder:
     }
     case_file = folder / "case.json"
     case_file.write_text(json.dumps(settings, indent=2), encoding="utf-8")
-    launcher = [str(python), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(case.ranks)]
-    return [*launcher, str(ROOT / "scripts" / "bench_trl.py"), str(case_file)]
+    worker = [str(ROOT / "scripts" / "bench_trl.py"), str(case_file)]
+    if arm.backend == "plain":
+        return [str(python), *worker]
+    return [str(python), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(case.ranks), *worker]
 
 
 def threads(ranks: int) -> int:
@@ -306,8 +315,6 @@ def run_arm(arm: Arm, case: Case, facts: dict[str, Any], folder: Path) -> dict[s
     Returns:
         Its steps (seconds, loss, grad_norm, computed tokens), peak memory and versions.
     """
-    import shutil
-
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     if arm.is_dsft:
@@ -328,7 +335,10 @@ def run_arm(arm: Arm, case: Case, facts: dict[str, Any], folder: Path) -> dict[s
             f"{arm} wrote {len(steps)} steps instead of {case.epochs * case.steps_per_epoch}; see {folder / 'log.txt'}"
         )
     end = next((line for line in lines if line.get("end")), {})
-    gpu_peak = end.get("gpu_peak_gib") if not arm.is_dsft else lines[-1].get("memory") if facts["gpu"] else None
+    if arm.is_dsft:
+        gpu_peak = max(line["memory"] for line in lines if "memory" in line) if facts["gpu"] else None
+    else:
+        gpu_peak = end.get("gpu_peak_gib")
     return {
         "arm": str(arm),
         "command": words,
@@ -364,9 +374,17 @@ def watched(
     """
     set_by_launchers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS")
     environment = {name: value for name, value in os.environ.items() if name not in set_by_launchers}
-    read = 0
+    read, parent = 0, os.getpid()
     with open(log, "w", encoding="utf-8") as output:
-        process = psutil.Popen(words, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True)
+        process = psutil.Popen(
+            words,
+            cwd=ROOT,
+            env=environment,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            preexec_fn=lambda: end_with_parent(parent),
+        )
         family: dict[int, int] = {}
         try:
             status = None
@@ -411,7 +429,7 @@ def run_all(
     results: dict[str, list[dict[str, Any]]] = {str(arm): [] for arm in arms}
     for repeat in range(repeats):
         for arm in arms:
-            key = {"case": asdict(case), "code": code_digest(arm)}
+            key = {"case": asdict(case), "rows": facts["rows_digest"], "code": code_digest(arm)}
             name = f"{str(arm).replace(':', '-')}-{repeat}"
             kept = work_dir / f"{name}.json"
             stored = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
@@ -489,7 +507,8 @@ def summarize(runs: Sequence[dict[str, Any]], case: Case, tokens: int) -> dict[s
 
 
 def add_ratios(summary: dict[str, dict[str, Any]]) -> None:
-    """How often faster than TRL: than its fastest fsdp arm (or of all), and its fastest on the same backend.
+    """How often faster than TRL: than its fastest fsdp arm (than its fastest, where it has none), and than its fastest
+    on the same backend.
 
     Arms of trl-targets are no reference: they are TRL as it is not.
     """
@@ -514,7 +533,8 @@ def time_table(summary: dict[str, dict[str, Any]], extra: dict[str, dict[str, st
     """The table of times as Markdown; `extra` adds columns (heading -> arm -> cell)."""
     extra = extra or {}
     heads = ["arm", "s an epoch", "range", "first epoch", "tokens/s", "computed tokens", "peak GiB a rank"]
-    heads += ["x TRL fsdp", "x TRL same backend", *extra]
+    reference = "TRL fsdp" if any(name.startswith("trl:fsdp") for name in summary) else "fastest TRL"
+    heads += [f"x {reference}", "x TRL same backend", *extra]
     lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     for name, row in summary.items():
         low, high = row["epoch_seconds_range"]
@@ -526,32 +546,27 @@ def time_table(summary: dict[str, dict[str, Any]], extra: dict[str, dict[str, st
     return "\n".join(lines)
 
 
-def report(
-    results: dict[str, list[dict[str, Any]]], case: Case, facts: dict[str, Any], json_file: str | None
-) -> dict[str, dict[str, Any]]:
-    """Judge the losses; then print them, and hand back the figures. Times are shown only where all losses agree."""
+def judge(results: dict[str, list[dict[str, Any]]], case: Case, facts: dict[str, Any]) -> dict[str, Any]:
+    """Print the first losses; the case's record, in which `summary` has figures only where all losses agree."""
     table, wrong = loss_table(results, case)
-    print(table)
+    print(table + "\n", flush=True)
     summary: dict[str, dict[str, Any]] = {}
     if not wrong:
         summary = {name: summarize(runs, case, facts["tokens"]) for name, runs in results.items()}
         add_ratios(summary)
+    stored = {name: str(value) if isinstance(value, Path) else value for name, value in facts.items()}
+    return {"case": asdict(case), "facts": stored, "losses_disagree": wrong, "summary": summary, "runs": results}
+
+
+def finish(records: dict[str, dict[str, Any]], json_file: str | None) -> None:
+    """Write the records, then end with status 1 if a loss disagrees: no time is to be believed."""
     if json_file:
-        everything = {
-            "command": sys.argv,
-            "case": asdict(case),
-            "facts": {name: str(value) if isinstance(value, Path) else value for name, value in facts.items()},
-            "machine": machine(),
-            "losses_disagree": wrong,
-            "summary": summary,
-            "runs": results,
-        }
+        everything = {"command": sys.argv, "machine": machine(), "cases": records}
         Path(json_file).write_text(json.dumps(everything, indent=2), encoding="utf-8")
-    if wrong:
-        stop(
-            f"no times: the first loss of {', '.join(wrong)} differs by more than {TOLERANCE[case.dtype]:g} (relative)"
-        )
-    return summary
+    for name, record in records.items():
+        if record["losses_disagree"]:
+            arms, limit = ", ".join(record["losses_disagree"]), TOLERANCE[record["case"]["dtype"]]
+            stop(f"no times of {name}: the first loss of {arms} differs by more than {limit:g} (relative)")
 
 
 def machine() -> dict[str, Any]:

@@ -27,14 +27,16 @@ from bench_common import (
     check_case,
     describe,
     export_rows,
+    finish,
+    judge,
     numbers,
     parse_arms,
     positive,
-    report,
     run_all,
+    say,
     time_table,
+    trl_environment,
 )
-from bench_common import trl_environment as make_trl_environment
 
 DEFAULT_ARMS = "dsft:fsdp,dsft:zero3,trl:fsdp,trl:zero3"
 
@@ -73,6 +75,8 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Run all arms, compare losses, print times."""
     options = parse()
+    from dsft import runtime
+
     arms = parse_arms(options.arms, options.trl_micro_batch)
     case = Case(
         model=options.model,
@@ -92,14 +96,17 @@ def main() -> None:
     check_case(case, arms)
     work_dir = Path(options.work_dir or tempfile.mkdtemp(prefix="dsft-bench-")).resolve()
     work_dir.mkdir(parents=True, exist_ok=True)
+    say(f"runs and results stand in {work_dir}")
+    runtime.silence_libraries()
     rows_file = work_dir / "rows.parquet"
     facts = export_rows(case, rows_file) | {"rows_file": str(rows_file), "gpu": False}
     if any(not arm.is_dsft for arm in arms):
-        facts["trl_python"] = make_trl_environment()
+        facts["trl_python"] = trl_environment()
     print(f"{describe(case, facts)}\n")
     results = run_all(arms, case, options.repeats, work_dir, facts)
-    summary = report(results, case, facts, options.json)
-    print(f"\n{time_table(summary)}")
+    records = {"rows": judge(results, case, facts)}
+    finish(records, options.json)
+    print(time_table(records["rows"]["summary"]))
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def make_arguments(case: dict):
         options = {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
     elif case["backend"] == "zero3":
         options = {"deepspeed": case["ds_config"]}
-    rows_at_once = int(os.environ["WORLD_SIZE"]) * case["micro_batch_size"]
+    rows_at_once = int(os.environ.get("WORLD_SIZE", 1)) * case["micro_batch_size"]
     return SFTConfig(
         output_dir=case["output_dir"],
         per_device_train_batch_size=case["micro_batch_size"],
