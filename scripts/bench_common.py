@@ -77,8 +77,8 @@ class Case:
     ranks: int
     lora_rank: int
     lora_alpha: int
-    gradient_checkpointing: bool
-    max_tokens_per_micro_batch: int | None  # dsft's; None is its default
+    gradient_checkpointing: bool  # in all arms; False is none for TRL and the default for dsft
+    max_tokens_per_micro_batch: int | None  # of dsft; None is its default
     sampling: str  # TRL's order of rows
 
     @property
@@ -118,10 +118,12 @@ def parse_arms(text: str, micro_batches: Sequence[int]) -> list[Arm]:
 
 
 def check_case(case: Case, arms: Sequence[Arm]) -> None:
-    """Refuse what TRL would train in other batches than dsft: it fills up an incomplete last one with other rows."""
+    """Refuse cases in which the arms would not train the same batches: TRL fills up an incomplete one, for example."""
     if case.rows % case.train_batch_size:
         stop(f"--rows {case.rows} must be a multiple of --train_batch_size {case.train_batch_size}")
     for arm in arms:
+        if arm.setting == "batch" and case.train_batch_size != case.rows:
+            stop(f"{arm} draws batches of whole dialogues: give --train_batch_size the value of --rows")
         if arm.backend == "plain" and case.ranks > 1:
             stop(f"{arm}: plain is one process, --ranks is {case.ranks}")
         if not arm.is_dsft and case.train_batch_size % (case.ranks * int(arm.setting)):
@@ -201,7 +203,6 @@ def export_rows(case: Case, file: Path) -> dict[str, Any]:
     import pyarrow.parquet as pq
 
     from dsft.dataset.tokens import DataFormat, load_dataset
-    from dsft.loss import count_targets
     from dsft.model.source import load_tokenizer, resolve_model
 
     model = resolve_model(case.model)
@@ -210,12 +211,11 @@ def export_rows(case: Case, file: Path) -> dict[str, Any]:
     data = load_dataset(files, "train_files", tokenizer, DataFormat(max_length=case.max_length), max_rows=case.rows)
     if len(data) != case.rows:
         stop(f"--train_files {case.train_files} has {len(data)} rows, --rows asks for {case.rows}")
-    order = np.arange(case.rows)
+    batches = [np.arange(case.rows)]
     if case.train_batch_size < case.rows:
-        from dsft.dataset.batches import epoch_order
+        from dsft.dataset.batches import GlobalBatches
 
-        order = epoch_order(case.rows, SEED, 0)
-    batches = np.split(order, case.steps_per_epoch)
+        batches = GlobalBatches(batches[0], batches[0], case.train_batch_size, SEED).epoch(0)
     ids, labels = [], []
     for batch in batches:
         for row in batch[np.argsort(-data.lengths[batch], kind="stable")]:
@@ -230,7 +230,7 @@ def export_rows(case: Case, file: Path) -> dict[str, Any]:
         "model_folder": model,
         "tokens": int(data.lengths.sum()),
         "longest": int(data.lengths.max()),
-        "targets": sum(count_targets(data[row][1]) for row in range(len(data))),
+        "targets": data.counts.targets,
     }
 
 
@@ -264,12 +264,13 @@ def dsft_words(arm: Arm, case: Case, output: Path) -> list[str]:
         "warmup_ratio": WARMUP_RATIO,
         "clip_grad": CLIP_GRAD,
         "seed": SEED,
-        "gradient_checkpointing": str(case.gradient_checkpointing).lower(),
         "save_steps": 0,
         "output_dir": output,
     }
     if case.max_tokens_per_micro_batch is not None:
         flags["max_tokens_per_micro_batch"] = case.max_tokens_per_micro_batch
+    if case.gradient_checkpointing:
+        flags["gradient_checkpointing"] = "true"
     words = dsft_command(arm.backend, case.ranks)
     return words + [word for name, value in flags.items() for word in (f"--{name}", str(value))]
 
@@ -459,18 +460,15 @@ def code_digest(arm: Arm) -> str:
 def loss_table(results: dict[str, list[dict[str, Any]]], case: Case) -> tuple[str, list[str]]:
     """The first step of every arm, and the arms whose loss is not the first one's within the tolerance.
 
-    The first arm of TRL is the reference. Where an epoch has several steps, folded arms draw other batches (whole
-    dialogues), so their reference is the first folded arm.
+    The first arm of TRL is the reference.
     """
     tolerance = TOLERANCE[case.dtype]
     firsts = {name: runs[0]["steps"][0] for name, runs in results.items()}
     names = sorted(firsts, key=lambda name: name.startswith("dsft"))  # stable: TRL's arms first
     lines = ["| arm | first loss | relative | first gradient norm |", "| --- | --- | --- | --- |"]
-    references: dict[bool, float] = {}
+    reference = firsts[names[0]]["loss"]
     wrong = []
     for name in names:
-        other_batches = case.steps_per_epoch > 1 and name.endswith(":batch")
-        reference = references.setdefault(other_batches, firsts[name]["loss"])
         losses = [run["steps"][0]["loss"] for run in results[name]]
         worst = max((abs(loss - reference) / abs(reference) for loss in losses), default=0.0)
         if not worst <= tolerance:  # a loss that is no number differs too

@@ -219,7 +219,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--epochs", type=positive, default=3, help="the first one warms up, where there are more")
     parser.add_argument("--lora_rank", type=positive, default=16)
     parser.add_argument("--lora_alpha", type=positive, default=32)
-    parser.add_argument("--gradient_checkpointing", action="store_true", help="in all arms")
+    parser.add_argument(
+        "--gradient_checkpointing", action="store_true", help="in all arms (else: as dsft decides, none in TRL)"
+    )
     parser.add_argument("--dsft_tokens", type=positive, help="dsft's --max_tokens_per_micro_batch (default: its own)")
     parser.add_argument("--trl_micro_batch", type=numbers, default=[1], help="rows a micro-batch; 1,2 tries several")
     parser.add_argument("--peak_tflops", type=float, help="of the GPU in bfloat16, where this script does not know it")

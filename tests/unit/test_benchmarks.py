@@ -6,6 +6,7 @@ import math
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -64,6 +65,7 @@ def test_unknown_arms_are_refused(text):
         (replace(CASE, rows=9), Arm("dsft", "fsdp", "off")),
         (CASE, Arm("trl", "fsdp", "3")),
         (CASE, Arm("trl", "plain", "1")),
+        (replace(CASE, train_batch_size=4), Arm("dsft", "fsdp", "batch")),
         (replace(CASE, train_batch_size=4, sampling="batch_rebalance"), Arm("trl", "fsdp", "1")),
     ],
 )
@@ -89,19 +91,6 @@ def test_a_loss_that_is_no_number_or_wrong_in_one_repeat_disagrees():
     assert bench.loss_table(results, CASE)[1] == ["dsft:fsdp:off"]
     results["dsft:fsdp:off"] = [outcome(1, loss=math.nan)]
     assert bench.loss_table(results, CASE)[1] == ["dsft:fsdp:off"]
-
-
-def test_folded_arms_of_several_steps_an_epoch_are_compared_with_each_other():
-    case = replace(CASE, train_batch_size=4)
-    results = {
-        "trl:fsdp:1": [outcome(1)],
-        "dsft:fsdp:batch": [outcome(1, loss=2.5)],
-        "dsft:zero3:batch": [outcome(1, loss=2.5)],
-    }
-    assert bench.loss_table(results, case)[1] == []
-    results["dsft:zero3:batch"] = [outcome(1, loss=2.6)]
-    assert bench.loss_table(results, case)[1] == ["dsft:zero3:batch"]
-    assert bench.loss_table(results, CASE)[1] == ["dsft:fsdp:batch", "dsft:zero3:batch"]
 
 
 def test_an_epoch_is_the_median_after_the_first_over_all_repeats():
@@ -152,7 +141,7 @@ def test_steps_of_both_trainers_read_alike():
 
 @pytest.mark.parametrize("batch", [8, 4])
 def test_exported_rows_have_dsfts_tokens_and_targets(tmp_path, tokenizer, batch):
-    from dsft.dataset.batches import epoch_order
+    from dsft.dataset.batches import GlobalBatches
     from dsft.dataset.tokens import DataFormat, load_dataset
 
     facts = bench.export_rows(replace(CASE, train_batch_size=batch), tmp_path / "rows.parquet")
@@ -160,9 +149,9 @@ def test_exported_rows_have_dsfts_tokens_and_targets(tmp_path, tokenizer, batch)
     data = load_dataset([str(SAMPLE_TRAIN)], "train_files", tokenizer, DataFormat(), max_rows=8)
     assert sum(label != -100 for row in rows for label in row["labels"]) == facts["targets"] == data.counts.targets
     assert all(label in (-100, token) for row in rows for token, label in zip(*row.values(), strict=True))
-    order = range(8) if batch == 8 else epoch_order(8, bench.SEED, 0)
-    for start in range(0, 8, batch):
-        expected = sorted(data[row][0].tolist() for row in list(order)[start : start + batch])
+    batches = [range(8)] if batch == 8 else GlobalBatches(np.arange(8), np.arange(8), batch, bench.SEED).epoch(0)
+    for start, members in zip(range(0, 8, batch), batches, strict=True):
+        expected = sorted(data[row][0].tolist() for row in members)
         got = [row["input_ids"] for row in rows[start : start + batch]]
         assert sorted(got) == expected
         assert [len(ids) for ids in got] == sorted(map(len, got), reverse=True)
