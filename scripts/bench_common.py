@@ -7,6 +7,7 @@ train the same rows in the same global batches, so their first steps must have t
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -38,7 +39,7 @@ BACKENDS = {"dsft": ("fsdp", "zero3"), "trl": ("fsdp", "zero3", "plain"), "trl-t
 FOLDS = ("batch", "off")
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}  # of the first step's loss, relative
 LR, BETAS, WEIGHT_DECAY, WARMUP_RATIO, CLIP_GRAD, SEED = 1e-4, (0.9, 0.95), 0.01, 0.1, 1.0, 1
-POLL_SECONDS = 0.1
+POLL_SECONDS = 0.25
 
 
 def stop(message: str) -> None:
@@ -354,15 +355,16 @@ def run_arm(arm: Arm, case: Case, facts: dict[str, Any], folder: Path) -> dict[s
 
 def read_step(line: dict[str, Any]) -> dict[str, Any]:
     """One optimizer step, from a line of dsft's metrics.jsonl or of bench_trl.py."""
-    if "train/loss" in line:
-        effective = line["train/effective_tokens_per_second"] * line["train/step_seconds"]
-        return {
-            "seconds": line["train/step_seconds"],
-            "loss": line["train/loss"],
-            "grad_norm": line["train/grad_norm"],
-            "computed_tokens": round(effective / line["train/fold_ratio"]),
-        }
-    return {name: line[name] for name in ("seconds", "loss", "grad_norm", "computed_tokens")}
+    step = {"cpu_seconds": line["cpu_seconds"]}
+    if "train/loss" not in line:
+        return step | {name: line[name] for name in ("seconds", "loss", "grad_norm", "computed_tokens")}
+    effective = line["train/effective_tokens_per_second"] * line["train/step_seconds"]
+    return step | {
+        "seconds": line["train/step_seconds"],
+        "loss": line["train/loss"],
+        "grad_norm": line["train/grad_norm"],
+        "computed_tokens": round(effective / line["train/fold_ratio"]),
+    }
 
 
 def watched(
@@ -370,8 +372,8 @@ def watched(
 ) -> Iterator[dict[str, Any]]:
     """Run a command and yield the lines of its steps file as they come.
 
-    `peaks` gets each rank's largest resident memory in GiB (the kernel's own high-water mark), start-up and saving
-    included: read from outside, so it means the same for every trainer.
+    Each gets `cpu_seconds`, what all its processes have used of the processors so far. `peaks` gets each rank's peak
+    memory, start-up and saving included.
     """
     set_by_launchers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS")
     environment = {name: value for name, value in os.environ.items() if name not in set_by_launchers}
@@ -386,18 +388,18 @@ def watched(
             start_new_session=True,
             preexec_fn=lambda: end_with_parent(parent),
         )
-        family: dict[int, int] = {}
+        family = Family(process, {}, {}, peaks)
         try:
             status = None
             while status is None:
                 with suppress(subprocess.TimeoutExpired, psutil.TimeoutExpired):
                     status = process.wait(POLL_SECONDS)
-                note_peaks(process, family, peaks)
+                family.look()
                 if steps_file.exists():
                     text = steps_file.read_text(encoding="utf-8")
                     whole = text[: text.rfind("\n") + 1]
                     for line in whole[read:].splitlines():
-                        yield json.loads(line)
+                        yield json.loads(line) | {"cpu_seconds": sum(family.cpu.values())}
                     read = len(whole)
         finally:
             with suppress(psutil.NoSuchProcess):
@@ -409,18 +411,29 @@ def watched(
         stop(f"{name} ended with status {status}; {log} says:\n" + "\n".join(errors[:8]))
 
 
-def note_peaks(process: psutil.Process, family: dict[int, int], peaks: dict[int, float]) -> None:
-    """Bring each rank's peak up to date. A process without RANK is a launcher, or the only rank."""
-    with suppress(psutil.Error):
-        for one in [process, *process.children(recursive=True)]:
-            with suppress(psutil.Error, OSError, ValueError):
-                if one.pid not in family:
-                    family[one.pid] = int(one.environ().get("RANK", 0))
-                status = Path(f"/proc/{one.pid}/status").read_text(encoding="ascii", errors="replace")
-                peak = next((line for line in status.splitlines() if line.startswith("VmHWM:")), None)
-                if peak is not None:
-                    rank = family[one.pid]
-                    peaks[rank] = max(peaks.get(rank, 0.0), int(peak.split()[1]) / 2**20)
+@dataclass
+class Family:
+    """A command and all its processes, seen from outside: so the figures mean the same for every trainer."""
+
+    root: psutil.Process
+    rank: dict[int, int]  # process id -> rank; one without RANK is a launcher, or the only rank
+    cpu: dict[int, float]  # process id -> processor seconds so far
+    peaks: dict[int, float]  # rank -> the kernel's high-water mark of its resident memory, in GiB
+
+    def look(self) -> None:
+        """Bring the figures up to date."""
+        with suppress(psutil.Error):
+            for one in [self.root, *self.root.children(recursive=True)]:
+                with suppress(psutil.Error, OSError, ValueError):
+                    if one.pid not in self.rank:
+                        self.rank[one.pid] = int(one.environ().get("RANK", 0))
+                    times = one.cpu_times()
+                    self.cpu[one.pid] = times.user + times.system
+                    status = Path(f"/proc/{one.pid}/status").read_text(encoding="ascii", errors="replace")
+                    peak = next((line for line in status.splitlines() if line.startswith("VmHWM:")), None)
+                    if peak is not None:
+                        rank = self.rank[one.pid]
+                        self.peaks[rank] = max(self.peaks.get(rank, 0.0), int(peak.split()[1]) / 2**20)
 
 
 def run_all(
@@ -491,12 +504,15 @@ def summarize(runs: Sequence[dict[str, Any]], case: Case, tokens: int) -> dict[s
     counted = [one for run in seconds for one in run[1:]] or [run[0] for run in seconds]
     epoch_seconds = statistics.median(counted)
     computed = statistics.median(sum(step["computed_tokens"] for step in epoch) for run in epochs for epoch in run)
+    ends = [[epoch[-1]["cpu_seconds"] for epoch in run] for run in epochs]
+    cpu = [after - before for run in ends for before, after in itertools.pairwise(run)]
     gpu_peaks = [run["gpu_peak_gib"] for run in runs if run.get("gpu_peak_gib") is not None]
     return {
         "epoch_seconds": epoch_seconds,
         "epoch_seconds_range": [min(counted), max(counted)],
         "first_epoch_seconds": statistics.median(run[0] for run in seconds),
         "epochs_counted": len(counted),
+        "cpu_seconds": statistics.median(cpu) if cpu else None,
         "tokens_per_second": tokens / epoch_seconds,
         "computed_tokens": computed,
         "computed_tokens_per_second": computed / epoch_seconds,
@@ -530,13 +546,23 @@ def ratio(value: float | None) -> str:
 def time_table(summary: dict[str, dict[str, Any]], extra: dict[str, dict[str, str]] | None = None) -> str:
     """The table of times as Markdown; `extra` adds columns (heading -> arm -> cell)."""
     extra = extra or {}
-    heads = ["arm", "s an epoch", "range", "first epoch", "tokens/s", "computed tokens", "peak GiB a rank"]
+    heads = [
+        "arm",
+        "s an epoch",
+        "range",
+        "first epoch",
+        "CPU s an epoch",
+        "tokens/s",
+        "computed tokens",
+        "peak GiB a rank",
+    ]
     reference = "TRL fsdp" if any(name.startswith("trl:fsdp") for name in summary) else "fastest TRL"
     heads += [f"x {reference}", "x TRL same backend", *extra]
     lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     for name, row in summary.items():
         low, high = row["epoch_seconds_range"]
         cells = [name, f"{row['epoch_seconds']:.1f}", f"{low:.1f} to {high:.1f}", f"{row['first_epoch_seconds']:.1f}"]
+        cells += ["" if row["cpu_seconds"] is None else f"{row['cpu_seconds']:.1f}"]
         cells += [f"{row['tokens_per_second']:.0f}", f"{row['computed_tokens']:.0f}", f"{row['peak_gib']:.2f}"]
         cells += [ratio(row["times_trl"]), ratio(row["times_trl_same_backend"])]
         cells += [column.get(name, "") for column in extra.values()]

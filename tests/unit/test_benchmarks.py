@@ -37,6 +37,8 @@ CASE = Case(
 def outcome(*seconds, loss=2.0, peak=1.0):
     """A run of an arm: one step an epoch, that many seconds each."""
     steps = [{"seconds": s, "loss": loss, "grad_norm": 0.5, "computed_tokens": 100} for s in seconds]
+    for step, used in zip(steps, itertools.accumulate(seconds), strict=True):
+        step["cpu_seconds"] = 10 + 2 * used
     return {"steps": steps, "peak_gib_by_rank": {0: peak, 1: peak / 2}, "gpu_peak_gib": None}
 
 
@@ -98,6 +100,7 @@ def test_an_epoch_is_the_median_after_the_first_over_all_repeats():
     assert row["epoch_seconds"] == 5.5
     assert row["epoch_seconds_range"] == [4, 100]
     assert row["first_epoch_seconds"] == 8.5
+    assert row["cpu_seconds"] == 11
     assert row["peak_gib"] == 3.0
     assert row["tokens_per_second"] == pytest.approx(1000 / 5.5)
     assert bench.summarize([outcome(9)], replace(CASE, epochs=1), 1000)["epoch_seconds"] == 9
@@ -134,8 +137,9 @@ def test_ratios_are_to_trls_fastest_and_to_the_same_backend(tmp_path):
 
 def test_steps_of_both_trainers_read_alike():
     ours = {"train/loss": 2.0, "train/grad_norm": 0.5, "train/step_seconds": 2.0, "train/fold_ratio": 4.0}
+    ours["cpu_seconds"] = 7.0
     ours["train/effective_tokens_per_second"] = 600.0
-    theirs = {"step": 1, "seconds": 2.0, "loss": 2.0, "grad_norm": 0.5, "computed_tokens": 300}
+    theirs = {"step": 1, "seconds": 2.0, "loss": 2.0, "grad_norm": 0.5, "computed_tokens": 300, "cpu_seconds": 7.0}
     assert bench.read_step(ours) == bench.read_step(theirs)
 
 
@@ -174,7 +178,8 @@ def test_a_running_command_is_read_and_its_ranks_memory_seen(tmp_path):
     peaks = {}
     words = [sys.executable, "-c", code, str(tmp_path / "steps")]
     lines = list(bench.watched(words, tmp_path / "log", tmp_path / "steps", peaks, "an arm"))
-    assert lines == [{"step": 1}, {"step": 2}]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert 0 < lines[0]["cpu_seconds"] < 10
     assert 0.05 < peaks[0] < 0.15 < peaks[1] < 0.25
 
 
