@@ -7,7 +7,7 @@
 The model has the shape of Qwen2.5-7B and random weights (15 GB, written to the cache folder once), with LoRA on all
 linear layers. Two cases of random words, in bfloat16:
 
-    single    rows of exactly --length tokens that share nothing, nearly all of them targets
+    single    rows of exactly --length tokens that share no text, nearly all of them targets
     turns     dialogues of --turns rows, each the row before plus a turn, up to --length tokens; folding computes each
               dialogue once, 4.5 times fewer tokens with 8 turns
 
@@ -139,8 +139,9 @@ def make_rows(case: str, tokenizer: Any, *, length: int, rows: int, dialogues: i
 
 
 def single_row(text: list[str], count: int) -> dict[str, Any]:
-    """A short question and an answer of `count` words."""
-    return {"prompt": [{"role": "user", "content": "Tell me"}], "response": " ".join(text[:count])}
+    """A short question and an answer of `count` words; what a template would put before all rows is replaced."""
+    prompt = [{"role": "system", "content": " ".join(text[-8:])}, {"role": "user", "content": "Tell me"}]
+    return {"prompt": prompt, "response": " ".join(text[:count])}
 
 
 def dialogue_row(text: list[str], count: int, turn: int, turns: int) -> dict[str, Any]:
