@@ -24,7 +24,7 @@ def common(tiny_model, **more):
 @pytest.mark.slow
 def test_compare_script_finds_the_arms_equal(tiny_model, tmp_path):
     table = tmp_path / "table.json"
-    words = ["--arms", "fsdp:1:4,fsdp:2:1,zero3:1:8,zero3:2:3", "--work_dir", tmp_path, "--json", table]
+    words = ["--arms", "fsdp:1:auto,fsdp:2:600,zero3:1:1500,zero3:2:900", "--work_dir", tmp_path, "--json", table]
     done = run([start_words("fsdp", 1)[0], "scripts/compare_backends.py", *words, *common(tiny_model)])
     assert done.status == 0, done.err
     assert "equal: largest relative difference" in done.out
@@ -41,7 +41,7 @@ def test_compare_script_finds_the_arms_equal(tiny_model, tmp_path):
 
 @pytest.mark.slow
 def test_compare_script_fails_when_arms_differ(tiny_model, tmp_path):
-    words = ["--arms", "fsdp:1:4,fsdp:1:3", "--work_dir", tmp_path, "--tolerance", "-1"]
+    words = ["--arms", "fsdp:1:auto,fsdp:1:900", "--work_dir", tmp_path, "--tolerance", "-1"]
     one_step = common(tiny_model, total_training_steps=1)
     done = run([start_words("fsdp", 1)[0], "scripts/compare_backends.py", *words, *one_step])
     assert done.status == 1

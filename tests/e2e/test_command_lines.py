@@ -14,7 +14,7 @@ from tests.helpers import BIN, ROOT, SAMPLE_TRAIN, SAMPLE_VAL, flags, metrics, r
 
 SMALL = flags(
     model="smollm2-135m", train_files="data/sample_train.parquet", val_files="data/sample_val.parquet",
-    max_train_rows=16, max_val_rows=6, train_batch_size=8, micro_batch_size=4, lora_rank=8, lr=1e-3,
+    max_train_rows=16, max_val_rows=6, train_batch_size=8, max_tokens_per_micro_batch=1500, lora_rank=8, lr=1e-3,
 )  # fmt: skip
 METRIC_KEYS = {
     "step", "epoch", "train/loss", "train/grad_norm", "train/lr", "train/targets", "train/tokens",
