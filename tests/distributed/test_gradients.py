@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.helpers import BIN, ROOT, flags, metrics, run, seeded_tensor
 
+LONGEST = 115  # tokens of the longest row
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
