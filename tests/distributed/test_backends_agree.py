@@ -100,8 +100,14 @@ def test_full_fine_tuning_writes_a_model_that_transformers_loads(backend, tiny_m
 @pytest.mark.parametrize("backend", ["fsdp", "zero3"])
 @pytest.mark.parametrize(
     "changed",
-    [{"gradient_checkpointing": True}, {"cpu_offload": True}, {"attn_implementation": "eager"}],
-    ids=lambda changed: next(iter(changed)),
+    [
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": False},
+        {"cpu_offload": True},
+        {"attn_implementation": "eager"},
+        {"max_tokens_per_micro_batch": 400},
+    ],
+    ids=lambda changed: "-".join(map(str, *changed.items())),
 )
 def test_memory_and_attention_settings_leave_the_numbers(backend, changed, tiny_model, tmp_path, port):
     settings = {"lora_rank": 4, "total_training_steps": 2, "eval_steps": 0}
@@ -109,6 +115,8 @@ def test_memory_and_attention_settings_leave_the_numbers(backend, changed, tiny_
         words = common(tiny_model, output_dir=tmp_path / name, **(settings | more))
         done = run([*start_words(backend, 1, port), *words])
         assert done.status == 0, done.err
+        recomputes = "layers recompute their activations" in done.out
+        assert recomputes == (more.get("gradient_checkpointing") is True)  # auto: a tiny model fits
     plain, other = metrics(tmp_path / "plain"), metrics(tmp_path / "changed")
     for ours, theirs in zip(plain, other, strict=True):
         assert theirs["train/loss"] == pytest.approx(ours["train/loss"], rel=1e-5)

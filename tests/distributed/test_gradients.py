@@ -49,9 +49,7 @@ def reference(folder, rows_file, tokenizer, lora_rank):
         *(pytest.param(*arm, marks=pytest.mark.slow) for arm in [("fsdp", 3, 300), ("zero3", 3, 200)]),
     ],
 )
-def test_gradients_equal_a_plain_loop(
-    backend, ranks, tokens, lora_rank, tiny_model, uneven_rows, tokenizer, tmp_path
-):
+def test_gradients_equal_a_plain_loop(backend, ranks, tokens, lora_rank, tiny_model, uneven_rows, tokenizer, tmp_path):
     loss, norm, expected = reference(tiny_model, uneven_rows, tokenizer, lora_rank)
     out = tmp_path / "gradients.safetensors"
     words = flags(
