@@ -139,7 +139,9 @@ def build(config_class: type[Config], values: dict[str, Any], problems: Sequence
             try:
                 known[f.name] = read_value(values[f.name], hints[f.name])
             except ValueError:
-                problems.append(f"{f.name} must be {type_text(hints[f.name])}, got {values[f.name]!r}")
+                value, kind = values[f.name], hints[f.name]
+                suggestion = did_you_mean(value, _choices(kind)) if isinstance(value, str) else ""
+                problems.append(f"{f.name} must be {type_text(kind)}, got {value!r}{suggestion}")
         elif f.metadata["required"] and f"--{f.name}" not in told:
             problems.append(f"--{f.name} is required: {meanings(config_class)[f.name]}")
     if problems:
@@ -166,9 +168,9 @@ def _collect(config_class: type, argv: Sequence[str], problems: list[str]) -> di
             problems.append(f"'{word}' belongs to no flag; write --name value")
         elif not _is_flag(word) or "=" in word or not _is_flag(following):
             words.append(word)
-        elif hints.get(name) is bool:  # a flag without a value; Fire would take even --nomodel as model=False
+        elif _is_switch(hints.get(name)):  # a flag without a value; Fire would take even --nomodel as model=False
             words.append(f"--{name}=True")
-        elif name.startswith("no") and hints.get(name[2:]) is bool:
+        elif name.startswith("no") and _is_switch(hints.get(name[2:])):
             words.append(f"--{name[2:]}=False")
         elif name in hints:
             problems.append(f"--{name} needs a value: {type_text(hints[name])}")
@@ -190,6 +192,18 @@ def _collect(config_class: type, argv: Sequence[str], problems: list[str]) -> di
     unknown = [name for name in collected if name not in hints]
     problems += [f"unknown flag --{name}{did_you_mean(name, hints)}; --help lists all flags" for name in unknown]
     return collected
+
+
+def _is_switch(kind: Any) -> bool:
+    """Whether a flag may stand without a value."""
+    return kind is bool or bool in typing.get_args(kind)
+
+
+def _choices(kind: Any) -> list[str]:
+    """The words that a declared type names."""
+    if typing.get_origin(kind) is Literal:
+        return list(typing.get_args(kind))
+    return [choice for inner in typing.get_args(kind) for choice in _choices(inner)]
 
 
 def _is_flag(word: str) -> bool:
@@ -235,6 +249,8 @@ def read_value(value: Any, kind: Any) -> Any:
                     continue
         raise ValueError
     if origin is Literal:
+        if value is False and "off" in arguments:  # YAML reads an off without quotes so
+            return "off"
         if value in arguments:
             return value
         raise ValueError

@@ -1,5 +1,6 @@
 """The masked-response loss, computed inside the model's output head, a part of the targets at a time."""
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -7,11 +8,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from dsft import runtime
 from dsft.dataset.micro_batches import MicroBatch
 
 LOGITS_AT_ONCE = 2**25  # float32 elements: 128 MiB, whatever the vocabulary
-SCALED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
-"""Settings of models that change the logits after the head (Gemma 2, Granite, Cohere)."""
+SCALED_LOGITS = (
+    "final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier", "logits_soft_cap",
+    "output_logit_soft_cap", "output_multiplier", "unpadded_vocab_size",
+)  # fmt: skip
+"""Settings of models that change the logits after the head (Gemma 2, Granite, Cohere, Falcon H1, …)."""
 
 
 class TargetHead:
@@ -29,15 +34,21 @@ class TargetHead:
         head: Any = model.get_output_embeddings()  # type: ignore[operator]
         head.register_forward_pre_hook(self._pick)
         config = model.config.get_text_config()  # type: ignore[operator,union-attr]
-        changed = [name for name in SCALED_LOGITS if getattr(config, name, None) not in (None, 1, 1.0)]
-        self.in_parts = type(head) is torch.nn.Linear and not changed
+        settings = [getattr(config, name, None) for name in SCALED_LOGITS]
+        self.in_parts = type(head) is torch.nn.Linear and all(value in (None, 1) for value in settings)
+        self._is_neutral = 1 in settings  # the model multiplies or divides by 1
+        self._layers: int = config.num_hidden_layers
+        self._checked = False
+        self._loss: torch.Tensor | None = None
         if self.in_parts:
             plain_forward = head.forward
 
             def forward(hidden: torch.Tensor) -> torch.Tensor:
-                if self._batch is None:
+                if self._batch is None or not self.in_parts:
                     return plain_forward(hidden)
-                return LossInParts.apply(hidden[0], head.weight, head.bias, self._batch.labels, self._batch.weights)
+                batch = self._batch
+                self._loss = LossInParts.apply(hidden[0], head.weight, head.bias, batch.labels, batch.weights)
+                return self._loss
 
             head.forward = forward
 
@@ -56,12 +67,35 @@ class TargetHead:
         finally:
             self._batch = None
 
+    def check(self, batch: MicroBatch, output: torch.Tensor) -> bool:
+        """After the first forward: whether the model has computed what was asked of it.
+
+        A model that changes its logits in a way that SCALED_LOGITS does not name has changed the loss. One that
+        has changed nothing, `output` lies where the head's own result lies, whatever a library has wrapped around it.
+
+        Returns:
+            False where the loss must be computed again, no longer `in_parts`.
+
+        Raises:
+            UserError: on one rank, PeerFailedError on the others: attention has not followed the tree.
+        """
+        loss, self._loss = self._loss, None
+        if self._checked:
+            return True
+        self._checked = True
+        if batch.tree is not None:
+            runtime.together(functools.partial(batch.tree.check_use, self._layers))
+        self.in_parts = loss is not None and (self._is_neutral or loss.data_ptr() == output.data_ptr())
+        return loss is None or self.in_parts
+
 
 def summed_loss(model: torch.nn.Module, head: TargetHead, batch: MicroBatch) -> torch.Tensor:
     """Summed negative log-likelihood of the targets, each times its weight, a float32 scalar."""
     structure = {} if batch.tree is None else {"position_ids": batch.position_ids, "tree": batch.tree}
     with head.computing(batch):
         output = model(input_ids=batch.input_ids, use_cache=False, **structure).logits
+    if not head.check(batch, output):
+        return summed_loss(model, head, batch)
     if head.in_parts:
         return output
     losses = F.cross_entropy(output[0].float(), batch.labels, reduction="none")

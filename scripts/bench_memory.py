@@ -24,7 +24,9 @@ def measure(length: int, rows: int, returns: bool) -> dict:
     import torch
 
     from dsft import runtime
-    from dsft.loss import TargetHead, make_micro_batch, summed_loss
+    from dsft.dataset.folding import fold
+    from dsft.dataset.micro_batches import padded
+    from dsft.loss import TargetHead, summed_loss
     from dsft.model.lora import LoraOptions, add_lora
     from dsft.model.source import ModelSource, resolve_model
 
@@ -35,7 +37,7 @@ def measure(length: int, rows: int, returns: bool) -> dict:
     wrapped = add_lora(model, LoraOptions(16, 32, 0, ["all-linear"], False, False), "smollm2-135m").train()
     head = TargetHead(wrapped)
     tokens = np.random.default_rng(0).integers(0, 40_000, (rows, length), dtype=np.int32)
-    batch = make_micro_batch([(row, np.arange(length) >= length - TARGETS) for row in tokens], 0)
+    batch = padded([fold([(row, np.arange(length) >= length - TARGETS)]) for row in tokens], 0)
     started = time.perf_counter()
     summed_loss(wrapped, head, batch).backward()
     seconds = time.perf_counter() - started

@@ -4,11 +4,14 @@
     python scripts/compare_backends.py --model smollm2-135m --train_files data/sample_train.parquet \
         --total_training_steps 3 --train_batch_size 8 --dtype float32
 
-Every flag of dsft.train is passed on, except those that the arms set: backend, micro_batch_size, output_dir.
+Every flag of dsft.train is passed on, except those that the arms set: backend, max_tokens_per_micro_batch, fold,
+output_dir. Arms that fold and arms that do not have the same batches only where one batch holds all rows.
 Prints a table, writes it as JSON, and exits with 1 where an arm differs by more than --tolerance (relative)
 from the first one at any step.
 
-    --arms         comma-separated backend:ranks:micro_batch_size (default: both backends, 1 and 2 ranks, 1 and 4)
+    --arms         comma-separated backend:ranks:tokens or backend:ranks:tokens:fold, where tokens is
+                   max_tokens_per_micro_batch or auto, and fold is batch (the default) or off
+                   (default: both backends, 1 and 2 ranks, 1024 tokens and auto)
     --tolerance    largest relative difference (default 1e-5)
     --json         where the table goes as JSON (default: not written)
     --work_dir     where the runs are kept (default: a temporary folder)
@@ -24,7 +27,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-DEFAULT_ARMS = ",".join(f"{b}:{r}:{m}" for b in ("fsdp", "zero3") for r in (1, 2) for m in (1, 4))
+DEFAULT_ARMS = ",".join(f"{b}:{r}:{m}" for b in ("fsdp", "zero3") for r in (1, 2) for m in ("1024", "auto"))
 COMPARED = ("train/loss", "train/grad_norm")
 
 
@@ -48,9 +51,13 @@ def command(backend: str, ranks: int) -> list[str]:
 
 def run_arm(arm: str, flags: list[str], folder: Path) -> list[dict]:
     """Train one arm and return its step lines."""
-    backend, ranks, micro_batch_size = arm.split(":")
+    backend, ranks, tokens, *fold = arm.split(":")
     output = folder / arm.replace(":", "-")
-    own = ["--backend", backend, "--micro_batch_size", micro_batch_size, "--output_dir", str(output)]
+    own = ["--backend", backend, "--output_dir", str(output)]
+    if tokens != "auto":
+        own += ["--max_tokens_per_micro_batch", tokens]
+    if fold:
+        own += ["--fold", *fold]
     started = time.monotonic()
     done = subprocess.run(
         [*command(backend, int(ranks)), *own, *flags], cwd=ROOT, capture_output=True, text=True, check=False
@@ -74,7 +81,7 @@ def main() -> None:
     arms = options.arms.split(",")
     runs = {arm: run_arm(arm, flags, folder) for arm in arms}
     reference = runs[arms[0]]
-    print(f"{'backend:ranks:micro':<20} {'step':>4} {'train/loss':>14} {'train/grad_norm':>16} {'relative':>10}")
+    print(f"{'backend:ranks:tokens':<20} {'step':>4} {'train/loss':>14} {'train/grad_norm':>16} {'relative':>10}")
     worst = 0.0
     for arm, lines in runs.items():
         if len(lines) != len(reference):

@@ -40,7 +40,7 @@ torchrun --standalone --nproc_per_node "$nproc" dsft/train.py \
     --prompt_key prompt --response_key response \
     --max_length 6784 --truncation right \
     --lora_rank 64 --lora_alpha 32 --target_modules all-linear \
-    --train_batch_size 128 --micro_batch_size 4 --gradient_checkpointing \
+    --train_batch_size 128 \
     --lr 1e-4 --total_epochs 3 \
     --output_dir "$save_dir" "$@"
 status=$?

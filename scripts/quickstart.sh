@@ -33,7 +33,7 @@ setup_env requirements.txt
 flags=(
     --model smollm2-135m
     --train_files data/sample_train.parquet --val_files data/sample_val.parquet
-    --lora_rank 16 --lora_alpha 32 --train_batch_size 8 --micro_batch_size 4 --lr 1e-3
+    --lora_rank 16 --lora_alpha 32 --train_batch_size 8 --lr 1e-3
     --validate_before_training
 )
 

@@ -13,6 +13,7 @@ keeps trees apart that are packed side by side. Where no row parts ways from ano
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -119,7 +120,7 @@ def find_dialogues(rows: Sequence[np.ndarray], prompt_lengths: np.ndarray, order
     Returns:
         int64 [rows]
     """
-    shared = np.array([common_prefix(rows[a], rows[b]) for a, b in zip(order[:-1], order[1:], strict=True)], np.int64)
+    shared = np.array([common_prefix(rows[a], rows[b]) for a, b in pairwise(order)], np.int64)
     prompts = prompt_lengths[order]
     together = _linked(prompts, shared) | _linked(prompts[::-1], shared[::-1])[::-1]
     dialogue = np.empty(len(rows), np.int64)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -304,7 +305,7 @@ def spread(
     parts = []
     for own, ends in zip(members, filled, strict=True):
         starts = np.cumsum([0, *ends])
-        groups = [np.array(own[a:b], np.int64) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+        groups = [np.array(own[a:b], np.int64) for a, b in pairwise(starts)]
         parts.append(groups + [np.empty(0, np.int64)] * (steps - len(groups)))
     return parts
 

@@ -24,6 +24,7 @@ DENSE_BLOCK = 128  # tokens; smaller subtrees are one block with a mask
 TILE = 256  # queries at once
 REPLACED = ("auto", "sdpa", "flex_attention")  # implementations that compute the same as ours
 UNKNOWN = ("softcap", "s_aux", "position_bias")  # what some models ask of attention beside a mask
+FORGETFUL = ("nemotron",)  # model types whose layers do not hand arguments on to attention
 
 
 def why_no_trees(model: Any, attn_implementation: str) -> str | None:
@@ -48,6 +49,13 @@ def why_no_trees(model: Any, attn_implementation: str) -> str | None:
         return f"{type(model).__name__} caps the logits of attention"
     if getattr(config, "attention_dropout", 0.0):
         return "config.json asks for attention_dropout"
+    if config.model_type in FORGETFUL:
+        return f"{type(model).__name__} keeps arguments from its attention"
+    if any(
+        name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+        for name, module in model.named_modules()
+    ):
+        return f"{type(model).__name__} counts positions from its pad token"
     return None
 
 
@@ -74,6 +82,22 @@ class Tree:
         self._parent = parent
         self.blocks: list[Block] = []
         self.block_mask: Any = None
+        self.uses = 0  # calls of attention that have followed it
+        self.asked: set[str] = set()  # what they were asked to do and did not
+
+    def check_use(self, layers: int) -> None:
+        """To be called after a forward: the model's layers may not have followed the structure.
+
+        Raises:
+            UserError: some did not, so what they computed is wrong.
+        """
+        problem = ""
+        if self.asked:
+            problem = f"this model's attention needs {', '.join(sorted(self.asked))}"
+        elif self.uses < layers:
+            problem = f"{layers - self.uses} of this model's {layers} layers do not follow folded rows"
+        if problem:
+            raise UserError(f"{problem}; choose --attn_implementation eager, which folds only what needs no mask")
 
     def to(self, device: torch.device) -> "Tree":
         """Build what attention on this device needs."""
@@ -245,9 +269,8 @@ def tree_attention(
     """
     if tree is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    asked = [name for name in UNKNOWN if kwargs.get(name) is not None]
-    if asked:
-        raise UserError(f"this model's attention needs {', '.join(asked)}; choose --attn_implementation eager")
+    tree.uses += 1
+    tree.asked |= {name for name in UNKNOWN if kwargs.get(name) is not None}
     if tree.block_mask is not None:
         return flex_attention_forward(module, query, key, value, tree.block_mask, scaling, dropout=dropout)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling

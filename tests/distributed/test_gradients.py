@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.helpers import BIN, ROOT, flags, metrics, run, seeded_tensor
 
+LONGEST = 115  # tokens of the longest row
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -40,22 +41,20 @@ def reference(folder, rows_file, tokenizer, lora_rank):
 
 @pytest.mark.parametrize("lora_rank", [4, pytest.param(0, marks=pytest.mark.slow)], ids=["lora", "full"])
 @pytest.mark.parametrize(
-    ("backend", "ranks", "micro_batch_size"),
+    ("backend", "ranks", "tokens"),
     [
-        ("fsdp", 2, 1),
-        ("zero3", 2, 1),
-        *(pytest.param(*arm, marks=pytest.mark.slow) for arm in [("fsdp", 1, 8), ("zero3", 1, 3)]),
-        *(pytest.param(*arm, marks=pytest.mark.slow) for arm in [("fsdp", 3, 3), ("zero3", 3, 2)]),
+        ("fsdp", 2, LONGEST),
+        ("zero3", 2, LONGEST),
+        *(pytest.param(*arm, marks=pytest.mark.slow) for arm in [("fsdp", 1, 2000), ("zero3", 1, 300)]),
+        *(pytest.param(*arm, marks=pytest.mark.slow) for arm in [("fsdp", 3, 300), ("zero3", 3, 200)]),
     ],
 )
-def test_gradients_equal_a_plain_loop(
-    backend, ranks, micro_batch_size, lora_rank, tiny_model, uneven_rows, tokenizer, tmp_path
-):
+def test_gradients_equal_a_plain_loop(backend, ranks, tokens, lora_rank, tiny_model, uneven_rows, tokenizer, tmp_path):
     loss, norm, expected = reference(tiny_model, uneven_rows, tokenizer, lora_rank)
     out = tmp_path / "gradients.safetensors"
     words = flags(
         backend=backend, model=tiny_model, train_files=uneven_rows, output_dir=tmp_path / "out", dtype="float32",
-        lora_rank=lora_rank, lora_alpha=32, train_batch_size=10, micro_batch_size=micro_batch_size, clip_grad=0,
+        lora_rank=lora_rank, lora_alpha=32, train_batch_size=10, max_tokens_per_micro_batch=tokens, clip_grad=0,
         schedule="constant", warmup_ratio=0,
     )  # fmt: skip
     launcher = [BIN / "torchrun", "--standalone", "--nproc_per_node", ranks]

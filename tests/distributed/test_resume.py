@@ -73,7 +73,7 @@ def test_sigkill_after_step_2_then_resume(backend, ranks, lora_rank, tiny_model,
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("first", "then"), [(("fsdp", 2), ("zero3", 1)), (("zero3", 2), ("fsdp", 1))])
-def test_resume_on_the_other_backend_and_another_number_of_ranks(first, then, tiny_model, tmp_path, port):
+def test_resume_on_the_other_backend_with_other_ranks_and_micro_batches(first, then, tiny_model, tmp_path, port):
     words = flags(
         model=tiny_model, train_files=SAMPLE_TRAIN, dtype="float32", lora_rank=4, lr=1e-3, train_batch_size=24,
         total_training_steps=4, save_steps=2,
@@ -82,8 +82,10 @@ def test_resume_on_the_other_backend_and_another_number_of_ranks(first, then, ti
     assert run([*start_words(*first, port), *words, "--output_dir", whole]).status == 0
     shutil.copytree(whole, changed, symlinks=True)
     shutil.rmtree(changed / "checkpoint-000004")
-    done = run([*start_words(*then, port), *words, "--output_dir", changed])
+    other = ["--max_tokens_per_micro_batch", "400", "--gradient_checkpointing", "--output_dir", changed]
+    done = run([*start_words(*then, port), *words, *other])
     assert done.status == 0, done.err
+    assert "micro-batches of at most 400 tokens" in done.out
     for ours, theirs in zip(numbers(changed), numbers(whole), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
 

@@ -14,12 +14,24 @@ from tests.helpers import BIN, ROOT, SAMPLE_TRAIN, SAMPLE_VAL, flags, metrics, r
 
 SMALL = flags(
     model="smollm2-135m", train_files="data/sample_train.parquet", val_files="data/sample_val.parquet",
-    max_train_rows=16, max_val_rows=6, train_batch_size=8, micro_batch_size=4, lora_rank=8, lr=1e-3,
+    max_train_rows=16, max_val_rows=6, train_batch_size=8, max_tokens_per_micro_batch=1500, lora_rank=8, lr=1e-3,
 )  # fmt: skip
 METRIC_KEYS = {
     "step", "epoch", "train/loss", "train/grad_norm", "train/lr", "train/targets", "train/tokens",
-    "train/tokens_per_second", "train/step_seconds", "memory",
+    "train/tokens_per_second", "train/effective_tokens_per_second", "train/fold_ratio", "train/mfu",
+    "train/rank_imbalance", "train/data_seconds", "train/step_seconds", "memory",
 }  # fmt: skip
+
+
+def check_speed(line: dict) -> None:
+    """What a step says of its speed fits together."""
+    assert line["train/fold_ratio"] >= 1
+    assert line["train/rank_imbalance"] >= 0
+    effective = line["train/tokens_per_second"] * line["train/fold_ratio"]
+    assert line["train/effective_tokens_per_second"] == pytest.approx(effective)
+    assert effective == pytest.approx(line["train/tokens"] / line["train/step_seconds"])
+    assert 0 < line["train/mfu"] < 1
+    assert 0 < line["train/data_seconds"] < line["train/step_seconds"]
 
 
 @pytest.mark.slow
@@ -46,6 +58,9 @@ def test_every_start_trains(start, tiny_model, tmp_path):
     lines = metrics(tmp_path / "out")
     assert [line["step"] for line in lines] == [1, 2]
     assert set(lines[0]) == METRIC_KEYS
+    for line in lines:
+        check_speed(line)
+    assert max(line["train/fold_ratio"] for line in lines) > 1.5  # the sample's rows are turns of dialogues
     losses = [line["val/loss"] for line in metrics(tmp_path / "out", "val/loss")]
     assert losses[-1] < losses[0]
     resolved = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())

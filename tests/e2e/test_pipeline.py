@@ -23,7 +23,7 @@ SMALL = {
     "train": {
         "lora_rank": 4,
         "train_batch_size": 4,
-        "micro_batch_size": 4,
+        "max_tokens_per_micro_batch": 2048,
         "lr": 0.01,
         "eval_steps": 2,
         "save_steps": 2,

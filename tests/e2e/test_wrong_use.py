@@ -116,6 +116,7 @@ def complete(folder: Path, *, latest: bool = True) -> list[str]:
         (["--deterministic", "maybe"], ["deterministic must be True or False, got 'maybe'"]),
         (["--betas", "0.9"], ["betas must be 2 numbers, got '0.9'"]),
         (["--backend", "ddp"], ["backend must be one of fsdp, zero3, got 'ddp'"]),
+        (["--fold", "bacth"], ["fold must be one of batch, off, got 'bacth' (did you mean 'batch'?)"]),
         (["--seed"], ["--seed needs a value: a whole number"]),
         (["stray"], ["'stray' belongs to no flag", "--name value"]),
         (["--lr", "0"], ["lr must be above 0, got 0.0"]),
@@ -215,8 +216,12 @@ def test_wrong_data(command, tmp_path, out, kind, parts):
         ({"val_files": "no/such/*.parquet"}, ["--val_files no/such/*.parquet: no such file"]),
         ({"max_length": 20}, ["row 0 has 46 tokens, max_length is 20", "--truncation left, right or drop"]),
         ({"max_length": 2, "truncation": "drop"}, ["no row of", "is left", "raise max_length (2)"]),
+        (
+            {"max_tokens_per_micro_batch": 10},
+            ["max_tokens_per_micro_batch is 10, but the longest row has 115 tokens; raise it, or let --max_length"],
+        ),
     ],
-    ids=["column", "val_files", "long row", "all dropped"],
+    ids=["column", "val_files", "long row", "all dropped", "small micro-batch"],
 )
 def test_flags_that_do_not_fit_the_data(command, out, changed, parts):
     refused_alone(run(command(**changed)), *parts)
@@ -305,7 +310,15 @@ def test_flags_that_do_not_fit_the_model(command, out, changed, parts):
         ('{"zero_optimization": {', ["ds.json is no JSON", "line 1"]),
         ("[]", ["must hold a JSON object, got a list"]),
         ('{"gradient_clipping": 3}', ["gradient_clipping is 3, but --clip_grad makes it 1.0", "change one of them"]),
-        ('{"optimizer": {}}', ["'optimizer' is dsft's own to build", "take it out"]),
+        ('{"optimizer": {}}', ["'optimizer' is dsft's own to decide, from --lr, ", "take it out"]),
+        (
+            '{"train_micro_batch_size_per_gpu": 4}',
+            ["'train_micro_batch_size_per_gpu' is dsft's own to decide, from --max_tokens_per_micro_batch; take it"],
+        ),
+        (
+            '{"gradient_accumulation_steps": 1}',
+            ["'gradient_accumulation_steps' is dsft's own to decide, from --train_batch_size and ", "; take it out"],
+        ),
         ('{"zero_optimization": {"overlap_com": true}}', ["zero_optimization: overlap_com: ", "correct the file"]),
         ('{"zero_optimization": {"sub_group_size": "big"}}', ["zero_optimization: sub_group_size: ", "integer"]),
         (None, ["ds.json cannot be read", "No such file"]),
@@ -352,11 +365,12 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     ("changed", "parts"),
     [
         ({"lr": 0.5, "seed": 3}, ["other flags: lr was 0.0001, is 0.5; seed was 1, is 3", "another --output_dir"]),
+        ({"fold": "off"}, ["other flags: fold was batch, is off; use its values, or another --output_dir"]),
         ({"resume": "never"}, ["holds checkpoint-000001 and --resume is never; name another folder"]),
         ({"resume": "/no/such/run"}, ["--resume /no/such/run: no such folder", "name a run's folder"]),
         ({"resume": str(ROOT / "tests")}, ["tests: the folder holds no complete checkpoint"]),
     ],
-    ids=["other run", "never", "no folder", "no checkpoint"],
+    ids=["other run", "other fold", "never", "no folder", "no checkpoint"],
 )
 def test_a_used_folder(command, one_step, out, changed, parts):
     shutil.copytree(one_step, out, symlinks=True)
@@ -404,12 +418,36 @@ def test_a_damaged_checkpoint(command, one_step, out, what, parts):
 
 # Several ranks: one speaks, all end.
 
+FORGETFUL = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class ForgetfulConfig(LlamaConfig):
+    model_type = "forgetful"
+
+class ForgetfulForCausalLM(LlamaForCausalLM):
+    config_class = ForgetfulConfig
+
+    def forward(self, input_ids=None, position_ids=None, tree=None, **kwargs):
+        return super().forward(input_ids=input_ids, position_ids=position_ids, **kwargs)
+"""
+
+
+def forgetful_model(tiny_model: Path, folder: Path) -> None:
+    """A model of a user's own code, which keeps the structure of folded rows from its layers."""
+    shutil.copytree(tiny_model, folder)
+    (folder / "forgetful.py").write_text(FORGETFUL)
+    config = json.loads((folder / "config.json").read_text())
+    own = {"AutoConfig": "forgetful.ForgetfulConfig", "AutoModelForCausalLM": "forgetful.ForgetfulForCausalLM"}
+    config |= {"model_type": "forgetful", "architectures": ["ForgetfulForCausalLM"], "auto_map": own}
+    (folder / "config.json").write_text(json.dumps(config))
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "ranks", "what"),
     [("fsdp", 2, what) for what in ("flag", "row", "shape", "damaged", "folder")]
-    + [("zero3", 2, what) for what in ("row", "target", "damaged")],
+    + [("zero3", 2, what) for what in ("row", "target", "damaged")]
+    + [(*arm, what) for arm in BOTH for what in ("tokens", "model")],
 )
 def test_two_ranks_speak_with_one_voice(command, tiny_model, tmp_path, one_step, out, backend, ranks, what):
     changed, parts = {
@@ -419,16 +457,23 @@ def test_two_ranks_speak_with_one_voice(command, tiny_model, tmp_path, one_step,
         "shape": ({"model": tmp_path / "model"}, ["has the shape [64, 32]"]),
         "damaged": ({}, ["optimizer.safetensors holds no"]),
         "folder": ({"output_dir": tmp_path / "bad.parquet" / "below"}, ["cannot write"]),
+        "tokens": ({"max_tokens_per_micro_batch": 10}, ["max_tokens_per_micro_batch is 10, but the longest row has"]),
+        "model": (
+            {"model": tmp_path / "model", "trust_remote_code": True},
+            ["2 of this model's 2 layers do not follow folded rows; choose --attn_implementation eager"],
+        ),
     }[what]
     if what == "shape":
         bad_model(tiny_model, tmp_path, "other shape")
+    elif what == "model":
+        forgetful_model(tiny_model, tmp_path / "model")
     elif what == "damaged":
         shutil.copytree(one_step, out, symlinks=True)
         damage(out / "checkpoint-000001", "other tensors")
     elif what == "folder":
         (tmp_path / "bad.parquet").write_text("")
     refused(run(command(backend, ranks, **changed)), *parts)
-    assert what == "damaged" or not out.exists()
+    assert what == "damaged" or not out.exists() or (what == "model" and not complete(out))
 
 
 RANK_1_DIFFERS = """

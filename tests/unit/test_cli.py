@@ -189,7 +189,37 @@ def test_intervals_are_numbers_or_epoch():
 
 
 def test_a_choice_names_its_choices():
-    assert problems(*NEEDED, "--backend", "zero2") == ["backend must be one of fsdp, zero3, got 'zero2'"]
+    told = "backend must be one of fsdp, zero3, got"
+    assert problems(*NEEDED, "--backend", "zero2") == [f"{told} 'zero2' (did you mean 'zero3'?)"]
+    assert problems(*NEEDED, "--backend", "ddp") == [f"{told} 'ddp'"]
+    assert problems(*NEEDED, "--fold", "bacth") == [
+        "fold must be one of batch, off, got 'bacth' (did you mean 'batch'?)"
+    ]
+    assert problems(*NEEDED, "--gradient_checkpointing", "atuo") == [
+        "gradient_checkpointing must be True or False or \"auto\", got 'atuo' (did you mean 'auto'?)"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "auto"),
+        (["--gradient_checkpointing"], True),
+        (["--gradient_checkpointing", "--lr", "1"], True),
+        (["--gradient_checkpointing", "True"], True),
+        (["--nogradient_checkpointing"], False),
+        (["--gradient_checkpointing=false"], False),
+        (["--gradient_checkpointing", "auto"], "auto"),
+    ],
+)
+def test_a_switch_with_a_third_position(words, expected):
+    assert parse(TrainConfig, [*NEEDED, *words]).gradient_checkpointing == expected
+
+
+@pytest.mark.parametrize("text", ["fold: off", "fold: 'off'", "fold: no", "fold: OFF"])
+def test_yaml_reads_a_bare_off_as_false_and_it_means_off_all_the_same(tmp_path, text):
+    (tmp_path / "c.yaml").write_text(text)
+    assert parse(TrainConfig, [*NEEDED, "--config", str(tmp_path / "c.yaml")]).fold == "off"
 
 
 def test_negative_numbers_are_values():
@@ -280,6 +310,9 @@ def configs(draw):
         eval_steps=draw(st.just("epoch") | st.integers(0, 10**6)),
         logger=draw(st.lists(st.sampled_from(["console", "wandb", "tensorboard"]))),
         schedule=draw(st.sampled_from(["cosine", "linear", "constant"])),
+        max_tokens_per_micro_batch=draw(st.none() | st.integers(1, 10**9)),
+        fold=draw(st.sampled_from(["batch", "off"])),
+        gradient_checkpointing=draw(st.sampled_from([True, False, "auto"])),
     )
 
 

@@ -25,7 +25,7 @@ def test_the_defaults_are_accepted():
     [
         ({"max_length": 0}, "max_length must be 1 or more, got 0"),
         ({"train_batch_size": 0}, "train_batch_size must be 1 or more, got 0"),
-        ({"micro_batch_size": -1}, "micro_batch_size must be 1 or more, got -1"),
+        ({"max_tokens_per_micro_batch": -1}, "max_tokens_per_micro_batch must be 1 or more, got -1"),
         ({"total_epochs": 0}, "total_epochs must be 1 or more, got 0"),
         ({"max_train_rows": 0}, "max_train_rows must be 1 or more, got 0"),
         ({"max_val_rows": 0}, "max_val_rows must be 1 or more, got 0"),
@@ -69,6 +69,7 @@ def test_each_bad_value_is_told_with_the_value_and_what_it_may_be(values, messag
         {"warmup_ratio": 1.0, "min_lr_ratio": 1.0},
         {"betas": (0.0, 0.0)},
         {"logger": []},
+        {"max_tokens_per_micro_batch": 1, "gradient_checkpointing": True, "fold": "off"},
         {"backend": "zero3", "ds_config": "x.json"},
     ],
 )
@@ -97,9 +98,9 @@ def test_lists_are_not_shared_between_configs():
 def test_what_defines_a_run_is_all_that_changes_its_numbers():
     identity = config(seed=7).run_identity()
     assert identity["seed"] == 7
-    free = {"backend", "dtype", "micro_batch_size", "output_dir", "resume", "gradient_checkpointing", "eval_steps"}
-    assert free.isdisjoint(identity)
-    assert {"model", "lr", "train_batch_size", "max_length", "schedule", "lora_rank", "prompt_key"} <= set(identity)
+    free = {"backend", "dtype", "max_tokens_per_micro_batch", "output_dir", "resume", "eval_steps"}
+    assert (free | {"gradient_checkpointing", "cpu_offload"}).isdisjoint(identity)
+    assert {"model", "lr", "train_batch_size", "fold", "max_length", "schedule", "lora_rank"} <= set(identity)
 
 
 def test_a_negative_tolerance_of_the_merge_is_refused():

@@ -433,7 +433,7 @@ def test_the_loss_is_what_training_logs_before_its_first_step_and_with_its_adapt
     words = flags(
         model=tiny_model, dtype="float32", train_files=uneven_rows, val_files=uneven_rows, output_dir=tmp_path / "run",
         lora_rank=4, lr=0.05, warmup_ratio=0.0, total_training_steps=1, validate_before_training=True,
-        train_batch_size=4, micro_batch_size=3, **limits,
+        train_batch_size=4, max_tokens_per_micro_batch=150, **limits,
     )  # fmt: skip
     done = run([*start_words("fsdp", 1), *words])
     assert done.status == 0, done.err

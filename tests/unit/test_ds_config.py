@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dsft.backends.ds_config import default_file, read_ds_config
+from dsft.backends.ds_config import DECIDED, default_file, read_ds_config
 from dsft.errors import UserError
 
 OWNED = {
@@ -49,12 +49,16 @@ def test_all_contradictions_are_told_at_once_with_setting_values_and_flag(read, 
         "bf16": {"enabled": True},
         "zero_optimization": {"stage": 2},
         "train_batch_size": 128,
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 8,
     }
     where, mend = f"--ds_config {tmp_path}/ds.json:", "change one of them, or take the setting out of the file"
-    own = "is dsft's own to build, from --lr, --betas and --schedule; take it out"
+    own = "is dsft's own to decide, from"
     assert problems(read, content) == [
-        f"{where} 'optimizer' {own}",
-        f"{where} 'scheduler' {own}",
+        f"{where} 'optimizer' {own} --lr, --betas and --weight_decay; take it out",
+        f"{where} 'scheduler' {own} --schedule and --warmup_ratio; take it out",
+        f"{where} 'train_micro_batch_size_per_gpu' {own} --max_tokens_per_micro_batch; take it out",
+        f"{where} 'gradient_accumulation_steps' {own} --train_batch_size and --max_tokens_per_micro_batch; take it out",
         f"{where} gradient_clipping is 0.5, but --clip_grad makes it 1.0; {mend}",
         f"{where} bf16.enabled is true, but --dtype makes it false; {mend}",
         f"{where} zero_optimization.stage is 2, but --backend makes it 3; {mend}",
@@ -63,7 +67,8 @@ def test_all_contradictions_are_told_at_once_with_setting_values_and_flag(read, 
 
 def test_auto_and_the_flags_own_values_are_accepted(read):
     same = {"gradient_clipping": 1.0, "train_batch_size": "auto", "bf16": {"enabled": "auto"}}
-    config = read(same | {"zero_optimization": {"stage": 3}, "communication_data_type": "auto"})
+    decided = dict.fromkeys(DECIDED, "auto")
+    config = read(same | decided | {"zero_optimization": {"stage": 3}, "communication_data_type": "auto"})
     assert config.pop("bf16") == {}
     assert config == defaults()
 
