@@ -161,8 +161,10 @@ class Trainer:
         )
         rows = len(self.train_data)
         dialogue = np.arange(rows) if config.fold == "off" else self.train_data.dialogue
-        self.batches = GlobalBatches(dialogue, self.train_data.sorted_place, config.train_batch_size, config.seed)
-        self.total_steps = config.total_training_steps or self.batches.first_step(config.total_epochs)
+        self.global_batches = GlobalBatches(
+            dialogue, self.train_data.sorted_place, config.train_batch_size, config.seed
+        )
+        self.total_steps = config.total_training_steps or self.global_batches.first_step(config.total_epochs)
 
     def _load_model(self) -> None:
         config = self.config
@@ -207,12 +209,9 @@ class Trainer:
         longest = max(int(data.lengths.max()) for data in datasets)
         layers = memory.layers if config.gradient_checkpointing is True else 0
         if config.gradient_checkpointing == "auto":
-            layers = checkpointed_layers(memory, free, longest)
+            layers = checkpointed_layers(memory, free, max(longest, config.max_tokens_per_micro_batch or 0))
         if layers:
-            reentrant = self.backend.reentrant_checkpointing
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-            if reentrant:
-                model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": False})
             checkpointing = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
             for module in checkpointing[layers:]:
                 module.gradient_checkpointing = False
@@ -220,16 +219,11 @@ class Trainer:
         budget = config.max_tokens_per_micro_batch or token_budget(memory, free, longest, layers, self.device)
         self.layout = Layout(self.world.size, budget, fold=config.fold != "off", trees=self.why_no_trees is None)
         cost = count_flops(model, self.backend.shape)
-        pad_token = self.tokenizer.pad_token_id
-
-        def prepare(data: TokenDataset | None) -> MicroBatches | None:
-            return None if data is None else MicroBatches(data, self.layout, cost, pad_token)
-
-        self.train_batches, self.val_batches = runtime.together(
-            lambda: (MicroBatches(self.train_data, self.layout, cost, pad_token), prepare(self.val_data))
+        self.train_micro_batches, *rest = runtime.together(
+            lambda: [MicroBatches(data, self.layout, cost, self.tokenizer.pad_token_id) for data in datasets]
         )
-        rates = [measure_matmul(dtype, self.device)]
-        [self.matmul_rate] = runtime.sum_over_ranks(rates, self.device)
+        self.val_micro_batches = rest[0] if rest else None
+        [self.matmul_rate] = runtime.sum_over_ranks([measure_matmul(dtype, self.device)], self.device)
 
     def _make_optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         config = self.config
@@ -321,7 +315,7 @@ class Trainer:
             f"data     {len(data)} rows, {data.counts.tokens} tokens, {data.counts.targets} targets"
             + (f"; {data.counts.losses()}" if data.counts.losses() else ""),
             f"batch    {config.train_batch_size} rows: {self.world.size} ranks, micro-batches of at most "
-            f"{self.layout.token_budget} tokens; {self.batches.first_step(1)} steps in the first epoch, "
+            f"{self.layout.token_budget} tokens; {self.global_batches.first_step(1)} steps in the first epoch, "
             f"{self.total_steps} in all",
             f"fold     {self._fold_text()}",
             f"backend  {config.backend} on {self.device.type}, {torch.get_num_threads()} threads a rank",
@@ -390,14 +384,14 @@ class Trainer:
         config, step = self.config, self.state.step
         started = time.perf_counter()
         runtime.seed_step(config.seed, step, self.world.rank)
-        plan = self.train_batches.plan(self.batches[step])
+        plan = self.train_micro_batches.plan(self.global_batches[step])
         parts = plan.parts[self.world.rank]
         data_seconds = time.perf_counter() - started
         self.backend.model.train()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         for index, part in enumerate(parts):
             before = time.perf_counter()
-            batch = self.train_batches.make(part).to(self.device)
+            batch = self.train_micro_batches.make(part).to(self.device)
             data_seconds += time.perf_counter() - before
             loss = summed_loss(self.backend.model, self.head, batch)
             self.backend.backward(loss / plan.targets, last_micro_batch=index == len(parts) - 1)
@@ -412,7 +406,7 @@ class Trainer:
         norm = self.backend.step()
         self._refuse_non_finite(norm, f"the gradient norm of step {step + 1}")
         self.state.step = step + 1
-        self.state.epoch = self.batches.epochs_after(self.state.step)
+        self.state.epoch = self.global_batches.epochs_after(self.state.step)
         seconds = time.perf_counter() - started
         metrics = {
             "train/loss": total / plan.targets,
@@ -452,9 +446,9 @@ class Trainer:
         runtime.together(refuse)
 
     def _validate(self) -> None:
-        assert self.val_batches is not None
+        assert self.val_micro_batches is not None
         self.backend.model.eval()
-        loss = mean_loss(self.backend.model, self.head, self.val_batches, self.world, self.device)
+        loss = mean_loss(self.backend.model, self.head, self.val_micro_batches, self.world, self.device)
         self._refuse_non_finite(loss, f"the validation loss after step {self.state.step}")
         self.state.val_loss = loss
         self._log("evaluation", loss_metrics(loss))

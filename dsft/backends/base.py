@@ -65,8 +65,6 @@ class Backend(ABC):
     model: nn.Module
     library: str
     """Name of the package that shards, for the record of versions."""
-    reentrant_checkpointing = False
-    """Which form of torch.utils.checkpoint the library works with."""
 
     def __init__(self, options: BackendOptions) -> None:
         self.options = options

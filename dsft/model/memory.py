@@ -47,10 +47,10 @@ def free_memory(device: torch.device, world: runtime.World) -> float:
     return psutil.virtual_memory().available / world.local_size
 
 
-def checkpointed_layers(memory: ActivationMemory, free: float, longest: int) -> int:
-    """The fewest layers to checkpoint so that the longest row fits; all of them where it may not fit even then."""
+def checkpointed_layers(memory: ActivationMemory, free: float, tokens: int) -> int:
+    """The fewest layers to checkpoint so that so many tokens fit; all of them where they may not fit even then."""
     for layers in range(memory.layers + 1):
-        if longest * memory.per_token(layers) <= SHARE * free:
+        if tokens * memory.per_token(layers) <= SHARE * free:
             return layers
     return memory.layers
 
