@@ -16,10 +16,12 @@ from tests.helpers import token_dataset
 
 PROPERTY = settings(deadline=None, database=None, max_examples=60)
 TOKEN = st.integers(1, 3)
+LAST = st.tuples(st.integers(1, 4), st.just(True))
 ROWS = st.lists(
-    st.lists(st.tuples(TOKEN, st.booleans()), min_size=1, max_size=12).map(lambda row: [*row, (4, True)]),
-    min_size=1, max_size=14,
-)  # fmt: skip
+    st.tuples(st.lists(st.tuples(TOKEN, st.booleans()), min_size=1, max_size=12), LAST).map(lambda r: [*r[0], r[1]]),
+    min_size=1,
+    max_size=14,
+)
 RANKS = st.integers(1, 4)
 SLACK = st.integers(0, 30)  # tokens of the budget beyond the longest row
 COSTS = st.builds(Cost, st.integers(0, 9), st.integers(0, 5), st.integers(0, 9)).filter(lambda c: c.token + c.pair > 0)
@@ -129,6 +131,13 @@ def test_where_one_micro_batch_holds_all_rows_each_beginning_is_computed_once():
     assert (plan.tokens, plan.row_tokens, plan.targets) == (5, 13, 4)
     [[[one]]] = plan.parts
     assert sorted(one) == [0, 1, 2, 3]
+
+
+def test_rows_that_part_at_the_last_token_are_no_chain():
+    rows = [[(1, 0), (2, 0), (3, 1)], [(1, 0), (2, 0), (4, 1)], [(1, 0), (2, 0), (4, 1), (5, 1)]]
+    plan = made(rows, 1, 100, (True, False), Cost(1, 1, 1))[0].plan(np.arange(3))
+    [[part]] = plan.parts
+    assert sorted(sorted(one.tolist()) for one in part) == [[0], [1, 2]]
 
 
 def test_chains_fold_rows_that_continue_each_other_and_no_others():
@@ -258,6 +267,11 @@ def test_every_piece_is_dealt_once_and_the_nth_of_all_ranks_are_neighbours_in_co
         assert sorted((piece.cost for piece in at_once), reverse=True) == ordered[n * ranks : (n + 1) * ranks]
     sums = [sum(piece.cost for piece in hand) for hand in hands]
     assert max(sums) - min(sums) <= max(costs)
+
+
+def test_the_rank_with_the_least_so_far_gets_the_most_of_what_comes_next():
+    pieces = [Piece(slice(i, i + 1), 1, float(cost)) for i, cost in enumerate((4, 3, 2, 1))]
+    assert [[piece.cost for piece in hand] for hand in deal(pieces, 2)] == [[4, 1], [3, 2]]
 
 
 # Spreading sequences that cannot be one tree
