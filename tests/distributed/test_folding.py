@@ -164,6 +164,30 @@ def test_folding_and_not_folding_agree_where_a_batch_holds_all_rows(
         assert [line[key] for line in on] == pytest.approx([line[key] for line in off], rel=1e-5), key
 
 
+@pytest.mark.parametrize("backend", ["fsdp", "zero3"])
+def test_bfloat16_gradients_are_added_up_in_float32(backend, tiny_model, tokenised, tmp_path, port):
+    """64 times a sixty-fourth is the whole exactly, unless the sum is rounded to bfloat16 on its way."""
+    data = tokenised("chains")[1]
+    file = write_parquet(tmp_path / "rows.parquet", [row_set("chains")[0]] * 64)
+    more = {"train_batch_size": 64, "total_training_steps": 1, "dtype": "bfloat16", "lora_rank": 4}
+    tokens = {"batch": int(data.lengths.max()), "off": len(data[0][0])}
+    once, often = (
+        trained(
+            backend,
+            1,
+            port,
+            tiny_model,
+            file,
+            tmp_path / fold,
+            fold=fold,
+            max_tokens_per_micro_batch=tokens[fold],
+            **more,
+        )[0]["train/grad_norm"]
+        for fold in ("batch", "off")
+    )
+    assert often == pytest.approx(once, rel=1e-4)
+
+
 # What folding saves on the real set
 
 
