@@ -16,6 +16,8 @@ from dsft.errors import UserError
 if TYPE_CHECKING:
     from dsft.model.tree_attention import Tree
 
+SLACKS = (1.02, 1.1, 1.3, math.inf)  # how much more than the most even cut a piece may cost, see cut
+MOST_SEARCHED = 50_000  # rows times pieces of a batch; beyond that only the most even cut is looked at
 Sequences = list[np.ndarray]
 """What one micro-batch holds: for each sequence the rows (int64) that are folded into it."""
 
@@ -223,10 +225,12 @@ class Piece:
 def cut(
     lengths: np.ndarray, shared: np.ndarray, targets: np.ndarray, cost: Cost, ranks: int, token_budget: int
 ) -> list[Piece]:
-    """Cut sorted rows into pieces of like cost, as few for each rank as the token budget allows.
+    """Cut sorted rows into pieces so that all ranks together are done soon.
 
-    What rows on both sides of a cut have in common is computed in both pieces, and counted in both. The largest cost is
-    as small as it can be: a greedy cut needs the fewest pieces for a given limit, and the limit is bisected.
+    What rows on both sides of a cut have in common is computed in both pieces, and counted in both. So a cut within a
+    dialogue costs tokens, and uneven pieces cost waiting. Tried are the cut whose largest piece is the cheapest, and
+    those of the least total cost in which no piece costs much more than that; the one with the least `waiting_cost`
+    is taken.
 
     Args:
         lengths: int64 [rows], tokens of each row; rows are sorted by their tokens.
@@ -236,34 +240,97 @@ def cut(
         ranks: the number of pieces is a multiple of it.
         token_budget: at least the longest row.
     """
+    prices = Prices(lengths, shared, targets, cost, token_budget)
+    wanted = ranks * math.ceil(len(prices.cut_greedily(math.inf)) / ranks)
+    even = prices.cut_evenly(wanted)
+    candidates = [even]
+    if len(lengths) * wanted <= MOST_SEARCHED:
+        largest = max(piece.cost for piece in even)
+        for more in (0, ranks):
+            cuts = (prices.cut_cheaply(largest * slack, wanted + more) for slack in SLACKS)
+            candidates += [found for found in cuts if found is not None]
+    filled = [pieces + [Piece(slice(0, 0), 0, 0.0)] * (-len(pieces) % ranks) for pieces in candidates]
+    return min(filled, key=lambda pieces: waiting_cost(deal(pieces, ranks)))
 
-    def pairs(depth: np.ndarray) -> np.ndarray:
-        return depth * (depth + 1) / 2
 
-    tokens_before = np.concatenate([[0], np.cumsum(lengths - shared)])
-    costs = cost.of(lengths - shared, pairs(lengths) - pairs(shared), targets)
-    cost_before = np.concatenate([[0.0], np.cumsum(costs)])
-    shared_cost = cost.of(shared, pairs(shared), 0)
+class Prices:
+    """What pieces of sorted rows cost; see cut."""
 
-    def pieces(limit: float) -> list[Piece]:
+    def __init__(
+        self, lengths: np.ndarray, shared: np.ndarray, targets: np.ndarray, cost: Cost, token_budget: int
+    ) -> None:
+        def pairs(depth: np.ndarray) -> np.ndarray:
+            return depth * (depth + 1) / 2
+
+        costs = cost.of(lengths - shared, pairs(lengths) - pairs(shared), targets)
+        self._rows, self._shared, self._budget = len(lengths), shared, token_budget
+        self._tokens_before = np.concatenate([[0], np.cumsum(lengths - shared)])
+        self._cost_before = np.concatenate([[0.0], np.cumsum(costs)])
+        self._shared_cost = cost.of(shared, pairs(shared), 0)
+
+    def _piece(self, start: int, end: int) -> Piece:
+        tokens = self._tokens_before[end] - self._tokens_before[start] + self._shared[start]
+        price = self._cost_before[end] - self._cost_before[start] + self._shared_cost[start]
+        return Piece(slice(start, end), int(tokens), float(price))
+
+    def cut_greedily(self, limit: float) -> list[Piece]:
+        """The fewest pieces within the token budget of which none costs more than `limit`, if no single row does."""
         made, start = [], 0
-        while start < len(lengths):
-            by_tokens = np.searchsorted(tokens_before, token_budget - shared[start] + tokens_before[start], "right") - 1
-            by_cost = np.searchsorted(cost_before, limit - shared_cost[start] + cost_before[start], "right") - 1
-            end = max(start + 1, min(int(by_tokens), int(by_cost)))
-            tokens = int(tokens_before[end] - tokens_before[start] + shared[start])
-            made.append(Piece(slice(start, end), tokens, cost_before[end] - cost_before[start] + shared_cost[start]))
+        while start < self._rows:
+            tokens = self._budget - self._shared[start] + self._tokens_before[start]
+            price = limit - self._shared_cost[start] + self._cost_before[start]
+            ends = (
+                np.searchsorted(self._tokens_before, tokens, "right"),
+                np.searchsorted(self._cost_before, price, "right"),
+            )
+            end = max(start + 1, int(min(ends)) - 1)
+            made.append(self._piece(start, end))
             start = end
         return made
 
-    everything = float(costs.sum() + shared_cost.sum()) + 1
-    wanted = ranks * max(1, math.ceil(len(pieces(everything)) / ranks))
-    low, high = 0.0, everything
-    while high - low > 1e-4 * high:
-        middle = (low + high) / 2
-        low, high = (low, middle) if len(pieces(middle)) <= wanted else (middle, high)
-    best = pieces(high)
-    return best + [Piece(slice(0, 0), 0, 0.0)] * (wanted - len(best))
+    def cut_evenly(self, most: int) -> list[Piece]:
+        """At most so many pieces, the largest as cheap as it can be: the limit of the greedy cut is bisected."""
+        low, high = 0.0, float(self._cost_before[-1] + self._shared_cost.sum()) + 1
+        while high - low > 1e-4 * high:
+            middle = (low + high) / 2
+            low, high = (low, middle) if len(self.cut_greedily(middle)) <= most else (middle, high)
+        return self.cut_greedily(high)
+
+    def cut_cheaply(self, limit: float, most: int) -> list[Piece] | None:
+        """At most so many pieces of the least total cost, none above `limit`; None where there is no such cut.
+
+        By dynamic programming: least[k, j] is the least cost of the first j rows in k pieces.
+        """
+        least = np.full((most + 1, self._rows + 1), math.inf)
+        least[0, 0] = 0.0
+        came_from = np.zeros((most + 1, self._rows + 1), np.int64)
+        first = 0  # the first row with which a piece that ends here may begin
+        for end in range(1, self._rows + 1):
+            while first < end - 1:
+                piece = self._piece(first, end)
+                if piece.tokens <= self._budget and piece.cost <= limit:
+                    break
+                first += 1
+            starts = slice(first, end)
+            prices = self._cost_before[end] - self._cost_before[starts] + self._shared_cost[starts]
+            sums = least[:-1, starts] + prices
+            best = sums.argmin(axis=1)
+            least[1:, end] = sums[np.arange(most), best]
+            came_from[1:, end] = best + first
+        count, end = int(least[:, -1].argmin()), self._rows
+        if not math.isfinite(least[count, end]):
+            return None
+        made = []
+        while count:
+            start = int(came_from[count, end])
+            made.append(self._piece(start, end))
+            count, end = count - 1, start
+        return made[::-1]
+
+
+def waiting_cost(hands: Sequence[Sequence[Piece]]) -> float:
+    """Of the most expensive of the n-th pieces of all ranks, summed over n: for these all ranks wait."""
+    return sum(max(piece.cost for piece in at_once) for at_once in zip(*hands, strict=True))
 
 
 def deal(pieces: Sequence[Piece], ranks: int) -> list[list[Piece]]:

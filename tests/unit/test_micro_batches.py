@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsft.dataset.folding import attention_mask, common_prefix, fold, sort_rows
-from dsft.dataset.micro_batches import Cost, Layout, MicroBatches, Piece, cut, deal, spread
+from dsft.dataset.micro_batches import Cost, Layout, MicroBatches, Piece, cut, deal, spread, waiting_cost
 from dsft.errors import UserError
 from tests.helpers import token_dataset
 
@@ -231,7 +231,7 @@ def every_cut(rows: int, pieces: int):
 @given(
     st.lists(st.lists(st.tuples(TOKEN, st.booleans()), min_size=1, max_size=8), min_size=1, max_size=7), RANKS, SLACK
 )
-def test_the_largest_piece_is_as_cheap_and_the_pieces_as_few_as_any_cut_allows(rows, ranks, slack):
+def test_ranks_are_done_no_later_than_with_the_most_even_cut_and_one_rank_as_soon_as_can_be(rows, ranks, slack):
     cost = Cost(5, 1, 2)
     lengths, shared, targets, in_order = measured(rows)
     budget = int(lengths.max()) + slack
@@ -243,10 +243,20 @@ def test_the_largest_piece_is_as_cheap_and_the_pieces_as_few_as_any_cut_allows(r
     prices = {(a, b): price(a, b) for a in range(len(rows)) for b in range(a + 1, len(rows) + 1)}
     ways = [way for way in every_cut(len(rows), len(rows)) if all(prices[one][0] <= budget for one in way)]
     wanted = ranks * math.ceil(min(map(len, ways)) / ranks)
-    best = min(max(prices[one][1] for one in way) for way in ways if len(way) <= wanted)
+    even = min(max(prices[one][1] for one in way) for way in ways if len(way) <= wanted)
     pieces = cut(lengths, shared, targets, cost, ranks, budget)
-    assert len(pieces) == wanted
-    assert max(piece.cost for piece in pieces) <= best * 1.001
+    assert len(pieces) in (wanted, wanted + ranks)
+    assert waiting_cost(deal(pieces, ranks)) <= even * wanted / ranks * 1.001
+    if ranks == 1:
+        cheapest = min(sum(prices[one][1] for one in way) for way in ways if len(way) <= wanted + 1)
+        assert sum(piece.cost for piece in pieces) == pytest.approx(cheapest)
+
+
+def test_a_cut_falls_between_dialogues():
+    rows = [[(d, False)] * 20 + [(9, False)] * n + [(d, True)] for d in (1, 2) for n in (1, 2, 3, 4)]
+    lengths, shared, targets, _ = measured(rows)
+    pieces = cut(lengths, shared, targets, Cost(1, 0, 0), 2, 40)
+    assert [piece.rows for piece in pieces] == [slice(0, 4), slice(4, 8)]
 
 
 # Dealing
