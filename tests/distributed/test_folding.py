@@ -110,7 +110,7 @@ FAST = {("trees", "fsdp", 2, True)}
 MATRIX = [
     pytest.param(name, *arm, small, marks=() if (name, *arm, small) in FAST else pytest.mark.slow)
     for small in (True, False)
-    for name in (NAMES if small else ("trees", "alone"))
+    for name in (NAMES if small else ("trees",))
     for arm in ARMS
 ]
 
@@ -130,12 +130,11 @@ def test_every_step_is_that_of_a_plain_loop(
         everything = MicroBatches(data, Layout(1, tokens, True, True), Cost(1, 0, 0), 0)
         plans = [everything.plan(batches[step]) for step in range(STEPS)]
         assert [line["train/fold_ratio"] for line in lines] == [p.row_tokens / p.tokens for p in plans]
-        assert all((line["train/fold_ratio"] == 1.0) == (name == "alone") for line in lines)
+        assert all(line["train/fold_ratio"] > 1.5 for line in lines)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["chains", "trees"])
-@pytest.mark.parametrize(("backend", "ranks"), [("fsdp", 2), ("zero3", 2)])
+@pytest.mark.parametrize(("name", "backend", "ranks"), [("chains", "fsdp", 2), ("trees", "zero3", 2)])
 def test_a_model_that_follows_no_tree_folds_chains(
     name, backend, ranks, tiny_model, tokenised, reference, tmp_path, port
 ):
@@ -149,7 +148,7 @@ def test_a_model_that_follows_no_tree_folds_chains(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("backend", "ranks"), ARMS)
+@pytest.mark.parametrize(("backend", "ranks"), [("fsdp", 2), ("zero3", 1)])
 def test_folding_and_not_folding_agree_where_a_batch_holds_all_rows(
     backend, ranks, tiny_model, tokenised, tmp_path, port
 ):
