@@ -142,6 +142,7 @@ def test_bfloat16_compute_keeps_float32_weights_and_moments(backend, lora_rank, 
     assert any(not torch.equal(t, t.bfloat16().float()) for t in tensors), "moments were rounded to bfloat16"
 
 
+@pytest.mark.slow
 def test_fsdp_works_where_deepspeed_cannot_be_imported(tiny_model, tmp_path):
     (tmp_path / "deepspeed.py").write_text("raise ImportError('deepspeed is broken here')")
     words = common(tiny_model, total_training_steps=1, eval_steps=0, output_dir=tmp_path / "out")

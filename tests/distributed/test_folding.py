@@ -163,6 +163,7 @@ def test_folding_and_not_folding_agree_where_a_batch_holds_all_rows(
         assert [line[key] for line in on] == pytest.approx([line[key] for line in off], rel=1e-5), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["fsdp", "zero3"])
 def test_bfloat16_gradients_are_added_up_in_float32(backend, tiny_model, tokenised, tmp_path, port):
     """64 times a sixty-fourth is the whole exactly, unless the sum is rounded to bfloat16 on its way."""

@@ -130,6 +130,7 @@ def test_merge_refuses_a_folder_without_checkpoints(tmp_path):
     assert "holds no complete checkpoint" in error
 
 
+@pytest.mark.slow
 def test_merge_refuses_another_base(trained, embedded, tmp_path):
     (error,) = merge_errors("--checkpoint", trained, "--base", embedded, "--output", tmp_path / "merged")
     assert "does not fit" in error

@@ -191,6 +191,7 @@ def bad_file(tmp_path: Path, kind: str) -> Path:
     return file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "parts"),
     [
@@ -335,6 +336,7 @@ def test_a_wrong_ds_config(command, tmp_path, out, text, parts):
 # The output folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["file", "proc"])
 def test_an_output_folder_that_cannot_be_made(command, tmp_path, place):
     (tmp_path / "file").write_text("")
@@ -379,6 +381,7 @@ def test_a_used_folder(command, one_step, out, changed, parts):
     assert snapshot(out) == before
 
 
+@pytest.mark.slow
 def test_other_rows_than_before(command, one_step, out, tmp_path):
     shutil.copytree(one_step, out, symlinks=True)
     other = write_parquet(tmp_path / "other.parquet", [{"prompt": "one", "response": "two"}] * 4)

@@ -32,6 +32,7 @@ def test_prompt_and_answer_may_fill_the_models_positions_and_no_more(tiny_model,
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["game", "dialogues"])
 def test_a_temperature_draws_by_the_seed(tiny_model, tmp_path, what):
     values = {"model": str(tiny_model), "dtype": "float32", "episodes": 3, "max_new_tokens": 8}
