@@ -34,6 +34,7 @@ setup(
         "fire>=0.7.1",
         "PyYAML>=6",
         "tqdm>=4.70",
+        "psutil>=7",
         "gguf>=0.19",
         "gymnasium>=1.4",
     ],

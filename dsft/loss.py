@@ -1,6 +1,5 @@
 """The masked-response loss, computed inside the model's output head, a part of the targets at a time."""
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from dsft import runtime
 from dsft.dataset.micro_batches import MicroBatch
 
 LOGITS_AT_ONCE = 2**25  # float32 elements: 128 MiB, whatever the vocabulary
@@ -77,14 +75,14 @@ class TargetHead:
             False where the loss must be computed again, no longer `in_parts`.
 
         Raises:
-            UserError: on one rank, PeerFailedError on the others: attention has not followed the tree.
+            UserError: on every rank: attention has not followed the tree.
         """
         loss, self._loss = self._loss, None
         if self._checked:
             return True
         self._checked = True
         if batch.tree is not None:
-            runtime.together(functools.partial(batch.tree.check_use, self._layers))
+            batch.tree.check_use(self._layers)
         self.in_parts = loss is not None and (self._is_neutral or loss.data_ptr() == output.data_ptr())
         return loss is None or self.in_parts
 

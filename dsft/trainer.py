@@ -68,7 +68,7 @@ class Trainer:
         )
         self._load_data()
         self._load_model()
-        self._fit_memory(self.dtype)
+        self._fit_memory()
         runtime.together(self._check_output)
         self.state = TrainerState(
             0, self.total_steps, 0.0, config.backend, self.world.size, self.train_data.fingerprint
@@ -200,10 +200,10 @@ class Trainer:
         self.full_model = model
         self.backend.prepare(model, self._make_optimizer, self._make_scheduler)
 
-    def _fit_memory(self, dtype: torch.dtype) -> None:
+    def _fit_memory(self) -> None:
         """Decide what is recomputed and how many tokens a micro-batch has, and measure the machine."""
         config, model = self.config, self.full_model
-        memory = ActivationMemory.of(model, dtype)
+        memory = ActivationMemory.of(model, self.dtype)
         [free] = runtime.least_over_ranks([free_memory(self.device, self.world)], self.device)
         datasets = [data for data in (self.train_data, self.val_data) if data is not None]
         longest = max(int(data.lengths.max()) for data in datasets)
@@ -223,7 +223,7 @@ class Trainer:
             lambda: [MicroBatches(data, self.layout, cost, self.tokenizer.pad_token_id) for data in datasets]
         )
         self.val_micro_batches = rest[0] if rest else None
-        [self.matmul_rate] = runtime.sum_over_ranks([measure_matmul(dtype, self.device)], self.device)
+        [self.matmul_rate] = runtime.sum_over_ranks([measure_matmul(self.dtype, self.device)], self.device)
 
     def _make_optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         config = self.config

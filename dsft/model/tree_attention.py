@@ -2,8 +2,8 @@
 
 On CPU the tree is cut into blocks of tokens that have their ancestors in common, and a block attends to exactly the
 keys that it may see: no work is spent on other dialogues. The products are plain matrix products on tiles of queries,
-which on these sizes are several times faster in bfloat16 than torch's fused kernel for CPU (see docs/benchmarks.md). On
-CUDA FlexAttention skips what the mask rules out.
+in bfloat16 up to twice as fast as torch's fused kernel for CPU (scripts/bench_kernels.py). On CUDA FlexAttention skips
+what the mask rules out.
 """
 
 import inspect
@@ -24,6 +24,7 @@ DENSE_BLOCK = 128  # tokens; smaller subtrees are one block with a mask
 TILE = 256  # queries at once
 REPLACED = ("auto", "sdpa", "flex_attention")  # implementations that compute the same as ours
 UNKNOWN = ("softcap", "s_aux", "position_bias")  # what some models ask of attention beside a mask
+DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")  # of attention weights
 FORGETFUL = ("nemotron",)  # model types whose layers do not hand arguments on to attention
 
 
@@ -47,8 +48,9 @@ def why_no_trees(model: Any, attn_implementation: str) -> str | None:
         return f"{type(model).__name__}.forward takes no positions, or no arguments for attention"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return f"{type(model).__name__} caps the logits of attention"
-    if getattr(config, "attention_dropout", 0.0):
-        return "config.json asks for attention_dropout"
+    dropped = [name for name in DROPOUTS if getattr(config, name, None)]
+    if dropped:
+        return f"config.json asks for {dropped[0]}"
     if config.model_type in FORGETFUL:
         return f"{type(model).__name__} keeps arguments from its attention"
     if any(
@@ -269,10 +271,14 @@ def tree_attention(
     """
     if tree is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    if dropout:  # not in DROPOUTS; a forward without it, in evaluation, may have come before
+        raise UserError(
+            "this model drops attention weights, which folded rows do not; choose --attn_implementation eager"
+        )
     tree.uses += 1
     tree.asked |= {name for name in UNKNOWN if kwargs.get(name) is not None}
     if tree.block_mask is not None:
-        return flex_attention_forward(module, query, key, value, tree.block_mask, scaling, dropout=dropout)
+        return flex_attention_forward(module, query, key, value, tree.block_mask, scaling)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     by_group = (query[0] * scaling).unflatten(0, (key.shape[1], -1))
     output = BlockAttention.apply(by_group, key[0], value[0], tree.blocks)

@@ -208,7 +208,9 @@ REFUSED = {
     "state space": ("Mamba", {}, "MambaForCausalLM has an attention of its own"),
     "ALiBi": ("Bloom", {"n_layer": 2, "n_head": 4}, "BloomForCausalLM has an attention of its own"),
     "arguments dropped": ("Nemotron", HEADS, "NemotronForCausalLM keeps arguments from its attention"),
-    "positions from 1": ("Roberta", {"is_decoder": True}, "RobertaForCausalLM counts positions from its pad token"),
+    "dropout": ("Llama", {"attention_dropout": 0.1}, "config.json asks for attention_dropout"),
+    "dropout by default": ("GPT2", {"n_embd": 16, "n_layer": 2, "n_head": 4}, "config.json asks for attn_pdrop"),
+    "positions from 1": ("Roberta", {"is_decoder": True, "attention_probs_dropout_prob": 0.0}, "RobertaForCausalLM counts positions from its pad token"),
 }  # fmt: skip
 
 
@@ -322,6 +324,18 @@ def test_what_attention_is_asked_beside_the_tree_is_noticed_at_the_first_forward
     model.set_attn_implementation(NAME)
     with pytest.raises(UserError, match=r"^this model's attention needs softcap; choose --attn_implementation eager"):
         summed_loss(model, TargetHead(model), packed([fold(made_rows())]).to(CPU))
+
+
+def test_dropout_of_attention_under_an_unknown_name_is_not_passed_over():
+    model = built("Llama", {})
+    model.set_attn_implementation(NAME)
+    head, batch = TargetHead(model), packed([fold(made_rows())]).to(CPU)
+    summed_loss(model, head, batch)
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    summed_loss(model, head, batch)  # in evaluation nothing is dropped
+    with pytest.raises(UserError, match=r"^this model drops attention weights.*; choose --attn_implementation eager"):
+        summed_loss(model.train(), head, batch)
 
 
 # Whatever the rows
