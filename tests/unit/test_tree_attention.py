@@ -210,7 +210,10 @@ REFUSED = {
     "arguments dropped": ("Nemotron", HEADS, "NemotronForCausalLM keeps arguments from its attention"),
     "dropout": ("Llama", {"attention_dropout": 0.1}, "config.json asks for attention_dropout"),
     "dropout by default": ("GPT2", {"n_embd": 16, "n_layer": 2, "n_head": 4}, "config.json asks for attn_pdrop"),
-    "positions from 1": ("Roberta", {"is_decoder": True, "attention_probs_dropout_prob": 0.0}, "RobertaForCausalLM counts positions from its pad token"),
+    "positions from 1": (
+        "Roberta", {"is_decoder": True, "attention_probs_dropout_prob": 0.0},
+        "RobertaForCausalLM counts positions from its pad token",
+    ),
 }  # fmt: skip
 
 
