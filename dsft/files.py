@@ -47,8 +47,10 @@ def guard_disk(work: Callable[[], Any], path: Path) -> None:
     """Run something that writes `path`, and turn an operating system's refusal into a UserError."""
     try:
         work()
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    except Exception as error:
+        if not is_refusal(error):
+            raise
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
         remedy = "make room and start the same command again" if full else "name another folder, or make it writable"
         raise UserError(f"cannot write {path}: {reason(error)}; {remedy}") from error
 

@@ -23,7 +23,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dsft.checkpoint import CheckpointFolder, read_state
+from dsft.checkpointing.layout import CheckpointFolder
+from dsft.checkpointing.state import read_state
 from dsft.cli import as_words, build
 from dsft.config import GenerateConfig, MergeConfig, PipelineConfig, TrainConfig, ValidateConfig
 from dsft.config.pipeline import SHARED, STEPS

@@ -198,6 +198,14 @@ def on_first_local_rank(world: World, work: Callable[[], Result]) -> Result:
     return together(lambda: result if first else work())  # type: ignore[return-value]
 
 
+def on_main(world: World, work: Callable[[], Result]) -> Result:
+    """Run `work` on rank 0 alone; every rank gets its result, which must be small. It raises as `together` does."""
+    results = [together(lambda: work() if world.is_main else None)]
+    if dist.is_initialized() and world.size > 1:
+        dist.broadcast_object_list(results, src=0)
+    return results[0]  # type: ignore[return-value]
+
+
 def check_same_everywhere(value: str, what: str, remedy: str) -> None:
     """Raise a UserError where `value` differs between ranks; it names the lines that differ."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
@@ -241,13 +249,20 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class StopSignals:
-    """Remember SIGTERM and SIGINT until the running step has ended. A second SIGINT ends at once."""
+    """Remember what asks the run to stop until the running step has ended. A second SIGINT ends at once.
+
+    SIGUSR1 is what Slurm's --signal=USR1@120 sends before a job's time is over.
+    """
+
+    ORPHANED = "the end of its launcher"
+    REASONS = ("SIGINT", "SIGTERM", "SIGUSR1", ORPHANED)
 
     def __init__(self) -> None:
         self.received: str | None = None
 
     def __enter__(self) -> "StopSignals":
-        self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        self._before = {number: signal.signal(number, self._remember) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:

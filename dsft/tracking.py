@@ -9,9 +9,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from dsft.checkpointing.layout import METRICS
 from dsft.files import guard_disk, write_text
 
-METRICS = "metrics.jsonl"
 WANDB_ID = ".wandb_id"
 
 
@@ -28,11 +28,11 @@ class Tracker:
         config: dict[str, Any],
         total_steps: int,
         first_step: int,
+        history: str,
     ) -> None:
-        """`first_step` is the last finished step of a resumed run; lines after it are taken back."""
+        """`first_step` is the last finished step of a resumed run, `history` its lines up to there."""
         self._path = output_dir / METRICS
-        kept = _lines_up_to(self._path, first_step)
-        guard_disk(lambda: write_text(self._path, "".join(kept)), self._path)
+        guard_disk(lambda: write_text(self._path, history), self._path)
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         quiet = True if "console" not in loggers else None  # None: no bar where the output is no terminal
         self._console = "console" in loggers
@@ -62,6 +62,11 @@ class Tracker:
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
 
+    @property
+    def length(self) -> int:
+        """Bytes of metrics.jsonl so far."""
+        return self._file.tell()
+
     def close(self) -> None:
         """Flush and close everything."""
         self._bar.close()
@@ -82,19 +87,6 @@ class Tracker:
             self._wandb = _shielded("wandb", lambda: (self._wandb.log(values, step=metrics["step"]), self._wandb)[1])
         if self._board is not None:
             self._board = _shielded("tensorboard", lambda: _add_scalars(self._board, values, metrics["step"]))
-
-
-def _lines_up_to(path: Path, step: int) -> list[str]:
-    if not path.is_file() or step == 0:
-        return []
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            if json.loads(line)["step"] <= step:
-                lines.append(line.rstrip("\n") + "\n")  # the last newline may not have been written
-        except (ValueError, KeyError, TypeError):
-            continue  # the last line of a run that was killed while writing it
-    return lines
 
 
 def _shielded(library: str, work: Any) -> Any:

@@ -1,33 +1,29 @@
 """The Trainer: build, one step, evaluate, save, in the order in which they run. It names no backend."""
 
 import math
+import shutil
+import sys
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import dsft
-from dsft import runtime
+from dsft import liveness, runtime
 from dsft.backends import backend_class
-from dsft.backends.base import MOMENTS, BackendOptions, RunSettings, trainable
-from dsft.checkpoint import (
-    ADAPTER,
-    CONFIG,
-    MODEL,
-    OPTIMIZER,
-    CheckpointFolder,
-    TrainerState,
-    find_checkpoint,
-    read_state,
-    write_state,
-)
+from dsft.backends.base import MOMENTS, PARAMETER, BackendOptions, RunSettings, StateSlice, trainable
+from dsft.checkpointing.layout import ADAPTER, CONFIG, METRICS, MODEL, OPTIMIZER, CheckpointFolder
+from dsft.checkpointing.resuming import find_initial_weights, find_resume, open_output
+from dsft.checkpointing.saving import Checkpointer, Snapshot
+from dsft.checkpointing.state import TrainerState, read_state
+from dsft.checkpointing.tensor_files import TensorReader
 from dsft.cli import as_yaml
 from dsft.config import EVERY_EPOCH, TrainConfig
 from dsft.dataset.batches import GlobalBatches
@@ -42,7 +38,6 @@ from dsft.model.lora import LoraOptions, LoraStart, add_lora
 from dsft.model.memory import ActivationMemory, checkpointed_layers, free_memory, token_budget
 from dsft.model.source import ModelSource, load_tokenizer, resolve_model
 from dsft.schedule import learning_rate_factor
-from dsft.tensor_files import TensorReader, write_tensors
 from dsft.tracking import Tracker
 from dsft.validation.loss import loss_metrics, mean_loss
 
@@ -60,22 +55,25 @@ class Trainer:
         self.world = runtime.World.from_environment()
         self._start_runtime()
         self.folder = CheckpointFolder(config.output_dir)
-        self.resume_from = runtime.together(self._find_resume)
+        self.resume_from = runtime.on_main(self.world, lambda: find_resume(config, self.folder, warn))
         runtime.check_same_everywhere(
-            self.resume_from.name if self.resume_from else "none",
-            "the checkpoints to go on from",
-            f"all machines must see the same folder {config.output_dir if config.resume == 'auto' else config.resume}",
+            str(self.resume_from is None or self.resume_from.is_dir()),
+            f"whether {self.resume_from} is there",
+            "all machines must see the same folder",
         )
         self._load_data()
         self._load_model()
         self._fit_memory()
-        runtime.together(self._check_output)
+        self._make_output()
         self.state = TrainerState(
             0, self.total_steps, 0.0, config.backend, self.world.size, self.train_data.fingerprint
         )
         if self.resume_from is not None:
             self._restore(self.resume_from)
+        elif self.initial is not None and self.initial.is_adapter:
+            self._start_from(self.initial.folder)
         self._log_error: UserError | None = None
+        self._last_save = time.monotonic()
         self._open_output()
 
     # Building
@@ -90,6 +88,7 @@ class Trainer:
             runtime.return_freed_memory()
         runtime.start_process_group(self.world, self.device)
         runtime.check_same_everywhere(as_yaml(config), "the flags", "start all ranks alike")
+        self.stop_signals = runtime.StopSignals()
         runtime.seed_everything(config.seed, deterministic=config.deterministic)
         dtype = self.dtype = runtime.pick_dtype(config.dtype, self.device)
         self.dtype_name = str(dtype).removeprefix("torch.")
@@ -107,39 +106,15 @@ class Trainer:
             )
         )
 
-    def _find_resume(self) -> Path | None:
-        """The checkpoint to go on from; refuses an output folder that belongs to another run."""
-        config, latest = self.config, self.folder.latest()
-        if config.resume == "never":
-            if latest is not None:
-                raise UserError(f"{config.output_dir} holds {latest.name} and --resume is never; name another folder")
-            return None
-        found = latest if config.resume == "auto" else find_checkpoint(config.resume, "resume")
-        if found is None:
-            return None
-        stored_file = found.parent / CONFIG
-        try:
-            stored = yaml.safe_load(stored_file.read_text(encoding="utf-8"))
-            if not isinstance(stored, dict):
-                raise ValueError("it holds no flags")
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise UserError(
-                f"{stored_file} cannot be read ({' '.join(str(error).split())}), so {found.name} cannot be continued; "
-                "put the file back, or name another --output_dir"
-            ) from error
-        now = yaml.safe_load(as_yaml(config))
-        names = [f.name for f in fields(config) if f.metadata["run_identity"]]
-        changed = [f"{n} was {stored.get(n)}, is {now[n]}" for n in names if stored.get(n) != now[n]]
-        if changed:
-            raise UserError(
-                f"{found.parent} holds a run with other flags: {'; '.join(changed)}; "
-                "use its values, or another --output_dir"
-            )
-        return found
-
     def _load_data(self) -> None:
         config = self.config
         self.model_path = runtime.on_first_local_rank(self.world, lambda: resolve_model(config.model))
+        is_folder = self.model_path == str(Path(config.model).expanduser().resolve())
+        self.base_name = self.model_path if is_folder else config.model  # for adapter_config.json
+        resumed = self.resume_from is not None
+        self.initial = runtime.together(lambda: find_initial_weights(config, self.model_path, resumed=resumed))
+        if self.initial is not None and not self.initial.is_adapter:
+            self.model_path = self.base_name = str(self.initial.folder)
         self.tokenizer = runtime.together(
             lambda: load_tokenizer(self.model_path, trust_remote_code=config.trust_remote_code)
         )
@@ -189,11 +164,8 @@ class Trainer:
                 config.use_rslora,
                 config.use_dora,
             )
-            name = (
-                config.model if self.model_path != str(Path(config.model).expanduser().resolve()) else self.model_path
-            )
             base = model
-            model = runtime.together(lambda: add_lora(base, options, name))
+            model = runtime.together(lambda: add_lora(base, options, self.base_name))
             source.after_fill = LoraStart(model, config.seed)
             source.after_fill(model)
         self.head = TargetHead(model)
@@ -237,47 +209,97 @@ class Trainer:
             lambda step: learning_rate_factor(step, warmup, self.total_steps, config.schedule, config.min_lr_ratio),
         )
 
-    def _check_output(self) -> None:
+    def _make_output(self) -> None:
         """Fail now, not at the first checkpoint."""
-        if self.world.is_main:
-            root = self.folder.root
-            guard_disk(lambda: root.mkdir(parents=True, exist_ok=True), root)
-            guard_disk(self.folder.remove_unfinished, root)
-            guard_disk(lambda: write_text(root / CONFIG, as_yaml(self.config)), root / CONFIG)
+        config, root = self.config, self.folder.root
+
+        def make() -> None:
+            open_output(self.folder, self.resume_from, warn)
+            guard_disk(lambda: write_text(root / CONFIG, as_yaml(config)), root / CONFIG)
+            guard_disk(self._make_small_files, root)
+
+        runtime.on_main(self.world, make)
+        runtime.check_same_everywhere(
+            str((root / CONFIG).is_file()), f"whether {root / CONFIG} is there", "all machines must see the same folder"
+        )
+        self.checkpointer = Checkpointer(
+            self.folder, self.world, keep=config.max_checkpoints, asynchronous=config.async_save
+        )
+
+    def _make_small_files(self) -> None:
+        """Flags, adapter or model configuration, and tokenizer: the same in all checkpoints, so they are made once."""
+        folder = self.folder.root / ".small_files.tmp"
+        folder.mkdir()
+        try:
+            if self.config.lora_rank:
+                self.full_model.peft_config["default"].save_pretrained(folder)
+            else:
+                self.full_model.config.save_pretrained(folder)
+                self.full_model.generation_config.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+            self._small_files = {path.name: path.read_bytes() for path in folder.iterdir()}
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        self._small_files[CONFIG] = as_yaml(self.config).encode()
 
     def _restore(self, checkpoint: Path) -> None:
-        stem = ADAPTER if self.config.lora_rank else MODEL
-
         def read() -> tuple[TrainerState, TensorReader, TensorReader]:
             state = read_state(checkpoint)
-            if state.data != self.train_data.fingerprint:
+            if state.data != self.train_data.fingerprint and "train_files" not in (self.config.resume_override or []):
                 raise UserError(
                     f"{checkpoint} was trained on other rows than --train_files {','.join(self.config.train_files)} "
-                    "gives now; use the same files, or another --output_dir"
+                    "gives now; use the same files, another --output_dir, or --resume_override train_files"
                 )
-            weights, moments = TensorReader(checkpoint, stem), TensorReader(checkpoint, OPTIMIZER)
-            weights.check({stored_name[name]: shape for name, shape in shapes.items()})
-            moments.check({f"{moment}.{name}": shape for name, shape in shapes.items() for moment in MOMENTS})
-            return state, weights, moments
+            return state, self._weights_of(checkpoint), TensorReader(checkpoint, OPTIMIZER)
+
+        def check() -> None:
+            moments.check({f"{kind}.{name}": shape for name, shape in self._shapes().items() for kind in MOMENTS})
 
         stored_name = self._stored_names()
-        parameters = trainable(self.full_model)
-        shapes = {name: self.backend.shape(parameter) for name, parameter in parameters.items()}
         self.state, weights, moments = runtime.together(read)
-        self.backend.load_state(
-            lambda name: weights(stored_name[name]),
-            lambda name, moment: moments(f"{moment}.{name}"),
-            self.state.step,
-        )
-        self.state.backend, self.state.world_size = self.config.backend, self.world.size
-        runtime.together(self._repair_best)
+        runtime.together(check)
 
-    def _repair_best(self) -> None:
-        """The link that an ended run may not have moved any more, after its last checkpoint was complete."""
-        if self.world.is_main and self.state.best_step is not None:
-            best = self.folder.path(self.state.best_step)
-            if best in self.folder.all():
-                guard_disk(lambda: self.folder.point("best", best), best)
+        def value(kind: str, name: str, start: int, stop: int) -> torch.Tensor:
+            if kind == PARAMETER:
+                return weights.read(stored_name[name], start, stop)
+            return moments.read(f"{kind}.{name}", start, stop)
+
+        self.backend.load_state(value, self.state.step)
+        self.state.backend, self.state.world_size = self.config.backend, self.world.size
+        self.state.total_steps, self.state.data = self.total_steps, self.train_data.fingerprint
+        runtime.on_main(self.world, self._repair_links)
+
+    def _start_from(self, checkpoint: Path) -> None:
+        """The LoRA weights of --init_from, with moments and schedule as at any start."""
+        weights, stored_name = runtime.together(lambda: self._weights_of(checkpoint)), self._stored_names()
+        self.backend.load_state(
+            lambda kind, name, start, stop: (
+                weights.read(stored_name[name], start, stop) if kind == PARAMETER else torch.zeros(stop - start)
+            ),
+            step=0,
+        )
+
+    def _weights_of(self, checkpoint: Path) -> TensorReader:
+        """A checkpoint's trained weights, which must be those of this model."""
+        weights, stored_name = TensorReader(checkpoint, self._weights_stem), self._stored_names()
+        weights.check({stored_name[name]: shape for name, shape in self._shapes().items()})
+        return weights
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: self.backend.shape(parameter) for name, parameter in trainable(self.full_model).items()}
+
+    @property
+    def _weights_stem(self) -> str:
+        return ADAPTER if self.config.lora_rank else MODEL
+
+    def _repair_links(self) -> None:
+        """The links that an ended run may not have moved any more, after its last checkpoint was complete."""
+        complete = {path.name: path for path in self.folder.all()}
+        latest = self.folder.path(self.state.step)
+        best = self.folder.path(self.state.best_step) if self.state.best_step is not None else None
+        for name, checkpoint in (("latest", latest), ("best", best)):
+            if checkpoint is not None and checkpoint.name in complete:
+                guard_disk(partial(self.folder.point, name, checkpoint), checkpoint)
 
     def _stored_names(self) -> dict[str, str]:
         """Parameter name -> its name in a checkpoint's weights (PEFT leaves the adapter's name out)."""
@@ -292,6 +314,7 @@ class Trainer:
 
         def open_tracker() -> None:
             if self.world.is_main:
+                history = (self.resume_from / METRICS).read_text(encoding="utf-8") if self.resume_from else ""
                 self.tracker = Tracker(
                     self.folder.root,
                     config.logger,
@@ -300,6 +323,7 @@ class Trainer:
                     config=asdict(config) | {"dtype": self.dtype_name},
                     total_steps=self.total_steps,
                     first_step=self.state.step,
+                    history=history,
                 )
                 self._print_start(self.tracker)
 
@@ -347,25 +371,34 @@ class Trainer:
     # Running
 
     def train(self) -> None:
-        """Every step that is left, with its evaluations and checkpoints; or up to a stop signal."""
-        with runtime.StopSignals() as stop:
-            if self.config.validate_before_training and self.state.step == 0 and self.val_data is not None:
+        """Every step that is left, with its evaluations and checkpoints; or up to a stop."""
+        config = self.config
+        end = min(self.total_steps, config.stop_after_steps or self.total_steps)
+        stopped = None
+        with self.stop_signals as stop:
+            if self.state.validation_due and self.val_data is not None:  # the run was stopped before it
                 self._validate()
-            while self.state.step < self.total_steps:
-                stopping = self._step(stop)
-                step = self.state.step
-                last = step == self.total_steps
-                save = last or stopping or self._is_due(self.config.save_steps)
-                evaluate = self._is_due(self.config.eval_steps) or (save and not stopping)
-                if self.val_data is not None and self.config.eval_steps != 0 and evaluate:
-                    self._validate()
-                if save:
+                self._save()
+            elif config.validate_before_training and self.state.step == 0 and self.val_data is not None:
+                self._validate()
+            while self.state.step < end and not stopped:
+                stopped, save_by_time = self._step(stop)
+                last = self.state.step == self.total_steps
+                save = last or self._is_due(config.save_steps)
+                evaluate = self.val_data is not None and config.eval_steps != 0
+                if evaluate and (save or self._is_due(config.eval_steps)):
+                    if stopped:
+                        self.state.validation_due = True  # whoever stops a run does not wait for that long
+                    else:
+                        self._validate()
+                if save or stopped or save_by_time or self.state.step == end:
                     self._save()
-                if stopping and not last:
-                    self._say(f"stopped by {stopping} after step {step}; start the same command again to go on")
-                    break
-            else:
-                self._say_end()
+            runtime.together(self.checkpointer.finish)
+        if self.state.step == self.total_steps and not self.state.validation_due:
+            self._say_end()
+        else:
+            why = stopped or f"--stop_after_steps {config.stop_after_steps}"
+            self._say(f"stopped by {why} after step {self.state.step}; to go on: {liveness.launch_command()}")
         if self.tracker is not None:
             self.tracker.close()
         self.backend.close()
@@ -375,11 +408,11 @@ class Trainer:
             return self.state.epoch == int(self.state.epoch)
         return int(interval) > 0 and self.state.step % int(interval) == 0
 
-    def _step(self, stop: runtime.StopSignals) -> str | None:
+    def _step(self, stop: runtime.StopSignals) -> tuple[str | None, bool]:
         """One optimizer step over one global batch.
 
         Returns:
-            The stop signal that some rank has received, if any.
+            What asks the run to stop, on whichever rank, if anything does; and whether --save_seconds have passed.
         """
         config, step = self.config, self.state.step
         started = time.perf_counter()
@@ -396,17 +429,22 @@ class Trainer:
             loss = summed_loss(self.backend.model, self.head, batch)
             self.backend.backward(loss / plan.targets, last_micro_batch=index == len(parts) - 1)
             loss_sum += loss.detach()
-        signal_code = {None: 0, "SIGTERM": 1, "SIGINT": 1_000_000}[stop.received]
-        failed = float(self._log_error is not None)
-        total, stop_code, failed = runtime.sum_over_ranks([loss_sum.item(), signal_code, failed], self.device)
+        reasons = [float(stop.received == reason) for reason in stop.REASONS]
+        waited = time.monotonic() - self._last_save
+        save_by_time = self.world.is_main and config.save_seconds is not None and waited >= config.save_seconds
+        failed = float(self._log_error is not None or self.checkpointer.has_failed)
+        values = [loss_sum.item(), failed, float(save_by_time), *reasons]
+        total, failed, by_time, *reasons = runtime.sum_over_ranks(values, self.device)
         if failed:
-            runtime.together(self._raise_log_error)
+            self._raise_background_error()
         self._refuse_non_finite(total, f"the loss of step {step + 1}")
         rate = self.backend.learning_rate()
         norm = self.backend.step()
         self._refuse_non_finite(norm, f"the gradient norm of step {step + 1}")
         self.state.step = step + 1
         self.state.epoch = self.global_batches.epochs_after(self.state.step)
+        self.state.position = self.global_batches.position(self.state.step)
+        self.state.validation_due = False
         seconds = time.perf_counter() - started
         metrics = {
             "train/loss": total / plan.targets,
@@ -420,11 +458,14 @@ class Trainer:
             "train/mfu": plan.flops / seconds / self.matmul_rate,
             "train/rank_imbalance": plan.imbalance,
             "train/data_seconds": data_seconds,
+            "train/save_seconds": self.checkpointer.blocked_seconds,
             "train/step_seconds": seconds,
             "memory": runtime.peak_memory_gib(self.device),
         }
         self._log("step", metrics)
-        return None if not stop_code else "SIGINT" if stop_code >= 1_000_000 else "SIGTERM"
+        self.checkpointer.blocked_seconds = 0.0
+        asked = [reason for reason, count in zip(stop.REASONS, reasons, strict=True) if count]
+        return asked[0] if asked else None, by_time > 0
 
     def _refuse_non_finite(self, value: float, what: str) -> None:
         """The value is the same on all ranks, so all of them stop here."""
@@ -451,6 +492,7 @@ class Trainer:
         loss = mean_loss(self.backend.model, self.head, self.val_micro_batches, self.world, self.device)
         self._refuse_non_finite(loss, f"the validation loss after step {self.state.step}")
         self.state.val_loss = loss
+        self.state.validation_due = False
         self._log("evaluation", loss_metrics(loss))
         self._evaluated_step = self.state.step
 
@@ -464,14 +506,22 @@ class Trainer:
         except UserError as error:
             self._log_error = error
 
-    def _raise_log_error(self) -> None:
-        if self._log_error is not None:
-            raise self._log_error
+    def _raise_background_error(self) -> None:
+        """End all ranks where the log, or a checkpoint in the background, could not be written on one of them."""
+
+        def check() -> None:
+            if self._log_error is not None:
+                raise self._log_error
+            if self.checkpointer.has_failed:
+                self.checkpointer.finish()
+
+        runtime.together(check)
 
     # Saving
 
     def _save(self) -> None:
-        """Write a checkpoint and move the links; every rank takes part in the gathering, rank 0 writes."""
+        """A checkpoint of this step; every rank takes part."""
+        self._raise_background_error()
         state = self.state
         if getattr(self, "_evaluated_step", None) != state.step:
             state.val_loss = None
@@ -480,54 +530,19 @@ class Trainer:
             state.best_step, state.best_val_loss = state.step, state.val_loss
         packages = ("torch", "transformers", "peft", self.backend.library)
         state.versions = {"dsft": dsft.__version__} | {name: version(name) for name in packages}
-        if self.world.is_main:
-            failure: UserError | None = None
-            gathered = _Once(self._gather())
-            try:
-                with self.folder.writing(state.step) as target:
-                    self._write(target, gathered)
-                checkpoint = self.folder.path(state.step)
-                guard_disk(lambda: self._move_links(checkpoint, better), checkpoint)
-            except UserError as error:
-                failure = error
-            gathered.drain()
-        else:
-            failure = None
-            for _ in self._gather():
-                pass
-
-        def check() -> None:
-            if failure is not None:
-                raise failure
-            self._raise_log_error()
-
-        runtime.together(check)
-
-    def _gather(self) -> Any:
-        """(stem, name, tensor) of everything a checkpoint holds, one at a time, on every rank in the same order."""
-        weights = ADAPTER if self.config.lora_rank else MODEL
+        slices: dict[str, list[tuple[str, StateSlice]]] = {self._weights_stem: [], OPTIMIZER: []}
         stored_name = self._stored_names()
-        for name, tensor in self.backend.named_trainable():
-            yield weights, stored_name[name], tensor
-        for name, moment, tensor in self.backend.optimizer_state():
-            yield OPTIMIZER, f"{moment}.{name}", tensor
-
-    def _write(self, target: Path, gathered: "_Once") -> None:
-        for stem in (ADAPTER if self.config.lora_rank else MODEL, OPTIMIZER):
-            write_tensors(target, stem, gathered.of(stem))
-        if self.config.lora_rank:
-            self.full_model.peft_config["default"].save_pretrained(target)
-        else:
-            self.full_model.config.save_pretrained(target)
-            self.full_model.generation_config.save_pretrained(target)
-        self.tokenizer.save_pretrained(target)
-        write_state(target, self.state)
-
-    def _move_links(self, checkpoint: Path, better: bool) -> None:
-        self.folder.point("latest", checkpoint)
-        if better:
-            self.folder.point("best", checkpoint)
-        self.folder.rotate(self.config.max_checkpoints)
+        for part in self.backend.state():
+            if part.kind == PARAMETER:
+                slices[self._weights_stem].append((stored_name[part.name], part))
+            else:
+                slices[OPTIMIZER].append((f"{part.kind}.{part.name}", part))
+        small_files = self._small_files if self.world.is_main else {}
+        length = self.tracker.length if self.tracker is not None else 0
+        metrics = (self.folder.root / METRICS, length)
+        snapshot = Snapshot(replace(state), slices, small_files, metrics, better)
+        runtime.together(lambda: self.checkpointer.save(snapshot))  # whose ranks agree on errors among themselves
+        self._last_save = time.monotonic()
 
     def _say(self, line: str) -> None:
         if self.tracker is not None:
@@ -541,28 +556,6 @@ class Trainer:
             self._say(f"merge    python -m dsft.merge --checkpoint {self.config.output_dir}")
 
 
-class _Once:
-    """A stream of (stem, name, tensor), read part by part in one pass; drained to its end even after a failure,
-    because its tensors come from collectives.
-    """
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-        self._ahead: tuple[str, str, torch.Tensor] | None = None
-
-    def of(self, stem: str) -> Any:
-        """(name, tensor) of the next items, as long as they belong to `stem`."""
-        while True:
-            item = self._ahead or next(self._stream, None)
-            self._ahead = None
-            if item is None:
-                return
-            if item[0] != stem:
-                self._ahead = item
-                return
-            yield item[1], item[2]
-
-    def drain(self) -> None:
-        """Go through what is left."""
-        for _ in self._stream:
-            pass
+def warn(line: str) -> None:
+    """Tell the user of something that does not stop the run."""
+    print(f"warning: {line}", file=sys.stderr, flush=True)

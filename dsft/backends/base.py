@@ -15,7 +15,24 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+PARAMETER = "parameter"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, as torch.optim.AdamW names them
+
+
+@dataclass(frozen=True)
+class StateSlice:
+    """What one rank holds of one tensor: neighbours in the flattened tensor. The slices of all ranks are the whole."""
+
+    kind: str
+    """PARAMETER, or one of MOMENTS."""
+    name: str
+    """Of the parameter."""
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    start: int
+    """Place of the first value in the flattened tensor."""
+    values: torch.Tensor
+    """float32 1-D, on any device: a view of the live state, which the next step changes."""
 
 
 @dataclass(frozen=True)
@@ -112,22 +129,16 @@ class Backend(ABC):
         """The rate that the next step uses."""
 
     @abstractmethod
-    def named_trainable(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Trained parameters as (name, full float32 CPU tensor), one at a time. Collective."""
+    def state(self) -> Iterator[StateSlice]:
+        """What this rank holds of every trained parameter and its moments, in one order on all ranks. No collective."""
 
     @abstractmethod
-    def optimizer_state(self) -> Iterator[tuple[str, str, torch.Tensor]]:
-        """Moments as (parameter name, one of MOMENTS, full float32 CPU tensor), one at a time. Collective."""
-
-    @abstractmethod
-    def load_state(
-        self, read_parameter: Callable[[str], torch.Tensor], read_moment: Callable[[str, str], torch.Tensor], step: int
-    ) -> None:
-        """Go on from stored parameters and moments as if `step` steps had been taken. Collective.
+    def load_state(self, read: Callable[[str, str, int, int], torch.Tensor], step: int) -> None:
+        """Go on from stored parameters and moments as if `step` steps had been taken.
 
         Args:
-            read_parameter: name -> full float32 tensor.
-            read_moment: (name, one of MOMENTS) -> full float32 tensor.
+            read: (PARAMETER or one of MOMENTS, parameter name, start, stop) -> those values of the flattened tensor,
+                float32 1-D on CPU. Each rank asks for what it holds.
             step: optimizer steps taken so far.
         """
 

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from dsft import runtime
-from dsft.backends.base import MOMENTS, Backend, Source, set_schedule, trainable
+from dsft.backends.base import MOMENTS, PARAMETER, Backend, Source, StateSlice, set_schedule, trainable
 
 
 class FsdpBackend(Backend):
@@ -84,43 +84,45 @@ class FsdpBackend(Backend):
         """See Backend."""
         return self._optimizer.param_groups[0]["lr"]
 
-    def named_trainable(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def state(self) -> Iterator[StateSlice]:
         """See Backend."""
         for name, parameter in self._parameters.items():
-            yield name, _whole(parameter)
+            start, _ = _range(parameter)
+            moments = self._optimizer.state[parameter]
+            for kind in (PARAMETER, *MOMENTS):
+                whole = parameter if kind == PARAMETER else moments[kind]
+                yield StateSlice(kind, name, tuple(parameter.shape), start, _local(whole))
 
-    def optimizer_state(self) -> Iterator[tuple[str, str, torch.Tensor]]:
+    def load_state(self, read: Callable[[str, str, int, int], torch.Tensor], step: int) -> None:
         """See Backend."""
         for name, parameter in self._parameters.items():
-            for moment in MOMENTS:
-                yield name, moment, _whole(self._optimizer.state[parameter][moment])
-
-    def load_state(
-        self, read_parameter: Callable[[str], torch.Tensor], read_moment: Callable[[str, str], torch.Tensor], step: int
-    ) -> None:
-        """See Backend."""
-        for name, parameter in self._parameters.items():
-            with torch.no_grad():
-                parameter.copy_(self._sharded(read_parameter(name), parameter))
+            held = _range(parameter)
+            _local(parameter).copy_(read(PARAMETER, name, *held))
             state = self._optimizer.state[parameter]
             state["step"] = torch.tensor(float(step))
             for moment in MOMENTS:
                 state[moment] = torch.zeros_like(parameter)
-                state[moment].copy_(self._sharded(read_moment(name, moment), parameter))
+                _local(state[moment]).copy_(read(moment, name, *held))
         set_schedule(self._scheduler, step)
 
-    def _sharded(self, whole: torch.Tensor, like: nn.Parameter) -> DTensor:
-        assert isinstance(like, DTensor)
-        # Every rank has read the same file: no rank needs to send anything.
-        return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's shard, 1-D, sharing its memory."""
+    tensor = tensor.detach()
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).view(-1)
+
+
+def _range(parameter: nn.Parameter) -> tuple[int, int]:
+    """Where this rank's shard stands in the flattened tensor. FSDP2 shards rows, as torch.chunk cuts them."""
+    assert isinstance(parameter, DTensor)
+    assert parameter.placements == (Shard(0),), parameter.placements
+    rows = -(-parameter.shape[0] // parameter.device_mesh.size())
+    first = min(rows * parameter.device_mesh.get_local_rank(), parameter.shape[0])
+    start = first * math.prod(parameter.shape[1:])
+    return start, start + parameter.to_local().numel()
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The repeated blocks of a transformers model: the classes it says must not be split."""
     names = set(getattr(model, "_no_split_modules", None) or ())
     return [module for module in model.modules() if type(module).__name__ in names]
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).to("cpu", torch.float32)

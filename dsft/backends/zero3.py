@@ -13,7 +13,16 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from dsft.backends.base import MOMENTS, Backend, RunSettings, Source, set_schedule, trainable
+from dsft.backends.base import (
+    MOMENTS,
+    PARAMETER,
+    Backend,
+    RunSettings,
+    Source,
+    StateSlice,
+    set_schedule,
+    trainable,
+)
 from dsft.backends.ds_config import AUTO, read_ds_config
 from dsft.errors import UserError
 
@@ -112,7 +121,7 @@ class Zero3Backend(Backend):
         self._scheduler = scheduler
         self._parameters = trainable(self._engine.module)
         if masters and self.options.dtype != torch.float32:
-            self._write_parameters(masters.__getitem__)
+            self._write_parameters(lambda name, start, stop: masters[name].flatten()[start:stop])
 
     def backward(self, loss: torch.Tensor, *, last_micro_batch: bool) -> None:
         """Times the world size, because ZeRO-3 averages over ranks."""
@@ -128,24 +137,21 @@ class Zero3Backend(Backend):
         """See Backend."""
         return self._zero.param_groups[0]["lr"]
 
-    def named_trainable(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def state(self) -> Iterator[StateSlice]:
         """See Backend."""
-        from deepspeed.utils import safe_get_full_fp32_param
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
         for name, parameter in self._parameters.items():
-            yield name, safe_get_full_fp32_param(parameter).to("cpu", torch.float32)
+            start, stop = _range(parameter)
+            for kind in (PARAMETER, *MOMENTS):
+                values = (
+                    safe_get_local_fp32_param(parameter)
+                    if kind == PARAMETER
+                    else safe_get_local_optimizer_state(parameter, kind)
+                )
+                yield StateSlice(kind, name, self.shape(parameter), start, values.detach()[: stop - start])
 
-    def optimizer_state(self) -> Iterator[tuple[str, str, torch.Tensor]]:
-        """See Backend."""
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        for name, parameter in self._parameters.items():
-            for moment in MOMENTS:
-                yield name, moment, safe_get_full_optimizer_state(parameter, moment).to("cpu", torch.float32)
-
-    def load_state(
-        self, read_parameter: Callable[[str], torch.Tensor], read_moment: Callable[[str, str], torch.Tensor], step: int
-    ) -> None:
+    def load_state(self, read: Callable[[str, str, int, int], torch.Tensor], step: int) -> None:
         """See Backend."""
         from deepspeed.utils import safe_set_local_optimizer_state
 
@@ -155,17 +161,18 @@ class Zero3Backend(Backend):
             self._zero.optimizer.state[flat] = state
         for name, parameter in self._parameters.items():
             for moment in MOMENTS:
-                safe_set_local_optimizer_state(parameter, _partition(read_moment(name, moment), parameter), moment)
-        self._write_parameters(read_parameter)
+                values = _padded(read(moment, name, *_range(parameter)), parameter)
+                safe_set_local_optimizer_state(parameter, values, moment)
+        self._write_parameters(lambda name, start, stop: read(PARAMETER, name, start, stop))
         set_schedule(self._scheduler, step)
 
-    def _write_parameters(self, read: Callable[[str], torch.Tensor]) -> None:
+    def _write_parameters(self, read: Callable[[str, int, int], torch.Tensor]) -> None:
         """Set the float32 masters and everything that the engine derives from them."""
         from deepspeed.utils import safe_set_local_fp32_param
 
         self._zero._partition_all_parameters()
         for name, parameter in self._parameters.items():
-            safe_set_local_fp32_param(parameter, _partition(read(name), parameter))
+            safe_set_local_fp32_param(parameter, _padded(read(name, *_range(parameter)), parameter))
         for group in range(len(self._zero.fp16_groups)):  # what the engine's own step does after an update
             self._zero._reassign_or_swap_out_partitioned_parameters(group)
         if self._zero.persistent_parameters:
@@ -181,11 +188,15 @@ class Zero3Backend(Backend):
             self._engine.destroy()
 
 
-def _partition(whole: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
-    """This rank's slice of a full tensor, zero-padded to equal sizes as ZeRO-3 keeps it (float32, 1-D)."""
+def _range(parameter: nn.Parameter) -> tuple[int, int]:
+    """Where this rank's partition stands in the flattened tensor: equal sizes, the last ones may lack values."""
     size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
-    ranks = torch.distributed.get_world_size()
-    flat = torch.zeros(size * ranks, dtype=torch.float32)
-    flat[: whole.numel()] = whole.flatten()
-    start = size * torch.distributed.get_rank()
-    return flat[start : start + size].to(parameter.device)
+    first, last = (size * (torch.distributed.get_rank() + i) for i in (0, 1))
+    return min(first, parameter.ds_numel), min(last, parameter.ds_numel)  # type: ignore[attr-defined]
+
+
+def _padded(values: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
+    """This rank's values with zeros behind them where ZeRO-3's partition is longer."""
+    whole = torch.zeros(parameter.ds_tensor.ds_numel, dtype=torch.float32)  # type: ignore[attr-defined]
+    whole[: values.numel()] = values
+    return whole.to(parameter.device)

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from dsft.config.flags import CommonFlags, ModelFlags, RowFlags, flag
-from dsft.errors import UserError
+from dsft.errors import UserError, did_you_mean
 
 EVERY_EPOCH = "epoch"
 Interval = int | Literal["epoch"]
@@ -83,8 +83,18 @@ class TrainConfig(RowFlags, ModelFlags, CommonFlags):
     """Save every N steps, each "epoch", or 0 for never; the last step is always saved."""
     max_checkpoints: int | None = flag(None)
     """Keep the newest N checkpoints, and best and latest whatever their age."""
+    save_seconds: int | None = flag(None)
+    """Also save when this many seconds have passed since the last checkpoint, at the end of the running step."""
+    async_save: bool = flag(False)
+    """Write checkpoints in the background while training goes on; takes the memory of one more copy of the state."""
+    stop_after_steps: int | None = flag(None)
+    """End with a checkpoint after step N of the run; the schedule stays that of the whole run, a resume goes on."""
     resume: str = flag("auto")
     """auto goes on from the latest checkpoint in output_dir, never refuses to, a path names a checkpoint."""
+    resume_override: list[str] | None = flag(None)
+    """Flags that may differ from those of the run that is resumed, such as lr,total_epochs; else that is refused."""
+    init_from: str | None = flag(None, run_identity=True)
+    """Start from the weights of a checkpoint, of a run's best one, or of a merged model, with a fresh optimizer."""
     logger: list[str] = flag(["console"])
     """Any of console, wandb, tensorboard; metrics.jsonl is always written."""
     project_name: str = flag("dsft")
@@ -99,6 +109,7 @@ class TrainConfig(RowFlags, ModelFlags, CommonFlags):
         problems = []
         positive = ["max_length", "train_batch_size", "max_tokens_per_micro_batch", "total_epochs"]
         positive += ["max_train_rows", "max_val_rows", "total_training_steps", "max_checkpoints"]
+        positive += ["save_seconds", "stop_after_steps"]
         for name in positive:
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -128,6 +139,9 @@ class TrainConfig(RowFlags, ModelFlags, CommonFlags):
             problems.append("use_dora, use_rslora and lora_dropout need lora_rank above 0, got lora_rank=0")
         if not self.target_modules:
             problems.append("target_modules is empty; name modules, or all-linear")
+        identity = {f.name for f in fields(self) if f.metadata["run_identity"]} | {"train_files"}
+        for name in set(self.resume_override or []) - identity:
+            problems.append(f"resume_override: {name} is no flag that a resume checks{did_you_mean(name, identity)}")
         unknown = [name for name in self.logger if name not in ("console", "wandb", "tensorboard")]
         if unknown:
             problems.append(f"logger must be any of console, wandb, tensorboard, got {', '.join(unknown)}")
@@ -139,7 +153,3 @@ class TrainConfig(RowFlags, ModelFlags, CommonFlags):
             problems.append(f"output_dir {self.output_dir} is a file; name a folder")
         if problems:
             raise UserError("\n".join(problems))
-
-    def run_identity(self) -> dict[str, Any]:
-        """The values that define the run: a resume with others would be another run."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["run_identity"]}

@@ -50,6 +50,11 @@ class GlobalBatches:
         epoch = self._epoch_of(step)
         return epoch + (step - self.first_step(epoch)) / len(self.epoch(epoch))
 
+    def position(self, step: int) -> tuple[int, int]:
+        """Whole epochs done once `step` steps are, and batches done in the running one."""
+        epoch = self._epoch_of(step)
+        return epoch, step - self.first_step(epoch)
+
     def _epoch_of(self, step: int) -> int:
         while self._first_steps[-1] <= step:
             self.first_step(len(self._first_steps))

@@ -13,12 +13,12 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dsft.checkpoint import ADAPTER, find_checkpoint
+from dsft.checkpointing.layout import ADAPTER, find_checkpoint
+from dsft.checkpointing.tensor_files import TensorReader
 from dsft.config import MergeConfig
 from dsft.errors import UserError
 from dsft.files import is_refusal, make_readable, reason
 from dsft.model.source import ModelSource, load_tokenizer, resolve_model
-from dsft.tensor_files import TensorReader
 
 FLOAT32_TOLERANCE = 1e-3  # measured: 1e-5 on the embedded model
 ROUNDED_TOLERANCE = 0.25  # rounding every weight to 16 bits: 0.08 on the embedded model

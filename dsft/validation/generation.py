@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dsft import runtime
-from dsft.checkpoint import ADAPTER, find_checkpoint
+from dsft.checkpointing.layout import ADAPTER, find_checkpoint
 from dsft.config import ValidateConfig
 from dsft.dataset.chat_format import ChatFormat
 from dsft.errors import UserError

@@ -1,0 +1,154 @@
+"""Which checkpoint a run goes on from, or takes its first weights from, and whether it may."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dsft.checkpointing.integrity import COMPLETE
+from dsft.checkpointing.layout import ADAPTER, CONFIG, CheckpointFolder, find_checkpoint, step_of
+from dsft.cli import as_yaml
+from dsft.config import TrainConfig
+from dsft.errors import UserError
+from dsft.files import guard_disk
+from dsft.model.source import resolve_model
+
+
+def find_resume(config: TrainConfig, folder: CheckpointFolder, warn: Callable[[str], None]) -> Path | None:
+    """The checkpoint to go on from. Rank 0 only; it owns the output folder from here on, where there is one.
+
+    Raises:
+        UserError: the folder belongs to another run, or no checkpoint is sound.
+    """
+    if folder.root.is_dir():
+        folder.lock()
+    if config.resume == "never":
+        latest = folder.latest()
+        if latest is not None:
+            raise UserError(f"{config.output_dir} holds {latest.name} and --resume is never; name another folder")
+        return None
+    found = folder.newest_sound(warn) if config.resume == "auto" else find_checkpoint(config.resume, "resume")
+    if found is not None:
+        _check_same_run(found, config)
+    return found
+
+
+def _check_same_run(checkpoint: Path, config: TrainConfig) -> None:
+    stored = _stored_flags(checkpoint)
+    now = yaml.safe_load(as_yaml(config))
+    allowed = set(config.resume_override or [])
+    names = [f.name for f in fields(config) if f.metadata["run_identity"] and f.name not in allowed]
+    changed = [f"{n} was {stored.get(n)}, is {now[n]}" for n in names if stored.get(n) != now[n]]
+    if changed:
+        raise UserError(
+            f"{checkpoint} is of a run with other flags: {'; '.join(changed)}; use its values or another --output_dir, "
+            f"or go on with the new ones by --resume_override {','.join(c.split()[0] for c in changed)}"
+        )
+
+
+def _stored_flags(checkpoint: Path) -> dict[str, Any]:
+    path = checkpoint / CONFIG
+    try:
+        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(stored, dict):
+            raise ValueError("it holds no flags")
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}); name another checkpoint") from error
+    return stored
+
+
+def open_output(folder: CheckpointFolder, resumed: Path | None, warn: Callable[[str], None]) -> None:
+    """Make the output folder ready for this run. Rank 0 only.
+
+    Raises:
+        UserError: it cannot be written, or another run has begun there meanwhile.
+    """
+    root = folder.root
+    guard_disk(lambda: root.mkdir(parents=True, exist_ok=True), root)
+    if not folder.is_locked:  # it was not there when this run looked for a checkpoint
+        folder.lock()
+        if folder.all():
+            raise UserError(f"another run was in {root} meanwhile; start again to go on from it, or name another")
+    guard_disk(folder.remove_unfinished, root)
+    for later in folder.all():
+        if resumed is not None and step_of(later) > step_of(resumed):
+            aside = folder.set_aside(later, "superseded")
+            warn(f"{later.name} is of steps that are taken again from {resumed.name}; it is now {aside.name}")
+
+
+@dataclass(frozen=True)
+class InitialWeights:
+    """What --init_from names: the LoRA weights of a checkpoint, or a whole model."""
+
+    folder: Path
+    is_adapter: bool
+
+
+def find_initial_weights(config: TrainConfig, model: str, *, resumed: bool) -> InitialWeights | None:
+    """What the run starts from beside --model.
+
+    Args:
+        config: the flags.
+        model: folder or Hub name of --model.
+        resumed: the run has weights of its own; only a base model is still needed.
+
+    Raises:
+        UserError: there is nothing of the kind, or it goes with neither --model nor the LoRA flags.
+    """
+    if config.init_from is None:
+        return None
+    given = Path(config.init_from).expanduser()
+    if (given / "config.json").is_file() and not (given / COMPLETE).exists():
+        return _whole_model(given.resolve(), model, config)  # what dsft.merge or transformers has written
+    found = find_checkpoint(config.init_from, "init_from")
+    if not (found / f"{ADAPTER}.safetensors").is_file():
+        return _whole_model(found, model, config)
+    if resumed:
+        return None
+    if not config.lora_rank:
+        raise UserError(
+            f"--init_from {config.init_from}: {found.name} holds LoRA weights, and --lora_rank is 0; "
+            "name its merged model (python -m dsft.merge), or give the flags of its LoRA"
+        )
+    path = found / "adapter_config.json"
+    try:
+        adapter = json.loads(path.read_text(encoding="utf-8"))
+        stored = {
+            "lora_rank": adapter["r"],
+            "lora_alpha": adapter["lora_alpha"],
+            "use_rslora": adapter["use_rslora"],
+            "use_dora": adapter["use_dora"],
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); name another --init_from") from error
+    changed = [f"--{n} {value}" for n, value in stored.items() if getattr(config, n) != value]
+    if changed:
+        raise UserError(
+            f"--init_from {config.init_from}: its weights were trained with {' '.join(changed)}; give the same values"
+        )
+    return InitialWeights(found, is_adapter=True)
+
+
+def _whole_model(folder: Path, model: str, config: TrainConfig) -> InitialWeights:
+    """A model of the same architecture as --model's, where that one is a folder."""
+    resolve_model(str(folder))
+
+    def shape(path: Path) -> dict[str, Any]:
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            return {key: stored.get(key) for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")}
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(f"{path} cannot be read ({error}); name another --init_from") from error
+
+    theirs = Path(model) / "config.json"
+    if theirs.is_file():
+        changed = [f"{k} {v}" for k, v in shape(folder / "config.json").items() if v != shape(theirs)[k]]
+        if changed:
+            raise UserError(
+                f"--init_from {config.init_from} is another model than --model {config.model}: {', '.join(changed)}; "
+                "name the model that it comes from"
+            )
+    return InitialWeights(folder, is_adapter=False)

@@ -1,0 +1,171 @@
+"""Named float32 tensors in safetensors files: written as they come, read a part at a time.
+
+The safetensors library writes a file from a dict that holds all of its tensors. A checkpoint may be larger than the
+memory, so the header is written here first, and the values as they arrive; the format is the library's, which reads it.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from dsft.errors import UserError
+
+Shape = tuple[int, ...]
+LARGEST_FILE = 4 * 2**30
+SMALLEST_SHARE = 64 * 2**20  # less than this is not split between ranks
+BYTES = 4  # of a float32
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """One file to write, by one rank."""
+
+    name: str
+    tensors: list[tuple[str, Shape]]
+    owner: int
+
+
+def plan_files(stem: str, tensors: Sequence[tuple[str, Shape]], ranks: int, first_owner: int = 0) -> list[TensorFile]:
+    """Share tensors between files of like size: stem.safetensors, or numbered files as transformers names them.
+
+    Args:
+        stem: name of the files.
+        tensors: name and shape of each, in the order in which they stand.
+        ranks: that write; 1 keeps everything in files of the first owner.
+        first_owner: rank of the first file; the others follow in turn.
+    """
+    total = BYTES * sum(math.prod(shape) for _, shape in tensors)
+    limit = min(LARGEST_FILE, max(SMALLEST_SHARE, math.ceil(total / ranks)))
+    groups: list[list[tuple[str, Shape]]] = [[]]
+    size = 0
+    for name, shape in tensors:
+        more = BYTES * math.prod(shape)
+        if groups[-1] and size + more > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append((name, shape))
+        size += more
+    count = len(groups)
+    names = [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    if count == 1:
+        names = [f"{stem}.safetensors"]
+    owners = [(first_owner + i) % ranks for i in range(count)]
+    return [TensorFile(n, group, owner) for n, group, owner in zip(names, groups, owners, strict=True)]
+
+
+def index_text(files: Sequence[TensorFile]) -> str:
+    """stem.safetensors.index.json for several files."""
+    weight_map = {name: file.name for file in files for name, _ in file.tensors}
+    total = BYTES * sum(math.prod(shape) for file in files for _, shape in file.tensors)
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
+
+
+class TensorWriter:
+    """Writes the tensors of one file in order, and its checksum with them."""
+
+    def __init__(self, path: Path, tensors: Sequence[tuple[str, Shape]]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, shape in tensors:
+            start, end = end, end + BYTES * math.prod(shape)
+            header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # values begin at a multiple of eight bytes, as the format asks
+        self._sum = hashlib.sha256()
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115 (closed by __exit__)
+        self._add(len(text).to_bytes(8, "little") + text)
+
+    def write(self, values: torch.Tensor) -> None:
+        """The next values, float32 1-D, on CPU."""
+        self._add(values.contiguous().numpy().view(np.uint8).data)
+
+    def _add(self, data: "bytes | memoryview") -> None:
+        self._sum.update(data)
+        left = memoryview(data)
+        while left:
+            left = left[self._file.write(left) :]
+
+    def finish(self) -> str:
+        """Flush to the disk; returns the SHA-256 in hexadecimal digits."""
+        os.fsync(self._file.fileno())
+        return self._sum.hexdigest()
+
+    def __enter__(self) -> "TensorWriter":
+        return self
+
+    def __exit__(self, kind: "type[BaseException] | None", error: object, trace: "TracebackType | None") -> None:
+        self._file.close()
+
+
+class TensorReader:
+    """Reads what TensorWriter has written."""
+
+    def __init__(self, folder: Path, stem: str) -> None:
+        """Raises:
+        UserError: missing or damaged files.
+        """
+        self.folder, self.stem = folder, stem
+        self._file_of: dict[str, Any] = {}
+        files = sorted(folder.glob(f"{stem}.safetensors")) or sorted(folder.glob(f"{stem}-*.safetensors"))
+        if not files:
+            raise UserError(f"{folder / stem}.safetensors is missing; name another checkpoint")
+        count = 1 if files[0].name == f"{stem}.safetensors" else int(files[0].stem.rsplit("-", 1)[1])
+        if len(files) < count:
+            missing = f"{count - len(files)} of the {count} files {folder / stem}-*.safetensors"
+            raise UserError(f"missing: {missing}; name another checkpoint")
+        for file in files:
+            try:
+                handle = safe_open(file, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{file} is damaged ({error}); name another checkpoint") from error
+            self._file_of |= dict.fromkeys(handle.keys(), handle)
+
+    def check(self, shapes: dict[str, Shape]) -> None:
+        """Raise UserError unless it holds the named float32 tensors in their shapes, and no others."""
+        other = f"so it belongs to another model or other LoRA flags than {self.folder.name} was asked for"
+        for name, shape in shapes.items():
+            handle = self._file_of.get(name)
+            part = handle.get_slice(name) if handle is not None else None
+            kind = part.get_dtype() if part is not None else None
+            stored = tuple(part.get_shape()) if part is not None else None
+            if stored != shape or kind != "F32":
+                what = f"{kind} {list(stored)}" if stored is not None else "no such tensor"
+                raise UserError(
+                    f"{self.folder / self.stem}.safetensors: '{name}' should be F32 {list(shape)}, it holds {what}, "
+                    f"{other}; name another checkpoint"
+                )
+        more = sorted(set(self._file_of) - set(shapes))
+        if more:
+            raise UserError(
+                f"{self.folder / self.stem}.safetensors holds '{more[0]}', which the model has not, {other}; "
+                "name another checkpoint"
+            )
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Values start to stop of the flattened tensor, 1-D on CPU; only the rows that hold them are read.
+
+        Raises:
+            UserError: there is no tensor of that name.
+        """
+        handle = self._file_of.get(name)
+        if handle is None:
+            raise UserError(f"{self.folder / self.stem}.safetensors holds no '{name}'; it belongs to another model")
+        part = handle.get_slice(name)
+        shape = part.get_shape()
+        if not shape:
+            return handle.get_tensor(name).reshape(1)[start:stop]
+        row = math.prod(shape[1:])
+        if stop <= start or not row:
+            return torch.empty(0)
+        first = start // row
+        return part[first : -(-stop // row)].reshape(-1)[start - first * row : stop - first * row]
