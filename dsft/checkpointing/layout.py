@@ -16,11 +16,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from dsft.checkpointing.integrity import COMPLETE, DamagedError, mark_complete, verify
-from dsft.checkpointing.state import STATE
+from dsft.checkpointing.state import CONFIG, STATE
 from dsft.errors import UserError
 from dsft.files import guard_disk, reason, sync
 
-CONFIG, METRICS, LOCK = "config.yaml", "metrics.jsonl", ".lock"
+METRICS, LOCK = "metrics.jsonl", ".lock"
 ADAPTER, MODEL, OPTIMIZER = "adapter_model", "model", "optimizer"
 NAME = re.compile(r"checkpoint-(\d{6,})")
 UNFINISHED_FOLDERS = r"\.(checkpoint-\d+|small_files)\.tmp"
