@@ -44,7 +44,7 @@ def listed_files(checkpoint: Path) -> dict[str, str]:
     """
     path = checkpoint / COMPLETE
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_bytes().decode().split("\n")  # as text, "\r\n" would read as "\n"
     except PermissionError as error:  # no reason to take the checkpoint for damaged
         raise UserError(f"{path} cannot be read: {reason(error)}; make it readable, or name another") from error
     except (OSError, UnicodeDecodeError) as error:

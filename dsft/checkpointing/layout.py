@@ -227,7 +227,8 @@ def find_checkpoint(path: str, flag: str) -> Path:
         found = folder.resolve()
     elif (folder / STATE).is_file():
         raise UserError(
-            f"--{flag} {path}: the checkpoint has no {COMPLETE} file; its writing was interrupted; name another"
+            f"--{flag} {path}: the checkpoint has no {COMPLETE} file; its writing was interrupted; "
+            f"{_offer(folder.resolve())}"
         )
     else:
         run = CheckpointFolder(folder)
@@ -238,14 +239,15 @@ def find_checkpoint(path: str, flag: str) -> Path:
     try:
         verify(found)
     except DamagedError as error:
-        older = [p for p in CheckpointFolder(found.parent).all() if NAME.fullmatch(found.name) and p != found]
-        raise UserError(f"--{flag} {path}: {error}; {_offer(older)}") from error
+        raise UserError(f"--{flag} {path}: {error}; {_offer(found)}") from error
     return found
 
 
-def _offer(others: list[Path]) -> str:
-    for checkpoint in reversed(others):
-        with suppress(DamagedError):
-            verify(checkpoint)
-            return f"name {checkpoint}, which is sound"
+def _offer(refused: Path) -> str:
+    """The newest sound checkpoint of the same run, in words."""
+    for checkpoint in reversed(CheckpointFolder(refused.parent).all() if NAME.fullmatch(refused.name) else []):
+        if checkpoint != refused:
+            with suppress(UserError):
+                verify(checkpoint)
+                return f"name {checkpoint}, which is sound"
     return "no other checkpoint beside it is sound"
