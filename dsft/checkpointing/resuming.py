@@ -10,7 +10,7 @@ import yaml
 
 from dsft.checkpointing.integrity import COMPLETE
 from dsft.checkpointing.layout import ADAPTER, CheckpointFolder, find_checkpoint, step_of
-from dsft.checkpointing.state import read_flags
+from dsft.checkpointing.state import STATE, read_flags
 from dsft.cli import as_yaml
 from dsft.config import TrainConfig
 from dsft.errors import UserError
@@ -91,7 +91,8 @@ def find_initial_weights(config: TrainConfig, model: str, *, resumed: bool) -> I
     if config.init_from is None:
         return None
     given = Path(config.init_from).expanduser()
-    if (given / "config.json").is_file() and not (given / COMPLETE).exists():
+    is_checkpoint = (given / COMPLETE).exists() or (given / STATE).exists()
+    if (given / "config.json").is_file() and not is_checkpoint:
         return _whole_model(given.resolve(), model, config)  # what dsft.merge or transformers has written
     found = find_checkpoint(config.init_from, "init_from")
     if not (found / f"{ADAPTER}.safetensors").is_file():

@@ -1,7 +1,7 @@
 """Tensors in safetensors files: what TensorWriter writes is what the library reads, and any part reads back."""
 
-import errno
 import hashlib
+import itertools
 import json
 import math
 from pathlib import Path
@@ -99,9 +99,8 @@ def test_other_values_than_announced_are_never_signed(tmp_path, values):
 
 
 def test_a_full_disk_reaches_the_caller_and_the_file_is_closed(tmp_path):
-    with pytest.raises(OSError) as caught, TensorWriter(Path("/dev/full"), [("a", (1,))]):
+    with pytest.raises(OSError, match="No space left"), TensorWriter(Path("/dev/full"), [("a", (1,))]):
         pass
-    assert caught.value.errno == errno.ENOSPC
 
 
 # Planning
@@ -187,7 +186,7 @@ def test_the_slices_of_all_ranks_are_the_whole(place, cuts):
     tensor = seeded_tensor("whole", (5, 7, 3))
     write(place / "slices.safetensors", {"t": tensor})
     reader, places = TensorReader(place, "slices"), [0, *sorted(cuts), 105]
-    parts = [reader.read("t", start, stop) for start, stop in zip(places, places[1:], strict=False)]
+    parts = [reader.read("t", start, stop) for start, stop in itertools.pairwise(places)]
     assert torch.cat(parts).equal(tensor.reshape(-1))
 
 
@@ -202,7 +201,7 @@ def shards(tmp_path, small_files) -> tuple[Path, dict[str, torch.Tensor]]:
 def test_numbered_files_read_as_one(shards):
     folder, tensors = shards
     reader = TensorReader(folder, "model")
-    reader.check({name: (10, 5) for name in tensors})
+    reader.check(dict.fromkeys(tensors, (10, 5)))
     for name, tensor in tensors.items():
         assert reader.read(name, 7, 33).equal(tensor.reshape(-1)[7:33])
 
@@ -279,7 +278,7 @@ def test_other_tensors_than_the_models_are_refused_by_file_and_name(tmp_path, st
 
 def test_the_numbered_file_with_another_tensor_is_named(shards):
     folder, tensors = shards
-    shapes = {name: (10, 5) for name in tensors}
+    shapes = dict.fromkeys(tensors, (10, 5))
     told = message(TensorReader(folder, "model").check, shapes | {"layer.2": (5, 10)})
     assert told.startswith(
         f"{folder}/model-00002-of-00003.safetensors: 'layer.2' should be F32 [5, 10], it is F32 [10, 5]"
