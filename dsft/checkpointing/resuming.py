@@ -31,7 +31,16 @@ def find_resume(config: TrainConfig, folder: CheckpointFolder, warn: Callable[[s
         if latest is not None:
             raise UserError(f"{config.output_dir} holds {latest.name} and --resume is never; name another folder")
         return None
-    found = folder.newest_sound(warn) if config.resume == "auto" else find_checkpoint(config.resume, "resume")
+    if config.resume == "auto":
+        found = folder.newest_sound(warn)
+    else:
+        found = find_checkpoint(config.resume, "resume")
+        latest = folder.latest()
+        if latest is not None and found.parent != latest.parent.resolve():
+            raise UserError(
+                f"{config.output_dir} holds {latest.name} of its own, and --resume {config.resume} is of another "
+                "folder; name another --output_dir"
+            )
     if found is not None:
         _check_same_run(found, config)
     return found
