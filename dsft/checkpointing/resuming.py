@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ def _check_same_run(checkpoint: Path, config: TrainConfig) -> None:
     stored = _stored_flags(checkpoint)
     now = yaml.safe_load(as_yaml(config))
     allowed = set(config.resume_override or [])
-    names = [f.name for f in fields(config) if f.metadata["run_identity"] and f.name not in allowed]
+    names = [name for name in config.run_identity() if name not in allowed]
     changed = [f"{n} was {stored.get(n)}, is {now[n]}" for n in names if stored.get(n) != now[n]]
     if changed:
         raise UserError(
