@@ -4,6 +4,7 @@ import math
 import shutil
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
@@ -20,7 +21,7 @@ from dsft import liveness, runtime
 from dsft.backends import backend_class
 from dsft.backends.base import MOMENTS, PARAMETER, BackendOptions, RunSettings, StateSlice, trainable
 from dsft.checkpointing.layout import ADAPTER, CONFIG, METRICS, MODEL, OPTIMIZER, CheckpointFolder
-from dsft.checkpointing.resuming import find_initial_weights, find_resume, open_output
+from dsft.checkpointing.resuming import find_initial_weights, find_resume, open_output, read_history
 from dsft.checkpointing.saving import Checkpointer, Snapshot
 from dsft.checkpointing.state import TrainerState, read_state
 from dsft.checkpointing.tensor_files import TensorReader
@@ -314,7 +315,7 @@ class Trainer:
 
         def open_tracker() -> None:
             if self.world.is_main:
-                history = (self.resume_from / METRICS).read_text(encoding="utf-8") if self.resume_from else ""
+                history = read_history(self.resume_from) if self.resume_from else ""
                 self.tracker = Tracker(
                     self.folder.root,
                     config.logger,
@@ -372,36 +373,45 @@ class Trainer:
 
     def train(self) -> None:
         """Every step that is left, with its evaluations and checkpoints; or up to a stop."""
-        config = self.config
-        end = min(self.total_steps, config.stop_after_steps or self.total_steps)
-        stopped = None
         with self.stop_signals as stop:
-            if self.state.validation_due and self.val_data is not None:  # the run was stopped before it
-                self._validate()
-                self._save()
-            elif config.validate_before_training and self.state.step == 0 and self.val_data is not None:
-                self._validate()
-            while self.state.step < end and not stopped:
-                stopped, save_by_time = self._step(stop)
-                last = self.state.step == self.total_steps
-                save = last or self._is_due(config.save_steps)
-                evaluate = self.val_data is not None and config.eval_steps != 0
-                if evaluate and (save or self._is_due(config.eval_steps)):
-                    if stopped:
-                        self.state.validation_due = True  # whoever stops a run does not wait for that long
-                    else:
-                        self._validate()
-                if save or stopped or save_by_time or self.state.step == end:
-                    self._save()
+            try:
+                stopped = self._take_steps(stop)
+            except (UserError, runtime.PeerFailedError):  # on all ranks at the same place
+                with suppress(Exception):
+                    self.checkpointer.finish()  # what is in flight is still good
+                raise
             runtime.together(self.checkpointer.finish)
         if self.state.step == self.total_steps and not self.state.validation_due:
             self._say_end()
         else:
-            why = stopped or f"--stop_after_steps {config.stop_after_steps}"
+            why = stopped or f"--stop_after_steps {self.config.stop_after_steps}"
             self._say(f"stopped by {why} after step {self.state.step}; to go on: {liveness.launch_command()}")
         if self.tracker is not None:
             self.tracker.close()
         self.backend.close()
+
+    def _take_steps(self, stop: runtime.StopSignals) -> str | None:
+        """Returns what asked the run to stop before its end, if anything did."""
+        config = self.config
+        end = min(self.total_steps, config.stop_after_steps or self.total_steps)
+        stopped = None
+        if self.state.validation_due and self.val_data is not None:  # the run was stopped before it
+            self._validate()
+            self._save()
+        elif config.validate_before_training and self.state.step == 0 and self.val_data is not None:
+            self._validate()
+        while self.state.step < end and not stopped:
+            stopped, save_by_time = self._step(stop)
+            save = self.state.step == self.total_steps or self._is_due(config.save_steps)
+            evaluate = self.val_data is not None and config.eval_steps != 0
+            if evaluate and (save or self._is_due(config.eval_steps)):
+                if stopped:
+                    self.state.validation_due = True  # whoever stops a run does not wait for that long
+                else:
+                    self._validate()
+            if save or stopped or save_by_time or self.state.step == end:
+                self._save()
+        return stopped
 
     def _is_due(self, interval: int | str) -> bool:
         if interval == EVERY_EPOCH:

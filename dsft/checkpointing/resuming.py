@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from dsft.checkpointing.integrity import COMPLETE
-from dsft.checkpointing.layout import ADAPTER, CONFIG, CheckpointFolder, find_checkpoint, step_of
+from dsft.checkpointing.layout import ADAPTER, CONFIG, METRICS, CheckpointFolder, find_checkpoint, step_of
 from dsft.cli import as_yaml
 from dsft.config import TrainConfig
 from dsft.errors import UserError
@@ -58,6 +58,15 @@ def _stored_flags(checkpoint: Path) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}); name another checkpoint") from error
     return stored
+
+
+def read_history(checkpoint: Path) -> str:
+    """The lines of metrics.jsonl up to a checkpoint. Raises UserError where they cannot be read."""
+    path = checkpoint / METRICS
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); name another checkpoint") from error
 
 
 def open_output(folder: CheckpointFolder, resumed: Path | None, warn: Callable[[str], None]) -> None:
