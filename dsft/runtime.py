@@ -269,6 +269,10 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def orphaned(self) -> None:
+        """The launcher has died; called from another thread."""
+        self.received = self.received or self.ORPHANED
+
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         if self.received == "SIGINT" and number == signal.SIGINT:
             raise KeyboardInterrupt
