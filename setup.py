@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "dsft/__init__.py").read_text(encoding="utf-8")).group(1)
-COMMANDS = ("train", "merge", "generate", "validate", "pipeline")
+COMMANDS = ("train", "merge", "checkpoint", "generate", "validate", "pipeline")
 
 setup(
     name="dsft",

@@ -177,10 +177,13 @@ def _collect(config_class: type, argv: Sequence[str], problems: list[str]) -> di
         else:
             words.append(f"--{name}=")
     collected: dict[str, Any] = {}
+    take_words = [f.name for f in dataclasses.fields(config_class) if f.metadata["lone_word"]]
 
     @SetParseFn(str)
     def collect(*words: str, **flags: str) -> None:
-        problems.extend(f"'{word}' belongs to no flag; write --name value" for word in words)
+        free = [name for name in take_words if name not in flags]
+        problems.extend(f"'{word}' belongs to no flag; write --name value" for word in words[len(free) :])
+        collected.update(zip(free, words, strict=False))
         collected.update(flags)
 
     # What follows the last "--" is for Fire itself. Its separator would end our flags at a word "-".

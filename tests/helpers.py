@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,3 +127,42 @@ def token_dataset(rows: "Sequence[tuple[Any, Any]]", folder: Path | None = None)
             np.save(place / f"{name}.npy", array)
         (place / "counts.json").write_text(json.dumps(vars(counts)), encoding="utf-8")
         return TokenDataset(place)
+
+
+def save_checkpoint(root: Path, step: int, contents: "dict[str, bytes | str] | None" = None) -> Path:
+    """A complete checkpoint of the given files beside a trainer_state.json, written as a run writes it."""
+    from dsft.checkpointing.integrity import checksum
+    from dsft.checkpointing.layout import CheckpointFolder
+    from dsft.checkpointing.state import STATE, TrainerState
+
+    state = TrainerState(step, 10, step / 10, "fsdp", 1, "rows", position=(0, step))
+    run = CheckpointFolder(root)
+    folder = run.begin(step)
+    for name, content in ({"weights": f"weights of {step}", STATE: state.to_json()} | (contents or {})).items():
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return run.commit(step, {path.name: checksum(path) for path in folder.iterdir()})
+
+
+def sign(checkpoint: Path) -> None:
+    """Write COMPLETE anew, for what the files hold now: what only a person or a program can do, and no disk."""
+    from dsft.checkpointing.integrity import COMPLETE, checksum, mark_complete
+
+    files = [path for path in checkpoint.iterdir() if path.is_file() and path.name != COMPLETE]
+    mark_complete(checkpoint, {path.name: checksum(path) for path in files})
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def message(work: Callable[..., Any], *arguments: Any, **named: Any) -> str:
+    """The one line of the UserError that a call raises."""
+    from dsft.errors import UserError
+
+    try:
+        work(*arguments, **named)
+    except UserError as error:
+        assert "\n" not in str(error)
+        return str(error)
+    raise AssertionError("no UserError")

@@ -16,11 +16,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from dsft.checkpointing.integrity import COMPLETE, DamagedError, mark_complete, verify
-from dsft.checkpointing.state import STATE
+from dsft.checkpointing.state import CONFIG, STATE
 from dsft.errors import UserError
 from dsft.files import guard_disk, reason, sync
 
-CONFIG, METRICS, LOCK = "config.yaml", "metrics.jsonl", ".lock"
+METRICS, LOCK = "metrics.jsonl", ".lock"
 ADAPTER, MODEL, OPTIMIZER = "adapter_model", "model", "optimizer"
 NAME = re.compile(r"checkpoint-(\d{6,})")
 UNFINISHED_FOLDERS = r"\.(checkpoint-\d+|small_files)\.tmp"
@@ -227,7 +227,8 @@ def find_checkpoint(path: str, flag: str) -> Path:
         found = folder.resolve()
     elif (folder / STATE).is_file():
         raise UserError(
-            f"--{flag} {path}: the checkpoint has no {COMPLETE} file; its writing was interrupted; name another"
+            f"--{flag} {path}: the checkpoint has no {COMPLETE} file; its writing was interrupted; "
+            f"{_offer(folder.resolve())}"
         )
     else:
         run = CheckpointFolder(folder)
@@ -238,14 +239,15 @@ def find_checkpoint(path: str, flag: str) -> Path:
     try:
         verify(found)
     except DamagedError as error:
-        older = [p for p in CheckpointFolder(found.parent).all() if NAME.fullmatch(found.name) and p != found]
-        raise UserError(f"--{flag} {path}: {error}; {_offer(older)}") from error
+        raise UserError(f"--{flag} {path}: {error}; {_offer(found)}") from error
     return found
 
 
-def _offer(others: list[Path]) -> str:
-    for checkpoint in reversed(others):
-        with suppress(DamagedError):
-            verify(checkpoint)
-            return f"name {checkpoint}, which is sound"
+def _offer(refused: Path) -> str:
+    """The newest sound checkpoint of the same run, in words."""
+    for checkpoint in reversed(CheckpointFolder(refused.parent).all() if NAME.fullmatch(refused.name) else []):
+        if checkpoint != refused:
+            with suppress(UserError):
+                verify(checkpoint)
+                return f"name {checkpoint}, which is sound"
     return "no other checkpoint beside it is sound"

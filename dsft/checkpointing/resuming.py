@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 
 from dsft.checkpointing.integrity import COMPLETE
-from dsft.checkpointing.layout import ADAPTER, CONFIG, METRICS, CheckpointFolder, find_checkpoint, step_of
+from dsft.checkpointing.layout import ADAPTER, METRICS, CheckpointFolder, find_checkpoint, step_of
+from dsft.checkpointing.state import read_flags
 from dsft.cli import as_yaml
 from dsft.config import TrainConfig
 from dsft.errors import UserError
@@ -37,7 +38,7 @@ def find_resume(config: TrainConfig, folder: CheckpointFolder, warn: Callable[[s
 
 
 def _check_same_run(checkpoint: Path, config: TrainConfig) -> None:
-    stored = _stored_flags(checkpoint)
+    stored = read_flags(checkpoint)
     now = yaml.safe_load(as_yaml(config))
     allowed = set(config.resume_override or [])
     names = [name for name in config.run_identity() if name not in allowed]
@@ -47,17 +48,6 @@ def _check_same_run(checkpoint: Path, config: TrainConfig) -> None:
             f"{checkpoint} is of a run with other flags: {'; '.join(changed)}; use its values or another --output_dir, "
             f"or go on with the new ones by --resume_override {','.join(c.split()[0] for c in changed)}"
         )
-
-
-def _stored_flags(checkpoint: Path) -> dict[str, Any]:
-    path = checkpoint / CONFIG
-    try:
-        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(stored, dict):
-            raise ValueError("it holds no flags")
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}); name another checkpoint") from error
-    return stored
 
 
 def read_history(checkpoint: Path) -> str:

@@ -1,12 +1,15 @@
-"""trainer_state.json: where a run stands."""
+"""trainer_state.json and config.yaml: where a run stands, and with which flags."""
 
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from dsft.errors import UserError
 
-STATE = "trainer_state.json"
+STATE, CONFIG = "trainer_state.json", "config.yaml"
 
 
 @dataclass
@@ -39,6 +42,34 @@ def read_state(checkpoint: Path) -> TrainerState:
     """Raises UserError where trainer_state.json is damaged."""
     try:
         values = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-        return TrainerState(**values | {"position": tuple(values["position"])})
+        state = TrainerState(**values | {"position": tuple(values["position"])})
+        _check(state)
+        return state
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{checkpoint / STATE} is damaged ({error}); name another checkpoint") from error
+
+
+def _check(state: TrainerState) -> None:
+    best = [] if state.best_step is None else [state.best_step]
+    counts = [state.step, state.total_steps, state.world_size, *state.position, *best]
+    losses = [loss for loss in (state.val_loss, state.best_val_loss if best else None) if loss is not None]
+    if not all(type(count) is int and count >= 0 for count in counts) or len(state.position) != 2:
+        raise ValueError("a step or a count is no whole number")
+    if not all(isinstance(number, (int, float)) for number in (state.epoch, *losses)):
+        raise ValueError("a loss or the epoch is no number")
+    if best and state.best_val_loss is None:
+        raise ValueError("the best step lacks its loss")
+    if not isinstance(state.data, str) or not isinstance(state.versions, dict):
+        raise ValueError("the fingerprint of the rows is no text, or the versions are no names with numbers")
+
+
+def read_flags(checkpoint: Path) -> dict[str, Any]:
+    """The flags of the run that wrote a checkpoint. Raises UserError where config.yaml is damaged."""
+    path = checkpoint / CONFIG
+    try:
+        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(stored, dict):
+            raise ValueError("it holds no flags")
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}); name another checkpoint") from error
+    return stored

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,7 @@ class TensorWriter:
             header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # values begin at a multiple of eight bytes, as the format asks
-        self._sum = hashlib.sha256()
+        self._sum, self._left = hashlib.sha256(), len(text) + 8 + end
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115 (closed by __exit__)
         self._add(len(text).to_bytes(8, "little") + text)
 
@@ -91,12 +92,14 @@ class TensorWriter:
 
     def _add(self, data: "bytes | memoryview") -> None:
         self._sum.update(data)
+        self._left -= len(data)
         left = memoryview(data)
         while left:
             left = left[self._file.write(left) :]
 
     def finish(self) -> str:
         """Flush to the disk; returns the SHA-256 in hexadecimal digits."""
+        assert not self._left, "not the values that the header announces"
         os.fsync(self._file.fileno())
         return self._sum.hexdigest()
 
@@ -112,43 +115,45 @@ class TensorReader:
 
     def __init__(self, folder: Path, stem: str) -> None:
         """Raises:
-        UserError: missing or damaged files.
+        UserError: missing, additional or damaged files.
         """
         self.folder, self.stem = folder, stem
-        self._file_of: dict[str, Any] = {}
-        files = sorted(folder.glob(f"{stem}.safetensors")) or sorted(folder.glob(f"{stem}-*.safetensors"))
-        if not files:
-            raise UserError(f"{folder / stem}.safetensors is missing; name another checkpoint")
-        count = 1 if files[0].name == f"{stem}.safetensors" else int(files[0].stem.rsplit("-", 1)[1])
-        if len(files) < count:
-            missing = f"{count - len(files)} of the {count} files {folder / stem}-*.safetensors"
-            raise UserError(f"missing: {missing}; name another checkpoint")
-        for file in files:
+        self._handle_of: dict[str, Any] = {}
+        self._path_of: dict[str, Path] = {}
+        for path in _stored_files(folder, stem):
             try:
-                handle = safe_open(file, framework="pt")
+                handle = safe_open(path, framework="pt")
             except (OSError, SafetensorError) as error:
-                raise UserError(f"{file} is damaged ({error}); name another checkpoint") from error
-            self._file_of |= dict.fromkeys(handle.keys(), handle)
+                raise UserError(f"{path} is damaged ({error}); name another checkpoint") from error
+            for name in handle.keys():  # noqa: SIM118 (no dict)
+                if name in self._path_of:
+                    other = self._path_of[name].name
+                    raise UserError(f"{path} holds '{name}', which {other} holds as well; name another checkpoint")
+                self._handle_of[name], self._path_of[name] = handle, path
+
+    @property
+    def place(self) -> str:
+        """The files, in words."""
+        is_single = (self.folder / f"{self.stem}.safetensors").is_file()
+        return f"{self.folder / self.stem}{'' if is_single else '-*'}.safetensors"
 
     def check(self, shapes: dict[str, Shape]) -> None:
         """Raise UserError unless it holds the named float32 tensors in their shapes, and no others."""
         other = f"so it belongs to another model or other LoRA flags than {self.folder.name} was asked for"
         for name, shape in shapes.items():
-            handle = self._file_of.get(name)
-            part = handle.get_slice(name) if handle is not None else None
-            kind = part.get_dtype() if part is not None else None
-            stored = tuple(part.get_shape()) if part is not None else None
+            handle = self._handle_of.get(name)
+            if handle is None:
+                raise UserError(f"{self.place} holds no '{name}', {other}; name another checkpoint")
+            part = handle.get_slice(name)
+            stored, kind = tuple(part.get_shape()), part.get_dtype()
             if stored != shape or kind != "F32":
-                what = f"{kind} {list(stored)}" if stored is not None else "no such tensor"
                 raise UserError(
-                    f"{self.folder / self.stem}.safetensors: '{name}' should be F32 {list(shape)}, it holds {what}, "
+                    f"{self._path_of[name]}: '{name}' should be F32 {list(shape)}, it is {kind} {list(stored)}, "
                     f"{other}; name another checkpoint"
                 )
-        more = sorted(set(self._file_of) - set(shapes))
-        if more:
+        for name in sorted(self._path_of.keys() - shapes.keys()):
             raise UserError(
-                f"{self.folder / self.stem}.safetensors holds '{more[0]}', which the model has not, {other}; "
-                "name another checkpoint"
+                f"{self._path_of[name]} holds '{name}', which the model has not, {other}; name another checkpoint"
             )
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
@@ -157,9 +162,9 @@ class TensorReader:
         Raises:
             UserError: there is no tensor of that name.
         """
-        handle = self._file_of.get(name)
+        handle = self._handle_of.get(name)
         if handle is None:
-            raise UserError(f"{self.folder / self.stem}.safetensors holds no '{name}'; it belongs to another model")
+            raise UserError(f"{self.place} holds no '{name}'; it belongs to another model")
         part = handle.get_slice(name)
         shape = part.get_shape()
         if not shape:
@@ -169,3 +174,23 @@ class TensorReader:
             return torch.empty(0)
         first = start // row
         return part[first : -(-stop // row)].reshape(-1)[start - first * row : stop - first * row]
+
+
+def _stored_files(folder: Path, stem: str) -> list[Path]:
+    """stem.safetensors, or all of the numbered files; which of them are there is checked, and that there are no more.
+
+    Raises:
+        UserError: naming the file that is missing, or one too many.
+    """
+    found = sorted(path.name for path in folder.glob(f"{stem}-*.safetensors"))
+    wanted = [f"{stem}.safetensors"]
+    numbers = re.fullmatch(r"\d{5}-of-(\d{5})", found[0][len(stem) + 1 : -len(".safetensors")]) if found else None
+    if numbers and not (folder / wanted[0]).is_file():
+        wanted = [f"{stem}-{i + 1:05d}-of-{numbers[1]}.safetensors" for i in range(int(numbers[1]))]
+    for name in wanted:
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name} is missing; name another checkpoint")
+    for name in found:
+        if name not in wanted:
+            raise UserError(f"{folder / name} does not belong to {folder.name}; name another checkpoint")
+    return [folder / name for name in wanted]

@@ -8,9 +8,24 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
-def flag(default: Any = None, *, section: str | None = None, run_identity: bool = False, required: bool = False) -> Any:
-    """One flag. `section` starts a group in --help; `run_identity` marks what may not change on resume."""
-    metadata = {"section": section, "run_identity": run_identity, "required": required}
+def flag(
+    default: Any = None,
+    *,
+    section: str | None = None,
+    run_identity: bool = False,
+    required: bool = False,
+    lone_word: bool = False,
+) -> Any:
+    """One flag.
+
+    Args:
+        default: its value where it is not given.
+        section: starts a group in --help.
+        run_identity: may not change on resume.
+        required: has no default.
+        lone_word: a word that follows no flag is its value.
+    """
+    metadata = {"section": section, "run_identity": run_identity, "required": required, "lone_word": lone_word}
     if required:
         return field(metadata=metadata)
     if isinstance(default, (list, dict)):

@@ -1,0 +1,31 @@
+"""Command line: what a checkpoint or a run's folder holds, and whether it is sound."""
+
+import sys
+
+from dsft.cli import main as command_line
+from dsft.cli import run_and_report
+from dsft.config import CheckpointConfig
+from dsft.errors import UserError
+
+
+def run(config: CheckpointConfig) -> None:
+    """Print what there is, then what is wrong with it, if anything."""
+
+    def work() -> None:
+        from dsft.checkpointing.inspection import inspect
+
+        report = inspect(config.checkpoint, verify=config.verify)
+        print("\n".join(report.lines), flush=True)
+        if report.problem is not None:
+            raise UserError(report.problem)
+
+    sys.exit(run_and_report(work, debug=config.debug))
+
+
+def main() -> None:
+    """The dsft-checkpoint command."""
+    command_line(CheckpointConfig, run)
+
+
+if __name__ == "__main__":
+    main()
