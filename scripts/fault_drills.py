@@ -46,7 +46,7 @@ MARK, MOUNTS = "DSFT_DRILL", "DSFT_DRILLS_CAN_MOUNT"
 STEPS = 60
 END_LIMIT = 60.0
 """Seconds in which every process of a broken run must be gone."""
-START_LIMIT = 240.0
+START_LIMIT = 150.0
 DRILLS_A_LIFE = 5
 RESTARTS = 2
 """torchrun's --max_restarts in elastic drills, so also how many of them a life can have."""
@@ -140,8 +140,15 @@ class Drill:
     """… and `last` steps."""
 
 
-def plan(count: int, seed: int, kinds: Sequence[str] = tuple(KINDS)) -> list[list[Drill]]:
-    """`count` drills as the lives of runs, each a list in the order of its steps.
+def mixes_of(kind: str, pattern: str = "") -> list[Mix]:
+    """Where a kind can be drilled, as far as `pattern` allows."""
+    rules = KINDS[kind]
+    fitting = [mix for mix in MIXES if mix.launcher in rules.launchers and not (rules.launched and mix.ranks == 1)]
+    return [mix for mix in fitting if re.search(pattern, str(mix))]
+
+
+def plan(count: int, seed: int, kinds: Sequence[str] = tuple(KINDS), pattern: str = "") -> list[list[Drill]]:
+    """`count` drills of mixes that `pattern` finds, as the lives of runs, each a list in the order of its steps.
 
     Kinds have equal shares. Each drill gets the mix that its kind has had least of, value by value and pair by pair,
     so that any number of drills covers all of them evenly; then the drills are shuffled.
@@ -152,18 +159,13 @@ def plan(count: int, seed: int, kinds: Sequence[str] = tuple(KINDS)) -> list[lis
     drawn = []
     for index in range(count):
         kind = order[index % len(order)]
-        allowed = [
-            mix
-            for mix in MIXES
-            if mix.launcher in KINDS[kind].launchers and not (KINDS[kind].launched and mix.ranks == 1)
-        ]
 
         def crowding(mix: Mix, kind: str = kind) -> tuple[float, float]:
             values = asdict(mix).items()
             singles = sum(used[kind, value] / WEIGHTS.get(value, 1) for _, value in values)
             return singles + used[kind, mix] + used[mix] / WEIGHTS.get(mix.launcher, 1) / 4, random.random()
 
-        mix = min(allowed, key=crowding)
+        mix = min(mixes_of(kind, pattern), key=crowding)
         used.update([mix, (kind, mix), *((kind, value) for value in asdict(mix).values())])
         drawn.append((kind, mix, index // len(order)))
     random.shuffle(drawn)
@@ -453,10 +455,6 @@ def command(mix: Mix, out: Path, *, elastic: bool = False, **flags: Any) -> list
         "lora_dropout": 0.1 if mix.method == "lora" else 0.0, "output_dir": out,
     } | flags  # fmt: skip
     words = [*start, str(WORKER), *(word for name, value in all_flags.items() for word in (f"--{name}", str(value)))]
-    from dsft.config import TrainConfig
-
-    if not hasattr(TrainConfig, "async_save"):
-        return words
     return [*words, "--async_save"] if mix.saving == "async" else words
 
 
@@ -749,7 +747,7 @@ class Life:
             trap["save"] = after  # the run was stopped before a validation: the next start writes this one again
         if drill.kind == "kill-before-marker":
             # The marker's temporary file is about to be opened, or to be renamed.
-            trap |= {"pattern": r"checkpoint-\d+(\.tmp)?/\.?COMPLETE", "nth": self.random.choice([1, 2])}
+            trap |= {"pattern": r"^(open|os\.rename) checkpoint-\d+/\.COMPLETE\.tmp", "nth": self.random.choice([1, 2])}
         else:
             trap["rank"] = self.random.choice(sorted(self.reference.save_operations))
             trap["nth"] = self.random.randint(1, self.reference.save_operations[trap["rank"]])
@@ -1108,10 +1106,7 @@ def run_drills(options: argparse.Namespace) -> int:
     """Plan, carry out, report; the number of failures."""
     from tqdm import tqdm
 
-    kinds = options.kinds.split(",") if options.kinds else list(KINDS)
-    lives = plan(options.drills, options.seed, kinds)
-    if options.mixes:
-        lives = [life for life in lives if re.search(options.mixes, str(life[0].mix))]
+    lives = plan(options.drills, options.seed, options.kinds, options.mixes)
     if options.only is not None:
         lives = [[drill] for life in lives for drill in life if drill.number == options.only]
     count = sum(map(len, lives))
@@ -1147,7 +1142,8 @@ def run_drills(options: argparse.Namespace) -> int:
     print(f"\n{table(results)}\n\n{count} drills, {failed} failed, {seconds / 60:.1f} minutes, seed {options.seed}")
     if options.output:
         again = f"python scripts/fault_drills.py --drills {options.drills} --seed {options.seed}"
-        again += f" --kinds {options.kinds}" if options.kinds else ""
+        again += f" --kinds {','.join(options.kinds)}" if options.kinds != list(KINDS) else ""
+        again += f" --mixes {options.mixes}" if options.mixes else ""
         report_file = {
             "seed": options.seed, "repeat_one": f"{again} --only NUMBER", "seconds": round(seconds, 1),
             "failed": failed, "drills": [result.as_json() for result in results],
@@ -1172,15 +1168,23 @@ def main() -> None:
     parser.add_argument("--drills", type=int, default=200, help="how many are planned")
     parser.add_argument("--seed", type=int, default=1, help="of the plan and of every instant and target")
     parser.add_argument("--jobs", type=int, default=2, help="how many runs go on side by side")
-    parser.add_argument("--kinds", help=f"comma-separated, of {', '.join(KINDS)}")
-    parser.add_argument("--mixes", help="a pattern: only the planned drills of such mixes, as fsdp/none/lora/sync")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="comma-separated; default: %(default)s")
+    parser.add_argument(
+        "--mixes", default="", help="a pattern: only mixes that it finds, such as /none/ or zero3/.*/lora"
+    )
     parser.add_argument("--only", type=int, metavar="N", help="only drill N of the same plan, in a run of its own")
     parser.add_argument("--output", help="JSON file with every drill")
     parser.add_argument("--keep", action="store_true", help="keep all folders, not only those of failed drills")
     options = parser.parse_args()
-    unknown = [kind for kind in (options.kinds or "").split(",") if kind and kind not in KINDS]
+    options.kinds = options.kinds.split(",")
+    unknown = [kind for kind in options.kinds if kind not in KINDS]
     if unknown or options.drills < 1 or options.jobs < 1:
         parser.error(f"no such kind: {', '.join(unknown)}" if unknown else "--drills and --jobs must be 1 or more")
+    if homeless := [kind for kind in options.kinds if not mixes_of(kind, options.mixes)]:
+        print(f"not drilled, as --mixes {options.mixes} leaves them none: {', '.join(homeless)}")
+        options.kinds = [kind for kind in options.kinds if kind not in homeless]
+    if not options.kinds or (options.only is not None and not 0 <= options.only < options.drills):
+        parser.error("--mixes leaves nothing to drill" if not options.kinds else "--only must be below --drills")
     enter_mount_namespace()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # runs must hear it, even if a shell lets us ignore it
     sys.exit(1 if run_drills(options) else 0)
