@@ -4,6 +4,7 @@ import math
 import shutil
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
@@ -16,11 +17,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import dsft
-from dsft import liveness, runtime
+from dsft import runtime
 from dsft.backends import backend_class
 from dsft.backends.base import MOMENTS, PARAMETER, BackendOptions, RunSettings, StateSlice, trainable
 from dsft.checkpointing.layout import ADAPTER, CONFIG, METRICS, MODEL, OPTIMIZER, CheckpointFolder
-from dsft.checkpointing.resuming import find_initial_weights, find_resume, open_output
+from dsft.checkpointing.resuming import find_initial_weights, find_resume, open_output, read_history
 from dsft.checkpointing.saving import Checkpointer, Snapshot
 from dsft.checkpointing.state import TrainerState, read_state
 from dsft.checkpointing.tensor_files import TensorReader
@@ -31,12 +32,14 @@ from dsft.dataset.micro_batches import Layout, MicroBatches
 from dsft.dataset.tokens import DataFormat, TokenDataset, load_dataset
 from dsft.errors import UserError
 from dsft.files import guard_disk, write_text
+from dsft.liveness import Liveness
 from dsft.loss import TargetHead, summed_loss
 from dsft.model import tree_attention
 from dsft.model.flops import count_flops, measure_matmul
 from dsft.model.lora import LoraOptions, LoraStart, add_lora
 from dsft.model.memory import ActivationMemory, checkpointed_layers, free_memory, token_budget
 from dsft.model.source import ModelSource, load_tokenizer, resolve_model
+from dsft.processes import launch_command
 from dsft.schedule import learning_rate_factor
 from dsft.tracking import Tracker
 from dsft.validation.loss import loss_metrics, mean_loss
@@ -53,8 +56,10 @@ class Trainer:
         """
         self.config = config
         self.world = runtime.World.from_environment()
-        self._start_runtime()
         self.folder = CheckpointFolder(config.output_dir)
+        self.liveness = Liveness(self._how_to_go_on, debug=config.debug)
+        self.liveness.start()
+        self._start_runtime()
         self.resume_from = runtime.on_main(self.world, lambda: find_resume(config, self.folder, warn))
         runtime.check_same_everywhere(
             str(self.resume_from is None or self.resume_from.is_dir()),
@@ -87,8 +92,8 @@ class Trainer:
         if self.device.type == "cpu":
             runtime.return_freed_memory()
         runtime.start_process_group(self.world, self.device)
+        self.liveness.meet()
         runtime.check_same_everywhere(as_yaml(config), "the flags", "start all ranks alike")
-        self.stop_signals = runtime.StopSignals()
         runtime.seed_everything(config.seed, deterministic=config.deterministic)
         dtype = self.dtype = runtime.pick_dtype(config.dtype, self.device)
         self.dtype_name = str(dtype).removeprefix("torch.")
@@ -242,6 +247,11 @@ class Trainer:
             shutil.rmtree(folder, ignore_errors=True)
         self._small_files[CONFIG] = as_yaml(self.config).encode()
 
+    def _how_to_go_on(self) -> str:
+        """For a run that is ended by the loss of a rank."""
+        latest = self.folder.latest()
+        return f"the same command goes on from {latest}" if latest else "there is no checkpoint to go on from"
+
     def _restore(self, checkpoint: Path) -> None:
         def read() -> tuple[TrainerState, TensorReader, TensorReader]:
             state = read_state(checkpoint)
@@ -314,7 +324,7 @@ class Trainer:
 
         def open_tracker() -> None:
             if self.world.is_main:
-                history = (self.resume_from / METRICS).read_text(encoding="utf-8") if self.resume_from else ""
+                history = read_history(self.resume_from) if self.resume_from else ""
                 self.tracker = Tracker(
                     self.folder.root,
                     config.logger,
@@ -372,36 +382,47 @@ class Trainer:
 
     def train(self) -> None:
         """Every step that is left, with its evaluations and checkpoints; or up to a stop."""
-        config = self.config
-        end = min(self.total_steps, config.stop_after_steps or self.total_steps)
-        stopped = None
-        with self.stop_signals as stop:
-            if self.state.validation_due and self.val_data is not None:  # the run was stopped before it
-                self._validate()
-                self._save()
-            elif config.validate_before_training and self.state.step == 0 and self.val_data is not None:
-                self._validate()
-            while self.state.step < end and not stopped:
-                stopped, save_by_time = self._step(stop)
-                last = self.state.step == self.total_steps
-                save = last or self._is_due(config.save_steps)
-                evaluate = self.val_data is not None and config.eval_steps != 0
-                if evaluate and (save or self._is_due(config.eval_steps)):
-                    if stopped:
-                        self.state.validation_due = True  # whoever stops a run does not wait for that long
-                    else:
-                        self._validate()
-                if save or stopped or save_by_time or self.state.step == end:
-                    self._save()
+        command = launch_command()  # while its launcher lives
+        with runtime.StopSignals() as stop:
+            self.liveness.on_orphaned = stop.orphaned
+            try:
+                stopped = self._take_steps(stop)
+            except (UserError, runtime.PeerFailedError):  # on all ranks at the same place
+                with suppress(Exception):
+                    self.checkpointer.finish()  # what is in flight is still good
+                raise
             runtime.together(self.checkpointer.finish)
         if self.state.step == self.total_steps and not self.state.validation_due:
             self._say_end()
         else:
-            why = stopped or f"--stop_after_steps {config.stop_after_steps}"
-            self._say(f"stopped by {why} after step {self.state.step}; to go on: {liveness.launch_command()}")
+            why = stopped or f"--stop_after_steps {self.config.stop_after_steps}"
+            self._say(f"stopped by {why} after step {self.state.step}; to go on: {command}")
         if self.tracker is not None:
             self.tracker.close()
         self.backend.close()
+
+    def _take_steps(self, stop: runtime.StopSignals) -> str | None:
+        """Returns what asked the run to stop before its end, if anything did."""
+        config = self.config
+        end = min(self.total_steps, config.stop_after_steps or self.total_steps)
+        stopped = None
+        if self.state.validation_due and self.val_data is not None:  # the run was stopped before it
+            self._validate()
+            self._save()
+        elif config.validate_before_training and self.state.step == 0 and self.val_data is not None:
+            self._validate()
+        while self.state.step < end and not stopped:
+            stopped, save_by_time = self._step(stop)
+            save = self.state.step == self.total_steps or self._is_due(config.save_steps)
+            evaluate = self.val_data is not None and config.eval_steps != 0
+            if evaluate and (save or self._is_due(config.eval_steps)):
+                if stopped:
+                    self.state.validation_due = True  # whoever stops a run does not wait for that long
+                else:
+                    self._validate()
+            if save or stopped or save_by_time or self.state.step == end:
+                self._save()
+        return stopped
 
     def _is_due(self, interval: int | str) -> bool:
         if interval == EVERY_EPOCH:

@@ -130,7 +130,10 @@ class Backend(ABC):
 
     @abstractmethod
     def state(self) -> Iterator[StateSlice]:
-        """What this rank holds of every trained parameter and its moments, in one order on all ranks. No collective."""
+        """What this rank holds of all trained parameters, then of their moments, in one order on all ranks.
+
+        Needs no other rank.
+        """
 
     @abstractmethod
     def load_state(self, read: Callable[[str, str, int, int], torch.Tensor], step: int) -> None:

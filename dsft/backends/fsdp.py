@@ -86,12 +86,10 @@ class FsdpBackend(Backend):
 
     def state(self) -> Iterator[StateSlice]:
         """See Backend."""
-        for name, parameter in self._parameters.items():
-            start, _ = _range(parameter)
-            moments = self._optimizer.state[parameter]
-            for kind in (PARAMETER, *MOMENTS):
-                whole = parameter if kind == PARAMETER else moments[kind]
-                yield StateSlice(kind, name, tuple(parameter.shape), start, _local(whole))
+        for kind in (PARAMETER, *MOMENTS):
+            for name, parameter in self._parameters.items():
+                whole = parameter if kind == PARAMETER else self._optimizer.state[parameter][kind]
+                yield StateSlice(kind, name, tuple(parameter.shape), _range(parameter)[0], _local(whole))
 
     def load_state(self, read: Callable[[str, str, int, int], torch.Tensor], step: int) -> None:
         """See Backend."""

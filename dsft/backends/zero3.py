@@ -141,9 +141,9 @@ class Zero3Backend(Backend):
         """See Backend."""
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
-        for name, parameter in self._parameters.items():
-            start, stop = _range(parameter)
-            for kind in (PARAMETER, *MOMENTS):
+        for kind in (PARAMETER, *MOMENTS):
+            for name, parameter in self._parameters.items():
+                start, stop = _range(parameter)
                 values = (
                     safe_get_local_fp32_param(parameter)
                     if kind == PARAMETER

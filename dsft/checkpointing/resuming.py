@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from dsft.checkpointing.integrity import COMPLETE
-from dsft.checkpointing.layout import ADAPTER, CheckpointFolder, find_checkpoint, step_of
+from dsft.checkpointing.layout import ADAPTER, METRICS, CheckpointFolder, find_checkpoint, step_of
 from dsft.checkpointing.state import STATE, read_flags
 from dsft.cli import as_yaml
 from dsft.config import TrainConfig
@@ -50,13 +50,22 @@ def _check_same_run(checkpoint: Path, config: TrainConfig) -> None:
     stored = read_flags(checkpoint)
     now = yaml.safe_load(as_yaml(config))
     allowed = set(config.resume_override or [])
-    names = [f.name for f in fields(config) if f.metadata["run_identity"] and f.name not in allowed]
+    names = [name for name in config.run_identity() if name not in allowed]
     changed = [f"{n} was {stored.get(n)}, is {now[n]}" for n in names if stored.get(n) != now[n]]
     if changed:
         raise UserError(
             f"{checkpoint} is of a run with other flags: {'; '.join(changed)}; use its values or another --output_dir, "
             f"or go on with the new ones by --resume_override {','.join(c.split()[0] for c in changed)}"
         )
+
+
+def read_history(checkpoint: Path) -> str:
+    """The lines of metrics.jsonl up to a checkpoint. Raises UserError where they cannot be read."""
+    path = checkpoint / METRICS
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); name another checkpoint") from error
 
 
 def open_output(folder: CheckpointFolder, resumed: Path | None, warn: Callable[[str], None]) -> None:

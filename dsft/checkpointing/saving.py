@@ -109,11 +109,14 @@ class Checkpointer:
                 self._folder.abandon(step)
 
     def _plan(self, snapshot: Snapshot) -> list[TensorFile]:
-        """LoRA is small: rank 0 writes it, one file for the weights and one for the moments."""
+        """LoRA is small: rank 0 writes it, the weights in one file, as PEFT reads them, and the moments in another."""
         files: list[TensorFile] = []
-        ranks = 1 if ADAPTER in snapshot.slices else self._world.size
         for stem, parts in snapshot.slices.items():
-            files += plan_files(stem, [(name, part.shape) for name, part in parts], ranks, len(files) % ranks)
+            tensors = [(name, part.shape) for name, part in parts]
+            if ADAPTER in snapshot.slices:
+                files.append(TensorFile(f"{stem}.safetensors", tensors, owner=0))
+            else:
+                files += plan_files(stem, tensors, self._world.size, first_owner=len(files) % self._world.size)
         return files
 
     def _complete(self, snapshot: Snapshot, files: list[TensorFile], sums: dict[str, str]) -> None:

@@ -42,7 +42,7 @@ def plan_files(stem: str, tensors: Sequence[tuple[str, Shape]], ranks: int, firs
     Args:
         stem: name of the files.
         tensors: name and shape of each, in the order in which they stand.
-        ranks: that write; 1 keeps everything in files of the first owner.
+        ranks: that write.
         first_owner: rank of the first file; the others follow in turn.
     """
     total = BYTES * sum(math.prod(shape) for _, shape in tensors)

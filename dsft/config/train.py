@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dsft.config.flags import CommonFlags, ModelFlags, RowFlags, flag
 from dsft.errors import UserError, did_you_mean
@@ -139,7 +139,7 @@ class TrainConfig(RowFlags, ModelFlags, CommonFlags):
             problems.append("use_dora, use_rslora and lora_dropout need lora_rank above 0, got lora_rank=0")
         if not self.target_modules:
             problems.append("target_modules is empty; name modules, or all-linear")
-        identity = {f.name for f in fields(self) if f.metadata["run_identity"]} | {"train_files"}
+        identity = {*self.run_identity(), "train_files"}
         for name in set(self.resume_override or []) - identity:
             problems.append(f"resume_override: {name} is no flag that a resume checks{did_you_mean(name, identity)}")
         unknown = [name for name in self.logger if name not in ("console", "wandb", "tensorboard")]
@@ -153,3 +153,7 @@ class TrainConfig(RowFlags, ModelFlags, CommonFlags):
             problems.append(f"output_dir {self.output_dir} is a file; name a folder")
         if problems:
             raise UserError("\n".join(problems))
+
+    def run_identity(self) -> dict[str, Any]:
+        """The values that define the run: a resume with others would be another run."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["run_identity"]}

@@ -4,10 +4,13 @@ torchrun … gradient_worker.py OUT.safetensors flags of dsft.train…
 """
 
 import sys
+from itertools import chain, islice
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 
+from dsft.backends.base import PARAMETER, trainable
 from dsft.cli import parse
 from dsft.config import TrainConfig
 from dsft.runtime import StopSignals, run_to_exit
@@ -25,10 +28,24 @@ class SgdTrainer(Trainer):
 
     def start_from_seeded_lora(self):
         """LoRA's B is zero at the start, and so would A's gradient be."""
-        shapes = {name: tensor.shape for name, tensor in self.backend.named_trainable()}
-        self.backend.load_state(
-            lambda name: seeded_tensor(name, shapes[name]), lambda name, moment: torch.zeros(shapes[name]), 0
-        )
+        shapes = {name: tensor.shape for name, tensor in self.parameters().items()}
+
+        def read(kind, name, start, stop):
+            values = seeded_tensor(name, shapes[name]).flatten()[start:stop]
+            return values if kind == PARAMETER else torch.zeros_like(values)
+
+        self.backend.load_state(read, 0)
+
+    def parameters(self):
+        """Whole parameters by name, from the slices of all ranks. SGD has no moments."""
+        parts = islice(self.backend.state(), len(trainable(self.full_model)))
+        mine = [(part.name, part.shape, part.start, part.values.clone()) for part in parts]
+        everywhere = [None] * self.world.size
+        dist.all_gather_object(everywhere, mine)
+        whole = {}
+        for name, shape, start, values in chain(*everywhere):
+            whole.setdefault(name, torch.full(shape, float("nan"))).view(-1)[start : start + len(values)] = values
+        return whole
 
 
 def main():
@@ -36,9 +53,9 @@ def main():
     trainer = SgdTrainer(parse(TrainConfig, flags))
     if trainer.config.lora_rank:
         trainer.start_from_seeded_lora()
-    before = {name: tensor.clone() for name, tensor in trainer.backend.named_trainable()}
+    before = trainer.parameters()
     trainer._step(StopSignals())
-    gradients = {name: (before[name] - after) / RATE for name, after in trainer.backend.named_trainable()}
+    gradients = {name: (before[name] - after) / RATE for name, after in trainer.parameters().items()}
     if trainer.world.is_main:
         save_file({name: gradient.contiguous() for name, gradient in gradients.items()}, output)
     trainer.backend.close()

@@ -1,8 +1,11 @@
 """A run that is killed and started again gives the numbers of one that was not, bit for bit."""
 
+import itertools
+import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -44,7 +47,7 @@ def kill_after_checkpoint(words: list, checkpoint: Path) -> None:
 
 @pytest.mark.parametrize(
     ("backend", "ranks", "lora_rank"),
-    [("fsdp", 1, 4), ("fsdp", 2, 4), ("fsdp", 2, 0), ("zero3", 1, 4), ("zero3", 2, 4), ("zero3", 2, 0)],
+    [("fsdp", 1, 4), ("fsdp", 2, 0), ("zero3", 2, 4)],
 )
 @pytest.mark.slow
 def test_sigkill_after_step_2_then_resume(backend, ranks, lora_rank, tiny_model, tmp_path, port):
@@ -53,7 +56,7 @@ def test_sigkill_after_step_2_then_resume(backend, ranks, lora_rank, tiny_model,
         *flags(
             model=tiny_model, train_files=SAMPLE_TRAIN, val_files=SAMPLE_TRAIN, max_val_rows=9, dtype="float32",
             lora_rank=lora_rank, lora_dropout=0.1 if lora_rank else 0, lr=1e-3, train_batch_size=24,
-            total_training_steps=4, save_steps=1,
+            total_training_steps=4, save_steps=1, async_save=lora_rank > 0,
         ),
     ]  # fmt: skip
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -72,22 +75,106 @@ def test_sigkill_after_step_2_then_resume(backend, ranks, lora_rank, tiny_model,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("first", "then"), [(("fsdp", 2), ("zero3", 1)), (("zero3", 2), ("fsdp", 1))])
-def test_resume_on_the_other_backend_with_other_ranks_and_micro_batches(first, then, tiny_model, tmp_path, port):
+@pytest.mark.parametrize("lora_rank", [4, 0])
+def test_a_run_over_backends_ranks_and_token_budgets_is_that_of_one_start(lora_rank, tiny_model, tmp_path, port):
     words = flags(
-        model=tiny_model, train_files=SAMPLE_TRAIN, dtype="float32", lora_rank=4, lr=1e-3, train_batch_size=24,
-        total_training_steps=4, save_steps=2,
+        model=tiny_model, train_files=SAMPLE_TRAIN, val_files=SAMPLE_TRAIN, max_val_rows=9, dtype="float32",
+        lora_rank=lora_rank, lr=1e-3, train_batch_size=24, total_training_steps=8, eval_steps=2, save_steps=0,
     )  # fmt: skip
     whole, changed = tmp_path / "whole", tmp_path / "changed"
-    assert run([*start_words(*first, port), *words, "--output_dir", whole]).status == 0
-    shutil.copytree(whole, changed, symlinks=True)
-    shutil.rmtree(changed / "checkpoint-000004")
-    other = ["--max_tokens_per_micro_batch", "400", "--gradient_checkpointing", "--output_dir", changed]
-    done = run([*start_words(*then, port), *words, *other])
-    assert done.status == 0, done.err
-    assert "micro-batches of at most 400 tokens" in done.out
+    assert run([*start_words("fsdp", 2, port), *words, "--output_dir", whole]).status == 0
+    starts: list[tuple[str, int, list]] = [
+        ("fsdp", 2, ["--stop_after_steps", 2]),
+        ("zero3", 2, ["--stop_after_steps", 4, "--max_tokens_per_micro_batch", 400]),
+        ("zero3", 1, ["--stop_after_steps", 6, "--async_save"]),
+        ("fsdp", 2, ["--gradient_checkpointing"]),
+    ]
+    for index, (backend, ranks, more) in enumerate(starts):
+        done = run([*start_words(backend, ranks, port), *words, *more, "--output_dir", changed])
+        assert done.status == 0, done.err
+        assert index == 0 or f"goes on at step {2 * index + 1}" in done.out
+        assert index == 3 or f"stopped by --stop_after_steps {2 * index + 2} after step {2 * index + 2}" in done.out
     for ours, theirs in zip(numbers(changed), numbers(whole), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
+    for ours, theirs in zip(validations(changed), validations(whole), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_second_stage_starts_from_weights_alone(tiny_model, tmp_path):
+    """From LoRA weights, and with new LoRA from their merged model: the first validation is the last one's."""
+    common = flags(
+        model=tiny_model, train_files=SAMPLE_TRAIN, val_files=SAMPLE_TRAIN, max_val_rows=9, dtype="float32", lr=1e-2,
+        warmup_ratio=0, train_batch_size=24, total_training_steps=2,
+    )  # fmt: skip
+    words = [*start_words("fsdp", 1), *common]
+    first, second, third = tmp_path / "first", tmp_path / "second", tmp_path / "third"
+    assert run([*words, "--lora_rank", 4, "--output_dir", first]).status == 0
+    [(_, reached)] = validations(first)
+    more = ["--validate_before_training", "--init_from", first]
+    assert run([*start_words("zero3", 1), *common, "--lora_rank", 4, "--output_dir", second, *more]).status == 0
+    assert validations(second)[0] == pytest.approx((0, reached), rel=1e-6)
+    assert metrics(second)[0]["train/lr"] == metrics(first)[0]["train/lr"]
+    assert validations(second)[-1][1] < reached
+    assert run([sys.executable, "-m", "dsft.merge", "--checkpoint", first, "--dtype", "float32"]).status == 0
+    more = ["--validate_before_training", "--init_from", first / "merged"]
+    assert run([*words, "--lora_rank", 2, "--output_dir", third, *more]).status == 0
+    assert validations(third)[0] == pytest.approx((0, reached), rel=1e-5)
+    adapter = json.loads((third / "latest" / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(first / "merged")
+    done = run([*words, "--lora_rank", 8, "--output_dir", tmp_path / "no", "--init_from", first])
+    assert done.status == 1
+    assert done.errors == [
+        f"error: --init_from {first}: its weights were trained with --lora_rank 4; give the same values"
+    ]
+
+
+@pytest.mark.slow
+def test_other_flags_only_by_override_and_steps_taken_again_set_later_checkpoints_aside(tiny_model, tmp_path):
+    words = [
+        *start_words("fsdp", 1),
+        *flags(
+            model=tiny_model, train_files=SAMPLE_TRAIN, dtype="float32", lora_rank=4, train_batch_size=24, lr=1e-3,
+            total_training_steps=4, save_steps=1, schedule="constant", warmup_ratio=0, output_dir=tmp_path,
+        ),
+    ]  # fmt: skip
+    assert run([*words, "--stop_after_steps", 3]).status == 0
+    other = [*words, "--lr", "2e-3", "--resume", tmp_path / "checkpoint-000002"]
+    done = run(other)
+    assert done.status == 1
+    (error,) = done.errors
+    assert "lr was 0.001, is 0.002" in error
+    assert "--resume_override lr" in error
+    done = run([*other, "--resume_override", "lr"])
+    assert done.status == 0, done.err
+    assert "checkpoint-000003 is of steps that are taken again from checkpoint-000002" in done.err
+    assert [line["train/lr"] for line in metrics(tmp_path)] == [1e-3, 1e-3, 2e-3, 2e-3]
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == [
+        "checkpoint-000001",
+        "checkpoint-000002",
+        "checkpoint-000003",
+        "checkpoint-000003.superseded",
+        "checkpoint-000004",
+    ]
+
+
+@pytest.mark.slow
+def test_saving_by_time(tiny_model, tmp_path):
+    words = [
+        *start_words("fsdp", 1),
+        *flags(
+            model=tiny_model, train_files=SAMPLE_TRAIN, dtype="float32", lora_rank=4, train_batch_size=91,
+            total_training_steps=60, save_steps=0, save_seconds=1, output_dir=tmp_path,
+        ),
+    ]  # fmt: skip
+    done = run(words)
+    assert done.status == 0, done.err
+    steps = [int(p.name[-6:]) for p in sorted(tmp_path.glob("checkpoint-*"))]
+    assert steps[-1] == 60
+    assert len(steps) >= 3
+    ends = {line["step"]: line["train/step_seconds"] for line in metrics(tmp_path)}
+    for before, after in itertools.pairwise([0, *steps[:-1]]):
+        assert sum(ends[step] for step in range(before + 1, after)) < 1.5
 
 
 @pytest.mark.slow
@@ -125,22 +212,3 @@ def test_best_is_the_lowest_validation_loss_and_rotation_keeps_it(tiny_model, tm
     assert (out / "best").resolve().name == f"checkpoint-{best:06d}"
     assert (out / "latest").resolve().name == "checkpoint-000006"
     assert sorted(path.name for path in out.glob("*checkpoint-*")) == [f"checkpoint-{best:06d}", "checkpoint-000006"]
-
-
-@pytest.mark.slow
-def test_sigkill_of_the_embedded_model_then_resume(tmp_path, port):
-    """On one backend: a minute and a half. The tiny model's tests have both."""
-    words = [
-        *start_words("zero3", 2, port),
-        *flags(
-            model="smollm2-135m", train_files=SAMPLE_TRAIN, dtype="float32", lora_rank=8, train_batch_size=2,
-            total_training_steps=3, save_steps=2, max_train_rows=6,
-        ),
-    ]  # fmt: skip
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert run([*words, "--output_dir", whole]).status == 0
-    kill_after_checkpoint([*words, "--output_dir", broken], broken / "checkpoint-000002")
-    done = run([*words, "--output_dir", broken])
-    assert done.status == 0, done.err
-    assert "goes on at step 3" in done.out
-    assert numbers(broken) == numbers(whole)

@@ -156,12 +156,15 @@ def test_merge_leaves_nothing_when_the_proof_fails(trained, tmp_path):
 def test_merge_names_an_adapter_that_changes_nothing(trained, tmp_path):
     from safetensors.torch import load_file, save_file
 
+    from dsft.checkpointing.integrity import checksum, mark_complete
+
     copied = tmp_path / "checkpoint-000001"
     shutil.copytree(trained / "checkpoint-000001", copied)
     weights = load_file(copied / "adapter_model.safetensors")
     name = next(name for name in weights if "layers.1.mlp.up_proj.lora_B" in name)
     weights[name].zero_()
     save_file(weights, copied / "adapter_model.safetensors")
+    mark_complete(copied, {p.name: checksum(p) for p in copied.iterdir() if p.name != "COMPLETE"})
     (error,) = merge_errors("--checkpoint", copied, "--output", tmp_path / "merged")
     assert "layers.1.mlp.up_proj.weight is a target of the adapter but did not change" in error
 
