@@ -10,7 +10,7 @@ import yaml
 
 from dsft.checkpointing.integrity import COMPLETE
 from dsft.checkpointing.layout import ADAPTER, METRICS, CheckpointFolder, find_checkpoint, step_of
-from dsft.checkpointing.state import STATE, read_flags
+from dsft.checkpointing.state import STATE, read_flags, read_state
 from dsft.cli import as_yaml
 from dsft.config import TrainConfig
 from dsft.errors import UserError
@@ -81,8 +81,11 @@ def open_output(folder: CheckpointFolder, resumed: Path | None, warn: Callable[[
         if folder.all():
             raise UserError(f"another run was in {root} meanwhile; start again to go on from it, or name another")
     guard_disk(folder.remove_unfinished, root)
+    if resumed is None:
+        return
+    step = read_state(resumed).step  # it may have been set aside itself, and have another name
     for later in folder.all():
-        if resumed is not None and step_of(later) > step_of(resumed):
+        if step_of(later) >= step and later.resolve() != resumed.resolve():
             aside = folder.set_aside(later, "superseded")
             warn(f"{later.name} is of steps that are taken again from {resumed.name}; it is now {aside.name}")
 

@@ -214,6 +214,19 @@ def test_steps_that_are_taken_again_are_set_aside(out):
     ]
 
 
+def test_a_checkpoint_that_was_set_aside_is_gone_on_from_under_its_own_step(out):
+    saved = train(out, 1, 2, 3)
+    aside = CheckpointFolder(out).set_aside(saved[1], "superseded")
+    train(out, 2)
+    run = CheckpointFolder(out)
+    assert find_resume(config(out, resume=str(aside)), run, pytest.fail) == aside
+    open_output(run, aside, lambda line: None)
+    assert names(out) == [
+        "checkpoint-000001", "checkpoint-000002.superseded", "checkpoint-000002.superseded.2",
+        "checkpoint-000003.superseded",
+    ]  # fmt: skip
+
+
 def test_an_output_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     told = message(open_output, CheckpointFolder(tmp_path / "file" / "below"), None, pytest.fail)
