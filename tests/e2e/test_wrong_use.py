@@ -485,42 +485,52 @@ def test_a_damaged_checkpoint_with_a_sound_one_beside_it(command, three_steps, o
 
 @pytest.mark.slow
 @pytest.mark.parametrize("used", [False, True], ids=["new folder", "used folder"])
-@pytest.mark.parametrize(("backend", "ranks"), [("fsdp", 1), ("zero3", 2)])
-def test_two_runs_started_at_once_in_one_folder(command, port, three_steps, out, tmp_path, used, backend, ranks):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_two_runs_started_at_once_in_one_folder(command, out, tmp_path, used, ranks):
     """One is refused; the other one's numbers are those of a run that was alone."""
-    steps = {"total_training_steps": 300, "save_steps": 50, "lr": 1e-3}
-    reference = tmp_path / "alone"
-    assert run(command(backend, ranks, **steps, output_dir=reference)).status == 0
+    steps = {"total_training_steps": 10_000, "save_steps": 50, "lr": 1e-3, "max_tokens_per_micro_batch": 1000}
+    alone = tmp_path / "alone"
+    assert run(command("fsdp", ranks, **steps, stop_after_steps=200, output_dir=alone)).status == 0
     if used:
-        shutil.copytree(reference, out, symlinks=True)
-        for step in range(100, 301, 50):
-            shutil.rmtree(out / f"checkpoint-{step:06d}")
-    words = [command(backend, ranks, **steps), start_words(backend, ranks, port + 1)]
-    words[1] += words[0][len(words[1]) :]
+        shutil.copytree(alone, out, symlinks=True)
+        shutil.rmtree(out / "checkpoint-000200")
+    words = command("fsdp", ranks, **steps)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    started = time.monotonic()
     both = [
-        subprocess.Popen(w, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for w in words
+        subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
     ]
     try:
-        texts = [process.communicate(timeout=120) for process in both]
+        deadline = time.monotonic() + 120
+        while all(process.poll() is None for process in both):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        loser, winner = sorted(both, key=lambda process: process.poll() is None)
+        while len(metrics(out)) < 170:
+            assert winner.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        winner.send_signal(signal.SIGTERM)
+        stdout, stderr = winner.communicate(timeout=60)
+        assert winner.returncode == 0 or ranks == 2, stderr  # torchrun has a status of its own where it is signalled
+        assert "stopped by SIGTERM after step" in stdout
+        refused(
+            Done(loser.returncode, *loser.communicate(), seconds=0),
+            f"{out} belongs to a run that still goes on (process ",
+            "wait for its end, or name another --output_dir",
+        )
     finally:
         for process in both:
             process.kill()
-    ended = [Done(p.returncode, *text, time.monotonic() - started) for p, text in zip(both, texts, strict=True)]
-    winner, loser = sorted(ended, key=lambda done: done.status != 0)
-    assert winner.status == 0, winner.err
-    assert winner.errors == []
-    loser.seconds = 0  # it ended when it did; both were waited for
-    refused(loser, f"{out} belongs to a run that still goes on (process ", "name another --output_dir")
-    assert complete(out) == complete(reference)
+    assert complete(out)[:3] == [f"checkpoint-{step:06d}" for step in (50, 100, 150)]
     assert not list(out.glob("*.*ed"))
     compared = ("step", "train/loss", "train/grad_norm", "train/lr")
-    numbers = [[[line[key] for key in compared] for line in metrics(folder)] for folder in (out, reference)]
-    assert numbers[0] == numbers[1]
-    for name in ("adapter_model.safetensors", "optimizer.safetensors"):
-        assert (out / "latest" / name).read_bytes() == (reference / "latest" / name).read_bytes()
+    theirs, ours = ([[line[key] for key in compared] for line in metrics(folder)] for folder in (out, alone))
+    assert theirs[: len(ours)] == ours[: len(theirs)]
+    for step in (50, 100, 150):
+        for name in ("adapter_model.safetensors", "optimizer.safetensors"):
+            paths = [folder / f"checkpoint-{step:06d}" / name for folder in (out, alone)]
+            assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
 # Several ranks: one speaks, all end.
