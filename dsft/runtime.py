@@ -88,6 +88,11 @@ def start_process_group(world: World, device: torch.device) -> None:
         options["device_id"] = device
     if "RANK" not in os.environ:
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    elif "TORCHELASTIC_RESTART_COUNT" in os.environ:
+        # torchrun keeps one store over its restarts, with the addresses of the ranks that have died.
+        store, rank, size = next(dist.rendezvous("env://"))
+        prefix = f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}"
+        options |= {"store": dist.PrefixStore(prefix, store), "rank": rank, "world_size": size}
     dist.init_process_group(**options)
 
 
