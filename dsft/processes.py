@@ -1,15 +1,27 @@
-"""Child processes that end when their parent does, however it ends; and Ctrl-C at chosen places only."""
+"""Processes and their parents: ending when the parent does, Ctrl-C at chosen places, the command a user typed."""
 
 import ctypes
 import os
+import re
+import shlex
+import shutil
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 
+import psutil
+
+PARENT = os.getppid()
+"""Who started this process; os.getppid() is another once it has died. Import early: loading torch takes seconds."""
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+NAMES = "(train|merge|generate|validate|pipeline)"
+COMMAND = rf"dsft[.-]{NAMES}|(.*/)?dsft/{NAMES}\.py"
+CONSOLE_SCRIPT = rf"torchrun|deepspeed|dsft-{NAMES}"
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
 
 def end_with_parent(parent: int, number: int = signal.SIGTERM) -> None:
@@ -66,3 +78,40 @@ class HeldInterrupt:
         self._received = True
         if self._is_let_through:
             raise KeyboardInterrupt
+
+
+def launchers() -> list[tuple[psutil.Process, list[str]]]:
+    """The processes, each with its words, through which this one was started, from its parent to what a user typed.
+
+    A parent belongs to them as long as a word of its command line is the script or module that runs here, or
+    another command of ours.
+    """
+    main = getattr(sys.modules["__main__"], "__spec__", None)
+    script = main.name if main is not None else sys.argv[0]
+    found = []
+    with suppress(psutil.Error):  # a parent that is gone or not ours to read ends the climb
+        parent = psutil.Process().parent()
+        while parent is not None and any(word == script or _is_command(word) for word in parent.cmdline()):
+            found.append((parent, parent.cmdline()))
+            parent = parent.parent()
+    return found
+
+
+def launch_command() -> str:
+    """The command line that a user typed to start this run, in a shell's words.
+
+    Call it while the launchers live: without them it is this process's own, which starts one rank.
+    """
+    started_by = launchers()
+    words = started_by[-1][1] if started_by else sys.orig_argv
+    if len(words) > 1 and re.fullmatch(CONSOLE_SCRIPT, Path(words[1]).name):
+        words = words[1:]  # the system puts its interpreter before it
+    name = Path(words[0]).name
+    return shlex.join([name if shutil.which(name) == words[0] else words[0], *words[1:]])
+
+
+def _is_command(word: str) -> bool:
+    """Whether a word of a command line names one of this project's commands or scripts."""
+    path = Path(word)
+    is_script = path.suffix in (".sh", ".py") and (SCRIPTS / path.name).is_file()
+    return is_script or re.fullmatch(COMMAND, word) is not None or re.fullmatch(COMMAND, path.name) is not None

@@ -1,6 +1,7 @@
-"""Children that end with their parent, and Ctrl-C that waits for its place, in real processes."""
+"""Children that end with their parent, Ctrl-C that waits for its place, and the command a user typed."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from contextlib import suppress
 import psutil
 import pytest
 
+from dsft import processes
 from dsft.processes import HeldInterrupt
 from tests.helpers import ROOT, hear_interrupts
 
@@ -171,3 +173,84 @@ def test_a_handler_of_somebody_else_stays(handler):
 def test_another_thread_than_the_main_one_sets_no_handler():
     with ThreadPoolExecutor() as pool:
         pool.submit(lambda: HeldInterrupt().__enter__()).result(SECONDS)
+
+
+# The command that was typed
+
+
+def chain(monkeypatch, *command_lines: str) -> None:
+    """The launchers of this process, its parent first."""
+    monkeypatch.setattr(processes, "launchers", lambda: [(None, shlex.split(line)) for line in command_lines])
+    on_path = {"python": "/v/bin/python", "python3": "/v/bin/python3", "torchrun": "/v/bin/torchrun"}
+    monkeypatch.setattr(processes.shutil, "which", {**on_path, "deepspeed": "/v/bin/deepspeed"}.get)
+
+
+@pytest.mark.parametrize(
+    ("lines", "typed"),
+    [
+        (["/v/bin/python3 /v/bin/torchrun --standalone dsft/train.py"], "torchrun --standalone dsft/train.py"),
+        (["/v/bin/python3 .venv/bin/torchrun dsft/train.py"], ".venv/bin/torchrun dsft/train.py"),
+        (["/w/bin/python3 /w/bin/torchrun dsft/train.py"], "/w/bin/torchrun dsft/train.py"),
+        (["python -m torch.distributed.run -m dsft.train"], "python -m torch.distributed.run -m dsft.train"),
+        (["/v/bin/python -m torch.distributed.run -m dsft.train"], "python -m torch.distributed.run -m dsft.train"),
+        (
+            [
+                "/v/bin/python3 -u -m deepspeed.launcher.launch --world_info=eyJ9 dsft/train.py",
+                "/v/bin/python3 /v/bin/deepspeed dsft/train.py",
+            ],
+            "deepspeed dsft/train.py",
+        ),
+        (["/v/bin/python3 /v/bin/torchrun dsft/train.py", "bash run_pipeline.sh"], "bash run_pipeline.sh"),
+        (["python dsft/train.py --output_dir 'my run'"], "python dsft/train.py --output_dir 'my run'"),
+    ],
+)  # fmt: skip
+def test_the_command_as_it_was_typed(monkeypatch, lines, typed):
+    chain(monkeypatch, *lines)
+    assert processes.launch_command() == typed
+
+
+@pytest.mark.parametrize("own", ["/v/bin/python -m dsft.train --lr 1", "python -m dsft.train --lr 1"])
+def test_without_launchers_the_command_is_ones_own(monkeypatch, own):
+    chain(monkeypatch)
+    monkeypatch.setattr(sys, "orig_argv", own.split())
+    assert processes.launch_command() == "python -m dsft.train --lr 1"
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "dsft/train.py",
+        "/a/dsft/validate.py",
+        "dsft.train",
+        "dsft-train",
+        "/v/bin/dsft-train",
+        "scripts/run_pipeline.sh",
+    ],
+)
+def test_words_that_are_commands_of_ours(word):
+    assert processes._is_command(word)
+
+
+@pytest.mark.parametrize("word", ["bash", "dsft-run", "out/dsft.txt", "scripts/nothing.sh", "-c", "x.py", "train.py"])
+def test_words_that_are_not(word):
+    assert not processes._is_command(word)
+
+
+def test_launchers_are_the_parents_with_a_word_of_ours():
+    """From a script of any name, through a process that names it, up to one that does not."""
+    code = "import subprocess, sys; subprocess.run(sys.argv[1:], check=True)"
+    script = "some/script.py"
+    inner = f"import sys; sys.argv[0] = {script!r}; from dsft.processes import launchers; print(len(launchers()))"
+    for word, count in ((script, "2"), ("another.py", "0")):
+        words = [*[sys.executable, "-c", code] * 2, sys.executable, "-c", inner, word]
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == count
+
+
+def test_a_parent_that_cannot_be_read_ends_the_climb(monkeypatch):
+    def refuse(self):
+        raise psutil.AccessDenied
+
+    monkeypatch.setattr(psutil.Process, "cmdline", refuse)
+    assert processes.launchers() == []
+    assert processes.launch_command()
