@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from dsft.errors import UserError
+from dsft.liveness import Liveness
 
 Result = TypeVar("Result")
 M_MMAP_THRESHOLD = -3  # malloc.h
@@ -260,21 +261,38 @@ class StopSignals:
         self.received = self.received or signal.Signals(number).name
 
 
+def _watched(work: Callable[[], Any]) -> None:
+    """Work to the end of all ranks. Where another one was lost on the way, that is the reason told, and not what
+    the collective says in which it was missed.
+    """
+    try:
+        work()
+        if dist.is_initialized():
+            dist.barrier()  # no rank leaves while another may still need it
+    except UserError:
+        raise
+    except Exception:
+        if Liveness.current is not None:
+            Liveness.current.explain()
+        raise
+    finally:
+        if Liveness.current is not None:
+            Liveness.current.close()
+
+
 def run_to_exit(work: Callable[[], Any], *, debug: bool) -> None:
     """Run a command's work and end the process: one line and status 1 for an error, no traceback.
 
     A rank that fails alone must not wait for the others in a library's clean-up, so the process ends at once
-    and the launcher ends the rest.
+    and the launcher, or their own watch, ends the rest.
     """
     from dsft.cli import end_quietly, run_and_report
 
     try:
-        status = run_and_report(work, debug=debug)
+        status = run_and_report(lambda: _watched(work), debug=debug)
     except PeerFailedError:
         end_quietly()  # were this rank the first to end, its launcher could end the one that speaks
         status = 1
-    if status == 0 and dist.is_initialized():
-        dist.barrier()  # no rank leaves while another may still need it
     sys.stdout.flush()
     sys.stderr.flush()
     if status or dist.is_initialized():
