@@ -46,6 +46,8 @@ MARK, MOUNTS = "DSFT_DRILL", "DSFT_DRILLS_CAN_MOUNT"
 STEPS = 60
 END_LIMIT = 60.0
 """Seconds in which every process of a broken run must be gone."""
+STOP_STEPS, STOP_SECONDS = 2, 5.0
+"""How far a run may go on that was asked to stop: the running step, and one whose sum was on its way already."""
 START_LIMIT = 150.0
 DRILLS_A_LIFE = 5
 RESTARTS = 2
@@ -806,6 +808,7 @@ class Life:
             return
         self.members = self._await_instant(run, result, since, after)
         ranks, rank = self.members[: self.mix.ranks], self.random.randrange(self.mix.ranks)
+        self.fault_step, self.fault_clock = last_step(self.out / "metrics.jsonl"), time.time()
         self.fault_time = time.monotonic()
         if kind in ("kill-all", "corrupt"):
             for process in self.members:
@@ -879,10 +882,7 @@ class Life:
         result.details["status"] = status
         to_launcher = "launcher" in result.details.get("target", "") or "parent" in result.details.get("target", "")
         if kind.ends_cleanly:
-            told = re.search("^stopped by .*", run.said(), re.M)
-            result.check(
-                "says why", told is not None or last_step(self.out / "metrics.jsonl") == STEPS, "no line 'stopped by …'"
-            )
+            result.check("stops", *self._has_stopped(run, is_rank=not to_launcher))
         if kind.ends_cleanly and not to_launcher:
             result.check("status", status == 0, f"it was {status} after a stop that was asked for")
         elif not kind.ends_cleanly:
@@ -900,6 +900,16 @@ class Life:
                 good = good and "is still valid" in errors[0]
             result.check("reason", good, errors[0])
         result.check("no traceback", *own_traceback(text))
+
+    def _has_stopped(self, run: Run, *, is_rank: bool) -> tuple[bool, str]:
+        """Whether a stop was heard: at once by a rank; that their launcher has ended, ranks notice after a while."""
+        metrics = self.out / "metrics.jsonl"
+        more, seconds = last_step(metrics) - self.fault_step, metrics.stat().st_mtime - self.fault_clock
+        told = re.search("^stopped by .*", run.said(), re.M)
+        went = f"it took {more} more steps in {seconds:.1f} s"
+        if (is_rank and more > STOP_STEPS) or seconds > STOP_SECONDS:
+            return False, went
+        return told is not None or last_step(metrics) == STEPS, f"no line 'stopped by …'; {went}"
 
     def _repair(self, result: Result) -> None:
         """Put right what a user would put right; or damage what the disk would damage."""
