@@ -902,12 +902,12 @@ class Life:
         result.check("no traceback", *own_traceback(text))
 
     def _has_stopped(self, run: Run, *, is_rank: bool) -> tuple[bool, str]:
-        """Whether a stop was heard: at once by a rank; a launcher that has ended may take its ranks a while to notice."""
+        """Whether a stop was heard: at once by a rank; that their launcher has ended, ranks notice after a while."""
         metrics = self.out / "metrics.jsonl"
         more, seconds = last_step(metrics) - self.fault_step, metrics.stat().st_mtime - self.fault_clock
         told = re.search("^stopped by .*", run.said(), re.M)
         went = f"it took {more} more steps in {seconds:.1f} s"
-        if is_rank and more > STOP_STEPS or seconds > STOP_SECONDS:
+        if (is_rank and more > STOP_STEPS) or seconds > STOP_SECONDS:
             return False, went
         return told is not None or last_step(metrics) == STEPS, f"no line 'stopped by …'; {went}"
 
@@ -1056,7 +1056,7 @@ def spoil(file: Path, damage: str, random: Random, foreign: Path) -> None:
 def own_traceback(text: str) -> tuple[bool, str]:
     """Whether standard error is free of tracebacks and crashes of dsft's own; launchers print some of theirs."""
     for block in re.split("^(?=.*Traceback \\(most recent call last\\))", text, flags=re.M)[1:]:
-        if f'File "{ROOT}/' in block.split("\n\n")[0]:
+        if re.search(rf'File "{re.escape(str(ROOT))}/(dsft|scripts)/', block.split("\n\n")[0]):
             return False, block[:2000]
     crash = re.search("terminate called|Segmentation fault|Fatal Python error|core dumped", text)
     return crash is None, crash[0] if crash else ""

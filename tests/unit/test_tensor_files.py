@@ -202,7 +202,7 @@ def shards(tmp_path, small_files) -> tuple[Path, dict[str, torch.Tensor]]:
 def test_numbered_files_read_as_one(shards):
     folder, tensors = shards
     reader = TensorReader(folder, "model")
-    reader.check({name: (10, 5) for name in tensors})
+    reader.check(dict.fromkeys(tensors, (10, 5)))
     for name, tensor in tensors.items():
         assert reader.read(name, 7, 33).equal(tensor.reshape(-1)[7:33])
 
@@ -279,7 +279,7 @@ def test_other_tensors_than_the_models_are_refused_by_file_and_name(tmp_path, st
 
 def test_the_numbered_file_with_another_tensor_is_named(shards):
     folder, tensors = shards
-    shapes = {name: (10, 5) for name in tensors}
+    shapes = dict.fromkeys(tensors, (10, 5))
     told = message(TensorReader(folder, "model").check, shapes | {"layer.2": (5, 10)})
     assert told.startswith(
         f"{folder}/model-00002-of-00003.safetensors: 'layer.2' should be F32 [5, 10], it is F32 [10, 5]"
