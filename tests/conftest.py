@@ -2,12 +2,14 @@
 
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests run two at a time, on two cores
 
 import pytest
 
+from tests.commands import Commands, TrainedRuns
 from tests.helpers import write_parquet
 
 
@@ -69,3 +71,17 @@ def port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory) -> Iterator[Commands]:
+    """Runs command lines quickly, one at a time."""
+    started = Commands(tmp_path_factory.mktemp("commands"))
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="session")
+def trained_runs(commands, tiny_model, uneven_rows, tmp_path_factory) -> TrainedRuns:
+    """Runs of two steps, each with a checkpoint, that differ in one thing from each other."""
+    return TrainedRuns(commands, tiny_model, uneven_rows, tmp_path_factory.mktemp("trained_runs"))

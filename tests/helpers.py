@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -160,9 +161,7 @@ def message(work: Callable[..., Any], *arguments: Any, **named: Any) -> str:
     """The one line of the UserError that a call raises."""
     from dsft.errors import UserError
 
-    try:
+    with pytest.raises(UserError) as caught:
         work(*arguments, **named)
-    except UserError as error:
-        assert "\n" not in str(error)
-        return str(error)
-    raise AssertionError("no UserError")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)

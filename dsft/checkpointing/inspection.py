@@ -193,7 +193,7 @@ def _run(root: Path, found: Sequence[Path], *, verify: bool) -> Report:
         pointing = ", ".join(name for name, target in links.items() if target == path.resolve())
         rows.append([path.name, *_progress(state), _size(_bytes(path)), pointing, verdict])
         problems += [problem] if problem else []
-        if state is not None and NAME.fullmatch(path.name):
+        if state is not None and NAME.fullmatch(path.name) and not _is_unfinished(path):
             facts[1:] = [("step", f"{state.step} of {state.total_steps}")]
     facts += [(n, f"shows to {target.name}, which is not there") for n, target in links.items() if not target.exists()]
     table = _table(["checkpoint", "step", "epoch", "val/loss", "size", "", ""], rows, right=(1, 2, 3, 4))

@@ -10,7 +10,7 @@ import yaml
 
 from dsft.checkpointing.integrity import COMPLETE
 from dsft.checkpointing.layout import ADAPTER, METRICS, CheckpointFolder, find_checkpoint, step_of
-from dsft.checkpointing.state import read_flags
+from dsft.checkpointing.state import STATE, read_flags, read_state
 from dsft.cli import as_yaml
 from dsft.config import TrainConfig
 from dsft.errors import UserError
@@ -31,7 +31,16 @@ def find_resume(config: TrainConfig, folder: CheckpointFolder, warn: Callable[[s
         if latest is not None:
             raise UserError(f"{config.output_dir} holds {latest.name} and --resume is never; name another folder")
         return None
-    found = folder.newest_sound(warn) if config.resume == "auto" else find_checkpoint(config.resume, "resume")
+    if config.resume == "auto":
+        found = folder.newest_sound(warn)
+    else:
+        found = find_checkpoint(config.resume, "resume")
+        latest = folder.latest()
+        if latest is not None and found.parent != latest.parent.resolve():
+            raise UserError(
+                f"{config.output_dir} holds {latest.name} of its own, and --resume {config.resume} is of another "
+                "folder; name another --output_dir"
+            )
     if found is not None:
         _check_same_run(found, config)
     return found
@@ -72,8 +81,11 @@ def open_output(folder: CheckpointFolder, resumed: Path | None, warn: Callable[[
         if folder.all():
             raise UserError(f"another run was in {root} meanwhile; start again to go on from it, or name another")
     guard_disk(folder.remove_unfinished, root)
+    if resumed is None:
+        return
+    step = read_state(resumed).step  # it may have been set aside itself, and have another name
     for later in folder.all():
-        if resumed is not None and step_of(later) > step_of(resumed):
+        if step_of(later) >= step and later.resolve() != resumed.resolve():
             aside = folder.set_aside(later, "superseded")
             warn(f"{later.name} is of steps that are taken again from {resumed.name}; it is now {aside.name}")
 
@@ -100,7 +112,8 @@ def find_initial_weights(config: TrainConfig, model: str, *, resumed: bool) -> I
     if config.init_from is None:
         return None
     given = Path(config.init_from).expanduser()
-    if (given / "config.json").is_file() and not (given / COMPLETE).exists():
+    is_checkpoint = (given / COMPLETE).exists() or (given / STATE).exists()
+    if (given / "config.json").is_file() and not is_checkpoint:
         return _whole_model(given.resolve(), model, config)  # what dsft.merge or transformers has written
     found = find_checkpoint(config.init_from, "init_from")
     if not (found / f"{ADAPTER}.safetensors").is_file():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dsft import cli
 from dsft.cli import as_yaml, parse, read_value
-from dsft.config import GenerateConfig, MergeConfig, PipelineConfig, TrainConfig, ValidateConfig
+from dsft.config import CheckpointConfig, GenerateConfig, MergeConfig, PipelineConfig, TrainConfig, ValidateConfig
 from dsft.errors import UserError
 from tests.helpers import ROOT
 
@@ -381,7 +381,9 @@ def test_wrong_flags_of_sections_are_told_at_once(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("config_class", [TrainConfig, MergeConfig, GenerateConfig, ValidateConfig, PipelineConfig])
+@pytest.mark.parametrize(
+    "config_class", [TrainConfig, MergeConfig, CheckpointConfig, GenerateConfig, ValidateConfig, PipelineConfig]
+)
 def test_every_flag_has_a_meaning_wherever_it_is_declared(config_class):
     meanings = cli.meanings(config_class)
     assert all(meanings[f.name].strip() for f in dataclasses.fields(config_class))
@@ -393,3 +395,31 @@ def test_a_config_as_words_reads_back_to_itself():
     assert cli.as_words(TrainConfig(model="m", train_files=["a"], output_dir="o")) == [
         *("--model", "m", "--train_files", "a", "--output_dir", "o")
     ]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["out"],
+        ["out", "--verify", "False"],
+        ["--verify=False", "out"],
+        ["--checkpoint", "out"],
+        ["--noverify", "--checkpoint=out"],
+    ],
+)
+def test_a_word_without_a_flag_is_the_flag_that_takes_one(words):
+    config = parse(CheckpointConfig, words)
+    assert config.checkpoint == "out"
+    assert config.verify == (len(words) == 1 or words[0] == "--checkpoint")
+
+
+@pytest.mark.parametrize("words", [["a", "b"], ["--checkpoint", "a", "b"], ["b", "--checkpoint", "a"]])
+def test_a_word_too_many_is_named(words):
+    assert problems(*words, config_class=CheckpointConfig) == ["'b' belongs to no flag; write --name value"]
+
+
+def test_a_flag_that_takes_a_word_is_required_like_any_other():
+    [told] = problems(config_class=CheckpointConfig)
+    assert told.startswith("--checkpoint is required: ")
+    assert "python -m dsft.checkpoint PATH" in told
+    assert "python -m dsft.checkpoint PATH" in cli.help_text(CheckpointConfig)

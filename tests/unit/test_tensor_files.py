@@ -1,7 +1,7 @@
 """Tensors in safetensors files: what TensorWriter writes is what the library reads, and any part reads back."""
 
-import errno
 import hashlib
+import itertools
 import json
 import math
 from pathlib import Path
@@ -99,9 +99,8 @@ def test_other_values_than_announced_are_never_signed(tmp_path, values):
 
 
 def test_a_full_disk_reaches_the_caller_and_the_file_is_closed(tmp_path):
-    with pytest.raises(OSError) as caught, TensorWriter(Path("/dev/full"), [("a", (1,))]):
+    with pytest.raises(OSError, match="No space left"), TensorWriter(Path("/dev/full"), [("a", (1,))]):
         pass
-    assert caught.value.errno == errno.ENOSPC
 
 
 # Planning
@@ -187,7 +186,7 @@ def test_the_slices_of_all_ranks_are_the_whole(place, cuts):
     tensor = seeded_tensor("whole", (5, 7, 3))
     write(place / "slices.safetensors", {"t": tensor})
     reader, places = TensorReader(place, "slices"), [0, *sorted(cuts), 105]
-    parts = [reader.read("t", start, stop) for start, stop in zip(places, places[1:], strict=False)]
+    parts = [reader.read("t", start, stop) for start, stop in itertools.pairwise(places)]
     assert torch.cat(parts).equal(tensor.reshape(-1))
 
 
