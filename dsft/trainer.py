@@ -382,7 +382,7 @@ class Trainer:
 
     def train(self) -> None:
         """Every step that is left, with its evaluations and checkpoints; or up to a stop."""
-        command = launch_command()  # while its launcher lives
+        command = launch_command(without=("resume", "stop_after_steps"))  # while its launcher lives
         with runtime.StopSignals() as stop:
             self.liveness.on_orphaned = stop.orphaned
             try:
