@@ -124,7 +124,7 @@ MIXES = [
     for method in ("lora", "full")
     for saving in ("sync", "async")
 ]
-WEIGHTS = {"none": 2.0}  # a start without a launcher costs a fifth of one with: where a kind allows both, it is drawn
+WEIGHTS = {"none": 3.0}  # a start without a launcher costs a fifth of one with: where a kind allows both, it is drawn
 
 
 @dataclass(frozen=True)
@@ -745,7 +745,7 @@ class Life:
             "delay": 0.0, "marker": str(self.folder / f"sprung-{drill.number}-{result.redrawn}"),
         }  # fmt: skip
         state = self.out / f"checkpoint-{after:06d}" / "trainer_state.json"
-        if state.is_file() and json.loads(state.read_bytes()).get("validation_due") and self.random.random() < 0.5:
+        if state.is_file() and json.loads(state.read_bytes()).get("validation_due"):
             trap["save"] = after  # the run was stopped before a validation: the next start writes this one again
         if drill.kind == "kill-before-marker":
             # The marker's temporary file is about to be opened, or to be renamed.

@@ -4,7 +4,9 @@ import hashlib
 import json
 import random
 import shutil
+import signal
 import sys
+import time
 from argparse import Namespace
 from collections import Counter
 
@@ -256,6 +258,26 @@ def test_some_drills(tmp_path):
     assert results
     for result in results:
         assert result["skipped"] or (result["checks"]["sequence"] and result["checks"]["no step lost"]), result
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_is_written_again_is_not_lost(tmp_path, monkeypatch):
+    """A run stopped before a due validation makes up for it at its next start, and saves that step once more."""
+    monkeypatch.setattr(drills, "work_folder", lambda: tmp_path)
+    drills.make_inputs(tmp_path / "model")
+    out = tmp_path / "out"
+    words = drills.command(MIX, out, eval_steps=1)  # every stop comes before a validation
+    first = Run(words, out, tmp_path / "1")
+    while drills.last_step(out / "metrics.jsonl") < 5 and first.popen.poll() is None:
+        time.sleep(0.01)
+    first.process.send_signal(signal.SIGTERM)
+    assert first.wait(60)
+    assert first.popen.returncode == 0, first.complained()
+    (step,) = drills.allowed_starts(out)
+    trap = {"root": str(out), "rank": 0, "save": step, "pattern": r"^os\.rename \.checkpoint-", "nth": 1, "delay": 0}
+    assert Run(words, out, tmp_path / "2", trap | {"marker": str(tmp_path / "sprung")}).wait(60)
+    assert (tmp_path / "sprung").is_file()
+    assert drills.allowed_starts(out) == [step]
 
 
 def test_help_and_wrong_kinds():
