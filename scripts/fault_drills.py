@@ -775,6 +775,8 @@ class Life:
         drill, deadline = result.drill, time.monotonic() + START_LIMIT
         step, delay = self.reference.draw_instant(self.random, drill.first, drill.last)
         step = max(step, after + 1)
+        if drill.kind == "corrupt":  # one checkpoint to damage, and one to go back to
+            step = min(max(step, after + 4 * self.mix.save_steps), STEPS - 2)
 
         def wait_until(is_there: Callable[[], bool], pause: float) -> None:
             while not is_there():
@@ -1103,7 +1105,7 @@ def line_of(result: Result) -> str:
     if result.skipped:
         outcome = f"skipped: {result.skipped}"
     elif result.failures:
-        outcome = f"FAILED ({result.folder}): " + "; ".join(failure[:400] for failure in result.failures)
+        outcome = f"FAILED ({result.folder}): " + "; ".join(failure[-400:] for failure in result.failures)
     else:
         outcome = f"fine, {result.repeated} steps repeated, ended in {result.seconds_to_end:.1f} s"
     done = ", ".join(
@@ -1190,12 +1192,12 @@ def main() -> None:
     unknown = [kind for kind in options.kinds if kind not in KINDS]
     if unknown or options.drills < 1 or options.jobs < 1:
         parser.error(f"no such kind: {', '.join(unknown)}" if unknown else "--drills and --jobs must be 1 or more")
+    enter_mount_namespace()
     if homeless := [kind for kind in options.kinds if not mixes_of(kind, options.mixes)]:
         print(f"not drilled, as --mixes {options.mixes} leaves them none: {', '.join(homeless)}")
         options.kinds = [kind for kind in options.kinds if kind not in homeless]
     if not options.kinds or (options.only is not None and not 0 <= options.only < options.drills):
         parser.error("--mixes leaves nothing to drill" if not options.kinds else "--only must be below --drills")
-    enter_mount_namespace()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # runs must hear it, even if a shell lets us ignore it
     sys.exit(1 if run_drills(options) else 0)
 
