@@ -261,8 +261,9 @@ def test_some_drills(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_is_written_again_is_not_lost(tmp_path, monkeypatch):
-    """A run stopped before a due validation makes up for it at its next start, and saves that step once more."""
+def test_a_validation_that_a_stop_has_put_off_is_made_up_for_without_writing_the_checkpoint_again(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(drills, "work_folder", lambda: tmp_path)
     drills.make_inputs(tmp_path / "model")
     out = tmp_path / "out"
@@ -274,10 +275,16 @@ def test_a_checkpoint_that_is_written_again_is_not_lost(tmp_path, monkeypatch):
     assert first.wait(60)
     assert first.popen.returncode == 0, first.complained()
     (step,) = drills.allowed_starts(out)
-    trap = {"root": str(out), "rank": 0, "save": step, "pattern": r"^os\.rename \.checkpoint-", "nth": 1, "delay": 0}
-    assert Run(words, out, tmp_path / "2", trap | {"marker": str(tmp_path / "sprung")}).wait(60)
-    assert (tmp_path / "sprung").is_file()
-    assert drills.allowed_starts(out) == [step]
+    checkpoint = out / f"checkpoint-{step:06d}"
+    before = (checkpoint / "COMPLETE").stat().st_mtime_ns
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    assert Run([*words, "--stop_after_steps", str(step)], out, tmp_path / "2").wait(60)
+    *old, new = (out / "metrics.jsonl").read_text().splitlines()
+    assert old == lines
+    assert json.loads(new)["step"] == step
+    assert "val/loss" in json.loads(new)
+    assert (checkpoint / "COMPLETE").stat().st_mtime_ns == before
+    assert (out / "best").resolve() == checkpoint.resolve()
 
 
 def test_help_and_wrong_kinds():
