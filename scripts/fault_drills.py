@@ -124,7 +124,7 @@ MIXES = [
     for method in ("lora", "full")
     for saving in ("sync", "async")
 ]
-WEIGHTS = {"none": 3.0}  # a start without a launcher costs a fifth of one with: where a kind allows both, it is drawn
+WEIGHTS = {"none": 3.0}  # a start without a launcher costs a third of one with: where both will do, it is drawn more
 
 
 @dataclass(frozen=True)
@@ -933,11 +933,12 @@ class Life:
         files = sorted(newest.iterdir())
         file = files[turn % len(files)]
         damage = DAMAGES[(turn + turn // len(files)) % len(DAMAGES)]
+        others = checkpoints(self.reference.out).values()
+        foreign = next(folder for folder in others if folder.name != newest.name) / file.name
+        if damage == "another run's" and (not foreign.is_file() or foreign.read_bytes() == file.read_bytes()):
+            damage = "bit flip"  # such as the tokenizer's files, which all runs have in common
         result.details["damage"] = f"{newest.name}/{file.name} {damage}"
-        foreign = checkpoints(self.reference.out)
-        spoil(
-            file, damage, self.random, foreign[next(s for s in foreign if foreign[s].name != newest.name)] / file.name
-        )
+        spoil(file, damage, self.random, foreign)
         self.damaged, self.was_marked = newest, (newest / "COMPLETE").is_file()
         if soundness(newest) == "damaged" and self.mix.launcher == "none":
             before = sorted(path.name for path in self.out.iterdir())
