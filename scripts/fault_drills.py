@@ -744,9 +744,6 @@ class Life:
             "root": str(self.out), "rank": 0, "save": min(-(-first // every) * every, STEPS), "pattern": "", "nth": 1,
             "delay": 0.0, "marker": str(self.folder / f"sprung-{drill.number}-{result.redrawn}"),
         }  # fmt: skip
-        state = self.out / f"checkpoint-{after:06d}" / "trainer_state.json"
-        if state.is_file() and json.loads(state.read_bytes()).get("validation_due"):
-            trap["save"] = after  # the run was stopped before a validation: the next start writes this one again
         if drill.kind == "kill-before-marker":
             # The marker's temporary file is about to be opened, or to be renamed.
             trap |= {"pattern": r"^(open|os\.rename) checkpoint-\d+/\.COMPLETE\.tmp", "nth": self.random.choice([1, 2])}
