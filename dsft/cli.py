@@ -43,6 +43,9 @@ def main(config_class: type[Config], run: Callable[[Config], None], argv: Sequen
         wait_for_peers()
         print_error(error)
         sys.exit(1)
+    if not getattr(config, "debug", False):  # here, because torch reads them while it is imported
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        os.environ.setdefault("GLOG_minloglevel", "2")
     try:
         run(config)
     except KeyboardInterrupt:  # while the libraries are loaded; later the command's own work sees it

@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -97,8 +97,8 @@ def launchers() -> list[tuple[psutil.Process, list[str]]]:
     return found
 
 
-def launch_command() -> str:
-    """The command line that a user typed to start this run, in a shell's words.
+def launch_command(without: Sequence[str] = ()) -> str:
+    """The command line that a user typed to start this run, in a shell's words, less the flags in `without`.
 
     Call it while the launchers live: without them it is this process's own, which starts one rank.
     """
@@ -106,6 +106,9 @@ def launch_command() -> str:
     words = started_by[-1][1] if started_by else sys.orig_argv
     if len(words) > 1 and re.fullmatch(CONSOLE_SCRIPT, Path(words[1]).name):
         words = words[1:]  # the system puts its interpreter before it
+    for flag in without:
+        text = "\0".join(["", *words, ""])
+        words = re.sub(rf"\0--{flag}(=|\0)[^\0]*(?=\0)", "", text)[1:-1].split("\0")
     name = Path(words[0]).name
     return shlex.join([name if shutil.which(name) == words[0] else words[0], *words[1:]])
 

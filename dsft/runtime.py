@@ -88,6 +88,11 @@ def start_process_group(world: World, device: torch.device) -> None:
         options["device_id"] = device
     if "RANK" not in os.environ:
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    elif "TORCHELASTIC_RESTART_COUNT" in os.environ:
+        # torchrun keeps one store over its restarts, with the addresses of the ranks that have died.
+        store, rank, size = next(dist.rendezvous("env://"))
+        prefix = f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}"
+        options |= {"store": dist.PrefixStore(prefix, store), "rank": rank, "world_size": size}
     dist.init_process_group(**options)
 
 
@@ -134,8 +139,6 @@ def silence_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # else it warns
-    os.environ.setdefault("GLOG_minloglevel", "2")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     warnings.filterwarnings("ignore")
     from transformers.utils.logging import disable_progress_bar
 

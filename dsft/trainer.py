@@ -382,7 +382,7 @@ class Trainer:
 
     def train(self) -> None:
         """Every step that is left, with its evaluations and checkpoints; or up to a stop."""
-        command = launch_command()  # while its launcher lives
+        command = launch_command(without=("resume", "stop_after_steps"))  # while its launcher lives
         with runtime.StopSignals() as stop:
             self.liveness.on_orphaned = stop.orphaned
             try:
@@ -408,7 +408,9 @@ class Trainer:
         stopped = None
         if self.state.validation_due and self.val_data is not None:  # the run was stopped before it
             self._validate()
-            self._save()
+            # The checkpoint is there already. Written again, it could be lost by a kill in between.
+            if self._is_best():
+                runtime.on_main(self.world, self._repair_links)
         elif config.validate_before_training and self.state.step == 0 and self.val_data is not None:
             self._validate()
         while self.state.step < end and not stopped:
@@ -540,15 +542,21 @@ class Trainer:
 
     # Saving
 
+    def _is_best(self) -> bool:
+        """Whether the validation loss of this step, if it has one, is the lowest so far; then it is noted."""
+        state = self.state
+        better = state.val_loss is not None and (state.best_val_loss is None or state.val_loss < state.best_val_loss)
+        if better:
+            state.best_step, state.best_val_loss = state.step, state.val_loss
+        return better
+
     def _save(self) -> None:
         """A checkpoint of this step; every rank takes part."""
         self._raise_background_error()
         state = self.state
         if getattr(self, "_evaluated_step", None) != state.step:
             state.val_loss = None
-        better = state.val_loss is not None and (state.best_val_loss is None or state.val_loss < state.best_val_loss)
-        if better:
-            state.best_step, state.best_val_loss = state.step, state.val_loss
+        better = self._is_best()
         packages = ("torch", "transformers", "peft", self.backend.library)
         state.versions = {"dsft": dsft.__version__} | {name: version(name) for name in packages}
         slices: dict[str, list[tuple[str, StateSlice]]] = {self._weights_stem: [], OPTIMIZER: []}

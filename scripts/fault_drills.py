@@ -124,7 +124,7 @@ MIXES = [
     for method in ("lora", "full")
     for saving in ("sync", "async")
 ]
-WEIGHTS = {"none": 2.0}  # a start without a launcher costs a fifth of one with: where a kind allows both, it is drawn
+WEIGHTS = {"none": 3.0}  # a start without a launcher costs a third of one with: where both will do, it is drawn more
 
 
 @dataclass(frozen=True)
@@ -744,9 +744,6 @@ class Life:
             "root": str(self.out), "rank": 0, "save": min(-(-first // every) * every, STEPS), "pattern": "", "nth": 1,
             "delay": 0.0, "marker": str(self.folder / f"sprung-{drill.number}-{result.redrawn}"),
         }  # fmt: skip
-        state = self.out / f"checkpoint-{after:06d}" / "trainer_state.json"
-        if state.is_file() and json.loads(state.read_bytes()).get("validation_due") and self.random.random() < 0.5:
-            trap["save"] = after  # the run was stopped before a validation: the next start writes this one again
         if drill.kind == "kill-before-marker":
             # The marker's temporary file is about to be opened, or to be renamed.
             trap |= {"pattern": r"^(open|os\.rename) checkpoint-\d+/\.COMPLETE\.tmp", "nth": self.random.choice([1, 2])}
@@ -775,6 +772,8 @@ class Life:
         drill, deadline = result.drill, time.monotonic() + START_LIMIT
         step, delay = self.reference.draw_instant(self.random, drill.first, drill.last)
         step = max(step, after + 1)
+        if drill.kind == "corrupt":  # one checkpoint to damage, and one to go back to
+            step = min(max(step, after + 4 * self.mix.save_steps), STEPS - 2)
 
         def wait_until(is_there: Callable[[], bool], pause: float) -> None:
             while not is_there():
@@ -902,12 +901,12 @@ class Life:
         result.check("no traceback", *own_traceback(text))
 
     def _has_stopped(self, run: Run, *, is_rank: bool) -> tuple[bool, str]:
-        """Whether a stop was heard: at once by a rank; a launcher that has ended may take its ranks a while to notice."""
+        """Whether a stop was heard: at once by a rank; that their launcher has ended, ranks notice after a while."""
         metrics = self.out / "metrics.jsonl"
         more, seconds = last_step(metrics) - self.fault_step, metrics.stat().st_mtime - self.fault_clock
         told = re.search("^stopped by .*", run.said(), re.M)
         went = f"it took {more} more steps in {seconds:.1f} s"
-        if is_rank and more > STOP_STEPS or seconds > STOP_SECONDS:
+        if (is_rank and more > STOP_STEPS) or seconds > STOP_SECONDS:
             return False, went
         return told is not None or last_step(metrics) == STEPS, f"no line 'stopped by …'; {went}"
 
@@ -931,11 +930,12 @@ class Life:
         files = sorted(newest.iterdir())
         file = files[turn % len(files)]
         damage = DAMAGES[(turn + turn // len(files)) % len(DAMAGES)]
+        others = checkpoints(self.reference.out).values()
+        foreign = next(folder for folder in others if folder.name != newest.name) / file.name
+        if damage == "another run's" and (not foreign.is_file() or foreign.read_bytes() == file.read_bytes()):
+            damage = "bit flip"  # such as the tokenizer's files, which all runs have in common
         result.details["damage"] = f"{newest.name}/{file.name} {damage}"
-        foreign = checkpoints(self.reference.out)
-        spoil(
-            file, damage, self.random, foreign[next(s for s in foreign if foreign[s].name != newest.name)] / file.name
-        )
+        spoil(file, damage, self.random, foreign)
         self.damaged, self.was_marked = newest, (newest / "COMPLETE").is_file()
         if soundness(newest) == "damaged" and self.mix.launcher == "none":
             before = sorted(path.name for path in self.out.iterdir())
@@ -1056,7 +1056,7 @@ def spoil(file: Path, damage: str, random: Random, foreign: Path) -> None:
 def own_traceback(text: str) -> tuple[bool, str]:
     """Whether standard error is free of tracebacks and crashes of dsft's own; launchers print some of theirs."""
     for block in re.split("^(?=.*Traceback \\(most recent call last\\))", text, flags=re.M)[1:]:
-        if f'File "{ROOT}/' in block.split("\n\n")[0]:
+        if re.search(rf'File "{re.escape(str(ROOT))}/(dsft|scripts)/', block.split("\n\n")[0]):
             return False, block[:2000]
     crash = re.search("terminate called|Segmentation fault|Fatal Python error|core dumped", text)
     return crash is None, crash[0] if crash else ""
@@ -1103,7 +1103,7 @@ def line_of(result: Result) -> str:
     if result.skipped:
         outcome = f"skipped: {result.skipped}"
     elif result.failures:
-        outcome = f"FAILED ({result.folder}): " + "; ".join(failure[:400] for failure in result.failures)
+        outcome = f"FAILED ({result.folder}): " + "; ".join(failure[-400:] for failure in result.failures)
     else:
         outcome = f"fine, {result.repeated} steps repeated, ended in {result.seconds_to_end:.1f} s"
     done = ", ".join(
@@ -1190,12 +1190,12 @@ def main() -> None:
     unknown = [kind for kind in options.kinds if kind not in KINDS]
     if unknown or options.drills < 1 or options.jobs < 1:
         parser.error(f"no such kind: {', '.join(unknown)}" if unknown else "--drills and --jobs must be 1 or more")
+    enter_mount_namespace()
     if homeless := [kind for kind in options.kinds if not mixes_of(kind, options.mixes)]:
         print(f"not drilled, as --mixes {options.mixes} leaves them none: {', '.join(homeless)}")
         options.kinds = [kind for kind in options.kinds if kind not in homeless]
     if not options.kinds or (options.only is not None and not 0 <= options.only < options.drills):
         parser.error("--mixes leaves nothing to drill" if not options.kinds else "--only must be below --drills")
-    enter_mount_namespace()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # runs must hear it, even if a shell lets us ignore it
     sys.exit(1 if run_drills(options) else 0)
 

@@ -39,7 +39,7 @@ def find_resume(config: TrainConfig, folder: CheckpointFolder, warn: Callable[[s
         if latest is not None and found.parent != latest.parent.resolve():
             raise UserError(
                 f"{config.output_dir} holds {latest.name} of its own, and --resume {config.resume} is of another "
-                "folder; name another --output_dir"
+                "folder; leave --resume out to go on from it, or name another --output_dir"
             )
     if found is not None:
         _check_same_run(found, config)

@@ -4,7 +4,9 @@ import hashlib
 import json
 import random
 import shutil
+import signal
 import sys
+import time
 from argparse import Namespace
 from collections import Counter
 
@@ -256,6 +258,33 @@ def test_some_drills(tmp_path):
     assert results
     for result in results:
         assert result["skipped"] or (result["checks"]["sequence"] and result["checks"]["no step lost"]), result
+
+
+@pytest.mark.slow
+def test_a_validation_that_a_stop_has_put_off_is_made_up_for_without_writing_the_checkpoint_again(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(drills, "work_folder", lambda: tmp_path)
+    drills.make_inputs(tmp_path / "model")
+    out = tmp_path / "out"
+    words = drills.command(MIX, out, eval_steps=1)  # every stop comes before a validation
+    first = Run(words, out, tmp_path / "1")
+    while drills.last_step(out / "metrics.jsonl") < 5 and first.popen.poll() is None:
+        time.sleep(0.01)
+    first.process.send_signal(signal.SIGTERM)
+    assert first.wait(60)
+    assert first.popen.returncode == 0, first.complained()
+    (step,) = drills.allowed_starts(out)
+    checkpoint = out / f"checkpoint-{step:06d}"
+    before = (checkpoint / "COMPLETE").stat().st_mtime_ns
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    assert Run([*words, "--stop_after_steps", str(step)], out, tmp_path / "2").wait(60)
+    *old, new = (out / "metrics.jsonl").read_text().splitlines()
+    assert old == lines
+    assert json.loads(new)["step"] == step
+    assert "val/loss" in json.loads(new)
+    assert (checkpoint / "COMPLETE").stat().st_mtime_ns == before
+    assert (out / "best").resolve() == checkpoint.resolve()
 
 
 def test_help_and_wrong_kinds():

@@ -21,6 +21,7 @@ from dsft.liveness import (
     Verdict,
     Word,
 )
+from tests.helpers import ROOT
 
 
 class Ended(BaseException):
@@ -177,7 +178,7 @@ def test_a_parent_is_watched_where_it_is_a_launcher(watch, monkeypatch, variable
 
 def test_the_parent_is_taken_down_before_torch_is_loaded():
     code = "import sys, dsft.train; assert 'dsft.processes' in sys.modules and 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 # Machines

@@ -209,6 +209,14 @@ def test_the_command_as_it_was_typed(monkeypatch, lines, typed):
     assert processes.launch_command() == typed
 
 
+def test_flags_of_one_start_alone_are_left_out(monkeypatch):
+    chain(monkeypatch)
+    for words in ("--stop_after_steps 3 --lr 1 --resume a/b", "--resume=a/b --lr 1 --stop_after_steps=3"):
+        monkeypatch.setattr(sys, "orig_argv", f"python -m dsft.train {words} --resume_override lr".split())
+        command = processes.launch_command(without=("resume", "stop_after_steps"))
+        assert command == "python -m dsft.train --lr 1 --resume_override lr"
+
+
 @pytest.mark.parametrize("own", ["/v/bin/python -m dsft.train --lr 1", "python -m dsft.train --lr 1"])
 def test_without_launchers_the_command_is_ones_own(monkeypatch, own):
     chain(monkeypatch)
