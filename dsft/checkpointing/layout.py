@@ -116,7 +116,8 @@ class CheckpointFolder:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    owner = os.pread(descriptor, 200, 0).decode("utf-8", errors="replace").strip() or "another process"
+                    words = os.pread(descriptor, 200, 0).decode("utf-8", errors="replace").split()
+                    owner = " ".join(words) or "another process"
                     os.close(descriptor)
                     raise UserError(
                         f"{self.root} belongs to a run that still goes on ({owner}); "
