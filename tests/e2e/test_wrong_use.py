@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from dsft.checkpointing.integrity import verify
 from tests.helpers import ROOT, Done, contents, flags, metrics, run, sign, start_words, write_parquet
 
-SECONDS = 30
+SECONDS = 60  # of a busy machine
 BOTH = [("fsdp", 2), ("zero3", 2)]
 
 Command = Callable[..., list[str]]
@@ -707,8 +707,6 @@ def fill(disk: Path, left: int) -> Path:
 
 
 THREE_STEPS: dict[str, Any] = {"total_training_steps": 3, "save_steps": 1}
-TOKENIZER = 3_600_000  # bytes of its files, which are in every checkpoint, and made once at the start
-WEIGHTS = 6_400_000  # bytes of the tiny model's
 
 
 @pytest.fixture(scope="module")
@@ -725,25 +723,24 @@ def three_full_steps(tiny_model, uneven_rows, tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("backend", "ranks", "rank_of_lora", "left"),
+    ("backend", "ranks", "rank_of_lora"),
     [
-        pytest.param("fsdp", 1, 4, TOKENIZER + 2 * 2**10, id="weights do not fit"),
-        pytest.param("fsdp", 1, 4, TOKENIZER + 100 * 2**10, id="tokenizer does not fit"),
-        pytest.param("fsdp", 2, 4, TOKENIZER + 2 * 2**10, id="fsdp on two ranks"),
-        pytest.param("zero3", 2, 4, TOKENIZER + 2 * 2**10, id="zero3 on two ranks"),
-        pytest.param("fsdp", 2, 0, WEIGHTS + 2**20, id="moments do not fit"),
-        pytest.param("zero3", 2, 0, WEIGHTS + 2**20, id="moments do not fit on zero3"),
+        pytest.param("fsdp", 1, 4, id="tokenizer does not fit"),
+        pytest.param("fsdp", 2, 4, id="tokenizer does not fit on two ranks"),
+        pytest.param("zero3", 2, 4, id="tokenizer does not fit on zero3"),
+        pytest.param("fsdp", 2, 0, id="moments do not fit"),
+        pytest.param("zero3", 2, 0, id="moments do not fit on zero3"),
     ],
 )
-def test_a_full_disk_while_saving(
-    command, three_steps, three_full_steps, small_disk, backend, ranks, rank_of_lora, left
-):
+def test_a_full_disk_while_saving(command, three_steps, three_full_steps, small_disk, backend, ranks, rank_of_lora):
     folder = small_disk / "out"
     words = command(backend, ranks, output_dir=folder, lora_rank=rank_of_lora, max_checkpoints=1, **THREE_STEPS)
     before = three_steps if rank_of_lora else three_full_steps
     folder.mkdir()
     shutil.copytree(before / "checkpoint-000001", folder / "checkpoint-000001")
-    filler = fill(small_disk, left)
+    sizes = {path.name: path.stat().st_size for path in (before / "checkpoint-000001").iterdir()}
+    first_to_be_made = "tokenizer.json" if rank_of_lora else "model.safetensors"  # the former at the start, too
+    filler = fill(small_disk, sizes[first_to_be_made] + 10 * 4096)
 
     done = run(words)
     refused(
