@@ -19,7 +19,7 @@ SMALL = flags(
 METRIC_KEYS = {
     "step", "epoch", "train/loss", "train/grad_norm", "train/lr", "train/targets", "train/tokens",
     "train/tokens_per_second", "train/effective_tokens_per_second", "train/fold_ratio", "train/mfu",
-    "train/rank_imbalance", "train/data_seconds", "train/step_seconds", "memory",
+    "train/rank_imbalance", "train/data_seconds", "train/save_seconds", "train/step_seconds", "memory",
 }  # fmt: skip
 
 
