@@ -1,5 +1,6 @@
 """Command line: what a checkpoint or a run's folder holds, and whether it is sound."""
 
+import os
 import sys
 
 from dsft.cli import main as command_line
@@ -15,7 +16,10 @@ def run(config: CheckpointConfig) -> None:
         from dsft.checkpointing.inspection import inspect
 
         report = inspect(config.checkpoint, verify=config.verify)
-        print("\n".join(report.lines), flush=True)
+        try:
+            print("\n".join(report.lines), flush=True)
+        except BrokenPipeError:  # who reads it, such as head, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if report.problem is not None:
             raise UserError(report.problem)
 

@@ -4,6 +4,7 @@ A process that has imported them forks for every command, which then runs as `py
 computed before the fork, so no thread is lost by it.
 """
 
+import fcntl
 import json
 import os
 import select
@@ -11,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +93,17 @@ class Commands:
 
 
 class TrainedRuns:
-    """The output folders of small runs, two checkpoints each. They are never changed: `copy` gives one that may be."""
+    """The output folders of small runs, two checkpoints each. They are never changed: `copy` gives one that may be.
+
+    Processes that run tests side by side share them.
+    """
 
     def __init__(self, commands: Commands, model: Path, rows: Path, folder: Path) -> None:
         self._commands, self._folder = commands, folder
-        other_rows = write_parquet(folder / "rows.parquet", [{"prompt": f"p {i}", "response": "r"} for i in range(10)])
+        folder.mkdir(exist_ok=True)
+        other_rows = [{"prompt": f"p {i}", "response": "r"} for i in range(10)]
+        model = self._once("model", lambda made: shutil.copytree(model, made))
+        rows = self._once("rows.parquet", lambda made: shutil.copy(rows, made))
         self._usual = {
             "model": model, "train_files": rows, "val_files": rows, "train_batch_size": 4, "lora_rank": 4,
             "total_training_steps": 2, "save_steps": 1, "dtype": "float32", "lr": 1e-3,
@@ -106,7 +113,9 @@ class TrainedRuns:
             "full": {"lora_rank": 0},
             "other seed": {"seed": 2},
             "other shape": {"lora_rank": 8},
-            "other rows": {"train_files": other_rows},
+            "other rows": {
+                "train_files": self._once("other_rows.parquet", lambda made: write_parquet(made, other_rows))
+            },
         }
 
     def flags(self, kind: str) -> dict[str, Any]:
@@ -119,10 +128,21 @@ class TrainedRuns:
 
     def folder(self, kind: str) -> Path:
         """Made when it is first asked for."""
-        made = self._folder / kind.replace(" ", "_")
-        if not made.exists():
+
+        def train(made: Path) -> None:
             done = self._commands.run("dsft.train", self.words(kind, made))
             assert done.status == 0, done.err
+
+        return self._once(kind.replace(" ", "_"), train)
+
+    def _once(self, name: str, make: Callable[[Path], object]) -> Path:
+        """What one of the processes makes, under this name."""
+        made, unfinished = self._folder / name, self._folder / f"{name}.tmp"
+        with open(self._folder / "lock", "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not made.exists():
+                make(unfinished)
+                unfinished.rename(made)
         return made
 
     def copy(self, kind: str, target: Path) -> Path:

@@ -84,4 +84,7 @@ def commands(tmp_path_factory) -> Iterator[Commands]:
 @pytest.fixture(scope="session")
 def trained_runs(commands, tiny_model, uneven_rows, tmp_path_factory) -> TrainedRuns:
     """Runs of two steps, each with a checkpoint, that differ in one thing from each other."""
-    return TrainedRuns(commands, tiny_model, uneven_rows, tmp_path_factory.mktemp("trained_runs"))
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # of all processes that run tests
+    return TrainedRuns(commands, tiny_model, uneven_rows, folder / "trained_runs")

@@ -13,7 +13,6 @@ import pytest
 from dsft.checkpointing.layout import CheckpointFolder
 from tests.helpers import BIN, ROOT, Done, contents, run
 
-pytestmark = pytest.mark.xdist_group("trained runs")
 SECONDS = 5  # of a busy machine; it loads no torch
 
 

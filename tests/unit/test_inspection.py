@@ -1,10 +1,10 @@
 """What dsft.checkpoint tells of a checkpoint and of a run."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -321,13 +321,8 @@ def test_nothing_is_written_and_no_torch_is_loaded_and_it_is_fast(tmp_path):
         "[inspect(path, verify=True) for path in sys.argv[1:]]; print(*sys.modules)"
     )
     paths = [str(tmp_path), str(tmp_path / "checkpoint-000001")]
-    took = []
-    for _ in range(3):
-        started = time.monotonic()
-        done = subprocess.run(
-            [sys.executable, "-c", code, *paths], cwd=ROOT, capture_output=True, text=True, check=True
-        )
-        took.append(time.monotonic() - started)
+    started = sum(os.times()[2:4])
+    done = subprocess.run([sys.executable, "-c", code, *paths], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert sum(os.times()[2:4]) - started < 1  # of a processor's time; a busy machine gives less of it
     assert {"torch", "transformers", "pandas", "peft"} & set(done.stdout.split()) == set()
-    assert min(took) < 0.5
     assert before == (contents(tmp_path), {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")})

@@ -161,7 +161,7 @@ def test_a_checkpoint_of_another_folder_is_never_mixed_with_a_runs_own(out, tmp_
     told = refusal(out, resume=str(theirs))
     assert told == (
         f"{out} holds checkpoint-000003 of its own, and --resume {theirs} is of another folder; "
-        "name another --output_dir"
+        "leave --resume out to go on from it, or name another --output_dir"
     )
     assert {n: c for n, c in contents(out).items() if n != ".lock"} == before
 
