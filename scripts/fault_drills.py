@@ -259,7 +259,10 @@ def allowed_starts(out: Path) -> list[int]:
 
 def temporary(out: Path) -> dict[str, tuple[int, int]]:
     """Files and folders that a next start must remove, with what tells one from a later one of its name."""
-    found = [path for path in out.rglob("*") if path.name.endswith(".tmp")]
+    # os.walk, not rglob, which fails where a folder is renamed meanwhile
+    found = [
+        Path(place, name) for place, inner, files in os.walk(out) for name in inner + files if name.endswith(".tmp")
+    ]
     found += [path for path in checkpoints(out).values() if not (path / "COMPLETE").is_file()]
     marks = {}
     for path in found:

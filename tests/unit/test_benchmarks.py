@@ -42,7 +42,17 @@ def outcome(*seconds, loss=2.0, peak=1.0):
     return {"steps": steps, "peak_gib_by_rank": {0: peak, 1: peak / 2}, "gpu_peak_gib": None}
 
 
-@pytest.mark.parametrize("script", ["bench_throughput.py", "bench_gpu.py", "bench_trl.py"])
+SCRIPTS = [
+    "bench_throughput.py",
+    "bench_gpu.py",
+    "bench_trl.py",
+    "bench_checkpoint.py",
+    "bench_kernels.py",
+    "profile_step.py",
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_help_says_how_to_call_it(script):
     done = run([sys.executable, f"scripts/{script}", "--help"], timeout=60)
     assert done.status == 0
