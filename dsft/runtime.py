@@ -11,8 +11,10 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from types import FrameType
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -23,6 +25,11 @@ from dsft.liveness import Liveness
 
 Result = TypeVar("Result")
 M_MMAP_THRESHOLD = -3  # malloc.h
+LONGEST_WORK = timedelta(hours=2)
+"""For which ranks wait while one of them makes tokens of the rows or reads a checkpoint. That a rank has died or hangs
+is seen elsewhere (dsft.liveness), and sooner than by any time limit."""
+
+_object_groups: "WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]" = WeakKeyDictionary()
 
 
 class AgreedError(UserError):
@@ -166,6 +173,23 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]))
 
 
+def gather_objects(value: Result) -> list[Result]:
+    """What every rank has, by rank; small objects of Python. Alone, without a process group, a list of one.
+
+    They travel over gloo in a group of its own: with NCCL they would pass through the GPU, and whoever waits for ten
+    minutes would end the run.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    everyone = dist.group.WORLD
+    assert everyone is not None
+    if everyone not in _object_groups:
+        _object_groups[everyone] = dist.new_group(backend="gloo", timeout=LONGEST_WORK)
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=_object_groups[everyone])
+    return values
+
+
 def together(work: Callable[[], Result]) -> Result:
     """Run `work` on every rank; if it fails for one with a UserError, all ranks end here.
 
@@ -181,12 +205,9 @@ def together(work: Callable[[], Result]) -> Result:
     except UserError as failure:
         error = AgreedError(str(failure))
         error.__cause__ = failure
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        errors: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, None if error is None else str(error))
-        failed = [rank for rank, text in enumerate(errors) if text is not None]
-        if failed and failed[0] != dist.get_rank():
-            raise PeerFailedError
+    failed = [rank for rank, is_failed in enumerate(gather_objects(error is not None)) if is_failed]
+    if failed and dist.is_initialized() and failed[0] != dist.get_rank():
+        raise PeerFailedError
     if error is not None:
         raise error
     return result  # type: ignore[return-value]
@@ -204,18 +225,12 @@ def on_first_local_rank(world: World, work: Callable[[], Result]) -> Result:
 
 def on_main(world: World, work: Callable[[], Result]) -> Result:
     """Run `work` on rank 0 alone; every rank gets its result, which must be small. It raises as `together` does."""
-    results = [together(lambda: work() if world.is_main else None)]
-    if dist.is_initialized() and world.size > 1:
-        dist.broadcast_object_list(results, src=0)
-    return results[0]  # type: ignore[return-value]
+    return gather_objects(together(lambda: work() if world.is_main else None))[0]  # type: ignore[return-value]
 
 
 def check_same_everywhere(value: str, what: str, remedy: str) -> None:
     """Raise a UserError where `value` differs between ranks; it names the lines that differ."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    values: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    values = gather_objects(value)
 
     def compare() -> None:
         different = [rank for rank in range(len(values)) if values[rank] != values[0]]

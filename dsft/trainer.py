@@ -113,11 +113,13 @@ class Trainer:
 
     def _load_data(self) -> None:
         config = self.config
-        self.model_path = runtime.on_first_local_rank(self.world, lambda: resolve_model(config.model))
+        first = self.world.local_rank == 0
+        self.model_path = runtime.on_first_local_rank(self.world, lambda: resolve_model(config.model, check=first))
         is_folder = self.model_path == str(Path(config.model).expanduser().resolve())
         self.base_name = self.model_path if is_folder else config.model  # for adapter_config.json
-        resumed = self.resume_from is not None
-        self.initial = runtime.together(lambda: find_initial_weights(config, self.model_path, resumed=resumed))
+        self.initial = runtime.together(
+            lambda: find_initial_weights(config, self.model_path, self.resume_from, check=first)
+        )
         if self.initial is not None and not self.initial.is_adapter:
             self.model_path = self.base_name = str(self.initial.folder)
         self.tokenizer = runtime.together(
@@ -382,6 +384,12 @@ class Trainer:
 
     def train(self) -> None:
         """Every step that is left, with its evaluations and checkpoints; or up to a stop."""
+        try:
+            self._train()
+        finally:
+            self.folder.unlock()
+
+    def _train(self) -> None:
         command = launch_command(without=("resume", "stop_after_steps"))  # while its launcher lives
         with runtime.StopSignals() as stop:
             self.liveness.on_orphaned = stop.orphaned

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from dsft.checkpointing.integrity import COMPLETE, DamagedError, mark_complete, verify
 from dsft.checkpointing.state import CONFIG, STATE
@@ -32,7 +33,7 @@ class CheckpointFolder:
 
     def __init__(self, output_dir: str | Path) -> None:
         self.root = Path(output_dir)
-        self._lock: int | None = None
+        self._lock: BinaryIO | None = None
 
     # What there is
 
@@ -94,7 +95,7 @@ class CheckpointFolder:
         return self._lock is not None
 
     def lock(self) -> None:
-        """Own the folder until this process ends, however it ends: two runs would write over each other.
+        """Own the folder until `unlock`, or the end of this process: two runs would write over each other.
 
         Raises:
             UserError: another process owns it.
@@ -102,23 +103,19 @@ class CheckpointFolder:
         if self._lock is not None:
             return
         path = self.root / LOCK
-        descriptor = -1
-
-        def open_file() -> None:
-            nonlocal descriptor
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-
-        guard_disk(open_file, path)
+        opened: list[BinaryIO] = []
+        guard_disk(lambda: opened.append(os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "rb+")), path)
+        [file] = opened
         deadline = time.monotonic() + LOCK_SECONDS
         while True:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    words = os.pread(descriptor, 200, 0).decode("utf-8", errors="replace").split()
+                    words = os.pread(file.fileno(), 200, 0).decode("utf-8", errors="replace").split()
                     owner = " ".join(words) or "another process"
-                    os.close(descriptor)
+                    file.close()
                     raise UserError(
                         f"{self.root} belongs to a run that still goes on ({owner}); "
                         "wait for its end, or name another --output_dir"
@@ -127,9 +124,15 @@ class CheckpointFolder:
             except OSError:
                 break  # a file system without locks: nothing can be known
         with suppress(OSError):  # only words for the other's message; on a full disk they may be missing
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        self._lock = descriptor
+            os.ftruncate(file.fileno(), 0)
+            os.pwrite(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        self._lock = file
+
+    def unlock(self) -> None:
+        """Let another run have the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def remove_unfinished(self) -> None:
         """Delete what a killed run left half-written."""
@@ -215,8 +218,19 @@ def step_of(checkpoint: Path) -> int:
     return int(match[1])
 
 
-def find_checkpoint(path: str, flag: str) -> Path:
+def is_checkpoint(folder: Path) -> bool:
+    """Whether dsft has written this folder, or begun to."""
+    return (folder / COMPLETE).exists() or (folder / STATE).exists()
+
+
+def find_checkpoint(path: str, flag: str, *, check: bool = True) -> Path:
     """A user's path as one complete and sound checkpoint: the folder itself, or a run's best or latest.
+
+    Args:
+        path: what the user has typed.
+        flag: whose value it is.
+        check: compare the checksums of its files, which reads all of them. Where several ranks of a machine look for
+            one checkpoint, the first does it for all.
 
     Raises:
         UserError: it is neither, or damaged; then an older one is offered.
@@ -237,6 +251,8 @@ def find_checkpoint(path: str, flag: str) -> Path:
         if best_or_latest is None:
             raise UserError(f"--{flag} {path}: the folder holds no complete checkpoint; name one that does")
         found = best_or_latest
+    if not check:
+        return found
     try:
         verify(found)
     except DamagedError as error:

@@ -8,9 +8,8 @@ from typing import Any
 
 import yaml
 
-from dsft.checkpointing.integrity import COMPLETE
-from dsft.checkpointing.layout import ADAPTER, METRICS, CheckpointFolder, find_checkpoint, step_of
-from dsft.checkpointing.state import STATE, read_flags, read_state
+from dsft.checkpointing.layout import ADAPTER, METRICS, CheckpointFolder, find_checkpoint, is_checkpoint, step_of
+from dsft.checkpointing.state import read_flags, read_state
 from dsft.cli import as_yaml
 from dsft.config import TrainConfig
 from dsft.errors import UserError
@@ -98,44 +97,46 @@ class InitialWeights:
     is_adapter: bool
 
 
-def find_initial_weights(config: TrainConfig, model: str, *, resumed: bool) -> InitialWeights | None:
+def find_initial_weights(
+    config: TrainConfig, model: str, resumed: Path | None, *, check: bool = True
+) -> InitialWeights | None:
     """What the run starts from beside --model.
 
     Args:
         config: the flags.
         model: folder or Hub name of --model.
-        resumed: the run has weights of its own; only a base model is still needed.
+        resumed: the checkpoint that the run goes on from. It has the weights of its own; --init_from is needed only
+            where it names the model under LoRA.
+        check: compare the checksums of --init_from; see `find_checkpoint`.
 
     Raises:
         UserError: there is nothing of the kind, or it goes with neither --model nor the LoRA flags.
     """
     if config.init_from is None:
         return None
+    if resumed is not None:
+        if not config.lora_rank:
+            return InitialWeights(resumed, is_adapter=False)
+        if _adapter_config(resumed, "checkpoint")["base_model_name_or_path"] in (config.model, model):
+            return None
     given = Path(config.init_from).expanduser()
-    is_checkpoint = (given / COMPLETE).exists() or (given / STATE).exists()
-    if (given / "config.json").is_file() and not is_checkpoint:
+    if (given / "config.json").is_file() and not is_checkpoint(given):
         return _whole_model(given.resolve(), model, config)  # what dsft.merge or transformers has written
-    found = find_checkpoint(config.init_from, "init_from")
+    found = find_checkpoint(config.init_from, "init_from", check=check)
     if not (found / f"{ADAPTER}.safetensors").is_file():
         return _whole_model(found, model, config)
-    if resumed:
-        return None
     if not config.lora_rank:
         raise UserError(
             f"--init_from {config.init_from}: {found.name} holds LoRA weights, and --lora_rank is 0; "
             "name its merged model (python -m dsft.merge), or give the flags of its LoRA"
         )
-    path = found / "adapter_config.json"
-    try:
-        adapter = json.loads(path.read_text(encoding="utf-8"))
-        stored = {
-            "lora_rank": adapter["r"],
-            "lora_alpha": adapter["lora_alpha"],
-            "use_rslora": adapter["use_rslora"],
-            "use_dora": adapter["use_dora"],
-        }
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); name another --init_from") from error
+    adapter = _adapter_config(found, "--init_from")
+    stored = {
+        "lora_rank": adapter["r"],
+        "lora_alpha": adapter["lora_alpha"],
+        "use_rslora": adapter["use_rslora"],
+        "use_dora": adapter["use_dora"],
+    }
     changed = [f"--{n} {value}" for n, value in stored.items() if getattr(config, n) != value]
     if changed:
         raise UserError(
@@ -144,9 +145,19 @@ def find_initial_weights(config: TrainConfig, model: str, *, resumed: bool) -> I
     return InitialWeights(found, is_adapter=True)
 
 
+def _adapter_config(checkpoint: Path, what: str) -> dict[str, Any]:
+    """PEFT's adapter_config.json. Raises UserError where it is none; then another of `what` should be named."""
+    path = checkpoint / "adapter_config.json"
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return {key: stored[key] for key in ("base_model_name_or_path", "r", "lora_alpha", "use_rslora", "use_dora")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); name another {what}") from error
+
+
 def _whole_model(folder: Path, model: str, config: TrainConfig) -> InitialWeights:
     """A model of the same architecture as --model's, where that one is a folder."""
-    resolve_model(str(folder))
+    resolve_model(str(folder), check=False)  # it has been, where it is a checkpoint
 
     def shape(path: Path) -> dict[str, Any]:
         try:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from dsft.checkpointing.layout import find_checkpoint, is_checkpoint
 from dsft.errors import UserError, did_you_mean
 from dsft.model.embedded import NAME as EMBEDDED
 from dsft.model.embedded import embedded_model
@@ -20,8 +21,12 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 
-def resolve_model(name: str) -> str:
+def resolve_model(name: str, *, check: bool = True) -> str:
     """What from_pretrained takes for --model: the embedded model's folder, a checked folder, or a Hub name.
+
+    Args:
+        name: value of the flag.
+        check: where it is a checkpoint of full fine-tuning, compare its checksums; see `find_checkpoint`.
 
     Raises:
         UserError: a folder that is no model, or without safetensors weights.
@@ -35,6 +40,8 @@ def resolve_model(name: str) -> str:
             siblings = [str(p) for p in folder.parent.glob("*")] if folder.parent.is_dir() else []
             raise UserError(f"--model {name}: no such folder{did_you_mean(name, [EMBEDDED, *siblings])}")
         return name
+    if is_checkpoint(folder):
+        find_checkpoint(name, "model", check=check)
     if not (folder / "config.json").is_file():
         raise UserError(f"--model {name}: the folder has no config.json, so it is no model")
     if not (folder / SINGLE).is_file() and not (folder / INDEX).is_file():

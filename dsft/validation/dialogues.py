@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -229,10 +228,7 @@ def _answer(
                 for row, text in zip(members, texts, strict=True)
             ]
             bar.update(len(members))
-    parts: list[Any] = [judged]
-    if world.size > 1:
-        parts = [None] * world.size
-        dist.gather_object(judged, parts if world.is_main else None)
+    parts = runtime.gather_objects(judged)
     if not world.is_main:
         return None
     return sorted((row for part in parts for row in part), key=lambda row: row["row"])

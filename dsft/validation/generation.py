@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dsft import runtime
-from dsft.checkpointing.layout import ADAPTER, find_checkpoint
+from dsft.checkpointing.layout import ADAPTER, find_checkpoint, is_checkpoint
+from dsft.checkpointing.tensor_files import TensorReader
 from dsft.config import ValidateConfig
 from dsft.dataset.chat_format import ChatFormat
 from dsft.errors import UserError
@@ -33,25 +34,27 @@ def load_generator(config: ValidateConfig, device: torch.device) -> "Transformer
     Raises:
         UserError: a model or an adapter that cannot be loaded, or an adapter of another model.
     """
-    path = resolve_model(config.model)
+    world = runtime.World.from_environment()
+    path = resolve_model(config.model, check=world.local_rank == 0)
     tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
-    adapter = _find_adapter(config.adapter) if config.adapter else None
+    adapter = _find_adapter(config.adapter, check=world.local_rank == 0) if config.adapter else None
     if config.engine == "vllm":
-        if runtime.World.from_environment().size > 1:
+        if world.size > 1:
             raise UserError("--engine vllm runs in one process; start without a launcher, or drop --engine vllm")
         return VllmGenerator(config, path, adapter, tokenizer)
     return TransformersGenerator(config, path, adapter, tokenizer, device)
 
 
-def _find_adapter(name: str) -> Path:
+def _find_adapter(name: str, *, check: bool) -> Path:
     """A run, a checkpoint, or a folder that PEFT has written."""
     folder = Path(name).expanduser()
-    if not (folder / f"{ADAPTER}.safetensors").is_file():
-        folder = find_checkpoint(name, "adapter")
+    if is_checkpoint(folder) or not (folder / f"{ADAPTER}.safetensors").is_file():
+        folder = find_checkpoint(name, "adapter", check=check)
     if not (folder / "adapter_config.json").is_file():
         raise UserError(
             f"--adapter {name}: {folder} holds no adapter_config.json; name it with --model if it is a model"
         )
+    TensorReader(folder, ADAPTER)  # without safetensors PEFT would open a pickle
     return folder
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 import dsft
 from dsft import runtime
@@ -73,11 +72,7 @@ def _judge_game(config: ValidateConfig, world: runtime.World, device: torch.devi
         return levels, ModelPlayer(load_generator(config, device), config)
 
     levels, player = runtime.together(prepare)
-    own = play(config, player, levels, world)
-    gathered: list[Any] = [own]
-    if world.size > 1:
-        gathered = [None] * world.size
-        dist.all_gather_object(gathered, own)
+    gathered = runtime.gather_objects(play(config, player, levels, world))
     if not world.is_main:
         return None
     outcomes = sorted((outcome for part in gathered for outcome in part), key=lambda outcome: outcome.episode)

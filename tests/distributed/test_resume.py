@@ -112,7 +112,12 @@ def test_a_second_stage_starts_from_weights_alone(tiny_model, tmp_path):
     assert run([*words, "--lora_rank", 4, "--output_dir", first]).status == 0
     [(_, reached)] = validations(first)
     more = ["--validate_before_training", "--init_from", first]
-    assert run([*start_words("zero3", 1), *common, "--lora_rank", 4, "--output_dir", second, *more]).status == 0
+    of_second = [*start_words("zero3", 1), *common, "--lora_rank", 4, "--output_dir", second, *more]
+    assert run([*of_second, "--stop_after_steps", 1]).status == 0
+    first.rename(tmp_path / "away")  # the second stage has weights of its own by now
+    done = run(of_second)
+    assert done.status == 0, done.err
+    (tmp_path / "away").rename(first)
     assert validations(second)[0] == pytest.approx((0, reached), rel=1e-6)
     assert metrics(second)[0]["train/lr"] == metrics(first)[0]["train/lr"]
     assert validations(second)[-1][1] < reached

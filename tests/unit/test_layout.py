@@ -325,6 +325,15 @@ def test_the_folder_is_free_when_its_owner_has_ended_however_it_ended(run, owner
     assert (run.root / ".lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
+def test_a_folder_is_free_when_its_run_has_ended_in_a_process_that_lives_on(run):
+    run.lock()
+    run.unlock()
+    again = CheckpointFolder(run.root)
+    again.lock()
+    assert again.is_locked
+    assert not run.is_locked
+
+
 def test_reading_needs_no_lock(run, owner):
     [saved] = save(run, 1)
     assert find_checkpoint(str(run.root), "checkpoint") == saved

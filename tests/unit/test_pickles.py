@@ -241,7 +241,6 @@ def judge(commands: Commands, trained_runs: TrainedRuns, folder: Path, **named: 
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason=f"dsft/validation/generation.py {BYPASS}")
 def test_validate_verifies_its_adapter(commands, trained_runs, out, newest, tmp_path):
     put(newest / "optimizer.safetensors", b"")
     done = judge(commands, trained_runs, tmp_path, adapter=newest)
@@ -250,7 +249,6 @@ def test_validate_verifies_its_adapter(commands, trained_runs, out, newest, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason=f"dsft/validation/generation.py {BYPASS}; PEFT opens the .bin")
 def test_validate_never_falls_back_to_a_pickle(commands, trained_runs, out, newest, marker, tmp_path):
     (newest / "adapter_model.safetensors").unlink()
     put(newest / "adapter_model.bin", PAYLOADS["zip"](marker))
@@ -261,7 +259,6 @@ def test_validate_never_falls_back_to_a_pickle(commands, trained_runs, out, newe
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason=f"dsft/model/source.py {BYPASS}")
 def test_a_checkpoint_as_a_model_is_verified(commands, trained_runs, tmp_path):
     newest = trained_runs.copy("full", tmp_path / "run") / "checkpoint-000002"
     weights = bytearray((newest / "model.safetensors").read_bytes())

@@ -1,7 +1,6 @@
 """From which checkpoint a run goes on, or takes its first weights, and whether it may."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 from dsft.checkpointing import layout
 from dsft.checkpointing.integrity import COMPLETE
 from dsft.checkpointing.layout import CheckpointFolder
-from dsft.checkpointing.resuming import find_initial_weights, find_resume, open_output
+from dsft.checkpointing.resuming import InitialWeights, find_initial_weights, find_resume, open_output
 from dsft.checkpointing.state import CONFIG, STATE
 from dsft.cli import as_yaml
 from dsft.config import TrainConfig
@@ -39,8 +38,7 @@ def resumed(out: Path, warn: Any = pytest.fail, **changed: Any) -> Path | None:
     try:
         return find_resume(config(out, **changed), run, warn)
     finally:
-        if run.is_locked:  # as if the process had ended
-            os.close(run._lock)  # type: ignore[arg-type]
+        run.unlock()  # as if the process had ended
 
 
 def refusal(out: Path, **changed: Any) -> str:
@@ -235,7 +233,7 @@ def test_an_output_folder_that_cannot_be_made_is_one_line(tmp_path):
 
 # First weights
 
-ADAPTER = {"r": 64, "lora_alpha": 32.0, "use_rslora": False, "use_dora": False}
+ADAPTER = {"base_model_name_or_path": "m", "r": 64, "lora_alpha": 32.0, "use_rslora": False, "use_dora": False}
 MODEL = {"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 2, "vocab_size": 9}
 
 
@@ -248,12 +246,15 @@ def model(folder: Path, **changed: Any) -> dict[str, bytes | str]:
     return {"config.json": json.dumps(MODEL | changed), "model.safetensors": "w", CONFIG: "{}"}
 
 
-def initial(init_from: Path, base: Path | str = "m", *, resumed: bool = False, **changed: Any) -> Any:
-    return find_initial_weights(config(Path("none"), init_from=str(init_from), **changed), str(base), resumed=resumed)
+def initial(
+    init_from: Path, base: Path | str = "m", *, resumed: Path | None = None, check: bool = True, **changed: Any
+) -> Any:
+    flags = config(Path("none"), init_from=str(init_from), **changed)
+    return find_initial_weights(flags, str(base), resumed, check=check)
 
 
 def test_without_the_flag_there_is_nothing():
-    assert find_initial_weights(config(Path("none")), "m", resumed=False) is None
+    assert find_initial_weights(config(Path("none")), "m", None) is None
 
 
 def test_an_adapter_starts_lora_of_its_own_shape(out):
@@ -261,12 +262,30 @@ def test_an_adapter_starts_lora_of_its_own_shape(out):
     saved = adapter(out)
     found = initial(saved)
     assert (found.folder, found.is_adapter) == (saved, True)
-    assert initial(saved, resumed=True) is None
     assert "were trained with --lora_rank 64; give the same values" in message(initial, saved, lora_rank=8)
     assert "were trained with --lora_alpha 32.0 --use_dora False" in message(
         initial, saved, lora_alpha=1.0, use_dora=True
     )
     assert "holds LoRA weights, and --lora_rank is 0" in message(initial, saved, lora_rank=0)
+
+
+@pytest.mark.parametrize("base", ["m", "/the/folder/of/m"])
+def test_a_resumed_run_needs_no_adapter_that_it_began_from(out, base):
+    out.mkdir()
+    own = adapter(out, base_model_name_or_path=base)
+    assert initial(Path("/deleted"), "/the/folder/of/m", resumed=own) is None
+
+
+def test_a_resumed_run_needs_the_model_under_its_lora(out):
+    out.mkdir()
+    own = adapter(out, base_model_name_or_path="/stage/one")
+    assert message(initial, Path("/stage/one"), resumed=own).startswith("--init_from /stage/one: no such folder")
+
+
+def test_a_resumed_run_of_full_fine_tuning_begins_from_its_own_checkpoint(out):
+    out.mkdir()
+    own = save_checkpoint(out, 1, model(out))
+    assert initial(Path("/deleted"), resumed=own, lora_rank=0) == InitialWeights(own, is_adapter=False)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", "\x80"])
@@ -315,7 +334,8 @@ def test_a_damaged_adapter_is_refused_and_the_older_one_offered(out):
     damage(second, "adapter_model.safetensors")
     assert message(initial, out).endswith(f"adapter_model.safetensors is damaged: its checksum is not the one it was "
                                           f"written with; name {first}, which is sound")  # fmt: skip
-    assert message(initial, second, resumed=True).endswith(f"; name {first}, which is sound")
+    assert message(initial, second).endswith(f"; name {first}, which is sound")
+    assert initial(second, check=False).folder == second  # another rank of the machine reads it
 
 
 def test_a_state_alone_makes_it_a_checkpoint(tmp_path):
