@@ -149,6 +149,7 @@ def test_a_run_that_goes_on_as_it_should_passes(life, tmp_path):
         (told(8), lines(range(1, 15), (15, "train/loss", 11.333333333333336)), "sequence: line 16"),  # the last bit
         (told(8), lines(range(1, 15), (11, "val/loss", 0.1251)), "sequence: line 12"),
     ],
+    ids=["too early", "from zero", "refused", "a step missing", "a step twice", "another loss", "validation"],
 )
 def test_a_run_that_does_not_is_found_out(life, tmp_path, text, metrics, failure):
     assert any(text.startswith(failure) for text in resumed(life, tmp_path, text, metrics).failures)
