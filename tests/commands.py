@@ -1,7 +1,7 @@
-"""Many command lines without waiting each time for torch and transformers to be imported.
+"""Many command lines without waiting each time for torch, transformers and deepspeed to be imported.
 
-A process that has imported them forks for every command, which then runs as `python -m MODULE` would. Nothing is
-computed before the fork, so no thread is lost by it.
+A process that has imported them forks for every command, which then runs as `python -m MODULE` would, or for each of
+its ranks, which then run as under a launcher. Nothing is computed before the fork, so no thread is lost by it.
 """
 
 import fcntl
@@ -9,6 +9,7 @@ import json
 import os
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -19,34 +20,54 @@ from typing import Any
 from tests.helpers import ROOT, Done, flags, write_parquet
 
 SERVER = """
-import importlib, json, os, sys, traceback
+import importlib, json, os, socket, sys, traceback
 
 from dsft import runtime
 
 runtime.silence_libraries()
-for name in ("trainer", "backends.fsdp", "model.merging", "validation.judge", "validation.dialogues"):
+for name in ("trainer", "backends.fsdp", "backends.zero3", "model.merging", "validation.judge", "validation.dialogues"):
     importlib.import_module(f"dsft.{name}")
 import peft.tuners.lora, transformers.models.llama.modeling_llama
 print("ready", flush=True)
-for line in sys.stdin:
-    module, words, folder = json.loads(line)
+
+
+def start(module, words, folder, environment):
     child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            for number, name in ((1, "out"), (2, "err")):
-                os.dup2(os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-            sys.argv = [module, *words]
-            importlib.import_module(module).main()
-            status = 0
-        except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else int(end.code is not None)
-        except BaseException:
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    if child:
+        return child
+    status = 1
+    try:
+        for number, name in ((0, None), (1, "out"), (2, "err")):
+            path = os.path.join(folder, name) if name else os.devnull
+            os.dup2(os.open(path, (os.O_WRONLY | os.O_APPEND) if name else os.O_RDONLY), number)
+        os.environ.clear()
+        os.environ.update(environment)
+        sys.argv = [module, *words]
+        importlib.import_module(module).main()
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+for line in sys.stdin:
+    module, words, folder, ranks, environment = json.loads(line)
+    children = []
+    if ranks == 1:
+        children.append(start(module, words, folder, environment))
+    else:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = str(listener.getsockname()[1])
+        for rank in map(str, range(ranks)):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            children.append(start(module, words, folder, environment | place))
+    print(*[os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children], flush=True)
 """
 
 
@@ -56,40 +77,61 @@ class Commands:
     def __init__(self, folder: Path) -> None:
         """`folder` keeps their output."""
         self._folder = folder
-        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", SERVER],
-            cwd=ROOT,
-            env=environment | {"OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            bufsize=1,
-        )
-        assert self._answer(120) == "ready"
+        self._process: subprocess.Popen[str] | None = None
 
-    def run(self, module: str, words: Sequence[Any], *, timeout: float = 60) -> Done:
-        """Run a command such as dsft.train and wait for it."""
-        assert self._process.stdin is not None
+    def run(self, module: str, words: Sequence[Any], *, ranks: int = 1, timeout: float = 120) -> Done:
+        """Run a command such as dsft.train on some ranks and wait for it. Its status is the first that is not 0."""
+        server = self._server()
+        assert server.stdin is not None
         started = time.monotonic()
-        self._process.stdin.write(json.dumps([module, [str(word) for word in words], str(self._folder)]) + "\n")
-        status = int(self._answer(timeout))
+        for name in ("out", "err"):
+            (self._folder / name).write_bytes(b"")
+        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        environment["OMP_NUM_THREADS"] = "1"
+        request = [module, [str(word) for word in words], str(self._folder), ranks, environment]
+        server.stdin.write(json.dumps(request) + "\n")
+        statuses = [int(status) for status in self._answer(server, timeout).split()]
         out, err = ((self._folder / name).read_text(encoding="utf-8") for name in ("out", "err"))
-        return Done(status, out, err, time.monotonic() - started)
+        return Done(next(filter(None, statuses), 0), out, err, time.monotonic() - started)
+
+    def __call__(self, words: Sequence[Any]) -> Done:
+        """Run a command line that begins as `start_words` says, or with python -m; the ranks have no launcher."""
+        typed = [str(word) for word in words]
+        if typed[1] == "-m":
+            return self.run(typed[2], typed[3:])
+        script = typed.index("dsft/train.py")
+        [ranks] = [typed[i + 1] for i in range(script) if typed[i] in ("--nproc_per_node", "--num_accelerators")]
+        return self.run("dsft.train", typed[script + 1 :], ranks=int(ranks))
+
+    def _server(self) -> "subprocess.Popen[str]":
+        if self._process is None or self._process.poll() is not None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", SERVER],
+                cwd=ROOT,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                bufsize=1,
+                start_new_session=True,
+            )
+            assert self._answer(self._process, 120) == "ready"
+        return self._process
 
     def close(self) -> None:
-        """End the process."""
-        self._process.kill()
-        self._process.wait()
+        """End the process, and what it has started."""
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
 
-    def _answer(self, timeout: float) -> str:
-        assert self._process.stdout is not None
-        ready, _, _ = select.select([self._process.stdout], [], [], timeout)
+    def _answer(self, server: "subprocess.Popen[str]", timeout: float) -> str:
+        assert server.stdout is not None
+        ready, _, _ = select.select([server.stdout], [], [], timeout)
         if not ready:
             self.close()
             raise AssertionError(f"no answer within {timeout} s")
-        return self._process.stdout.readline().strip()
+        return server.stdout.readline().strip()
 
 
 class TrainedRuns:

@@ -49,10 +49,10 @@ def test_compare_script_fails_when_arms_differ(tiny_model, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_epoch_uses_every_row_once_in_batches_that_need_not_divide(tiny_model, tmp_path):
+def test_an_epoch_uses_every_row_once_in_batches_that_need_not_divide(commands, tiny_model, tmp_path):
     words = common(tiny_model, train_batch_size=12, output_dir=tmp_path / "out")
     words[words.index("--total_training_steps") : words.index("--total_training_steps") + 2] = []
-    done = run([*start_words("fsdp", 1), *words])
+    done = commands([*start_words("fsdp", 1), *words])
     assert done.status == 0, done.err
     lines = metrics(tmp_path / "out")
     assert [line["epoch"] for line in lines] == [round((n + 1) / len(lines), 6) for n in range(len(lines))]
@@ -68,12 +68,12 @@ def test_an_epoch_uses_every_row_once_in_batches_that_need_not_divide(tiny_model
 
 @pytest.mark.slow
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
-def test_adapters_of_both_backends_load_with_plain_peft_and_agree(use_dora, tiny_model, tmp_path, port):
+def test_adapters_of_both_backends_load_with_plain_peft_and_agree(commands, use_dora, tiny_model, tmp_path):
     logits = {}
     for backend, ranks in (("fsdp", 1), ("zero3", 2)):
         out = tmp_path / f"{backend}{ranks}"
         words = common(tiny_model, output_dir=out, use_dora=use_dora, total_training_steps=2)
-        done = run([*start_words(backend, ranks, port), *words])
+        done = commands([*start_words(backend, ranks), *words])
         assert done.status == 0, done.err
         base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
         model = PeftModel.from_pretrained(base, str(out / "latest")).eval()
@@ -87,9 +87,9 @@ def test_adapters_of_both_backends_load_with_plain_peft_and_agree(use_dora, tiny
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["fsdp", "zero3"])
-def test_full_fine_tuning_writes_a_model_that_transformers_loads(backend, tiny_model, tmp_path, port):
+def test_full_fine_tuning_writes_a_model_that_transformers_loads(commands, backend, tiny_model, tmp_path):
     out = tmp_path / "out"
-    done = run([*start_words(backend, 2, port), *common(tiny_model, lora_rank=0, output_dir=out, eval_steps=4)])
+    done = commands([*start_words(backend, 2), *common(tiny_model, lora_rank=0, output_dir=out, eval_steps=4)])
     assert done.status == 0, done.err
     loaded = AutoModelForCausalLM.from_pretrained(out / "best")
     before = AutoModelForCausalLM.from_pretrained(tiny_model)
@@ -109,11 +109,11 @@ def test_full_fine_tuning_writes_a_model_that_transformers_loads(backend, tiny_m
     ],
     ids=lambda changed: "-".join(map(str, *changed.items())),
 )
-def test_memory_and_attention_settings_leave_the_numbers(backend, changed, tiny_model, tmp_path, port):
+def test_memory_and_attention_settings_leave_the_numbers(commands, backend, changed, tiny_model, tmp_path):
     settings = {"lora_rank": 4, "total_training_steps": 2, "eval_steps": 0}
     for name, more in (("plain", {}), ("changed", changed)):
         words = common(tiny_model, output_dir=tmp_path / name, **(settings | more))
-        done = run([*start_words(backend, 1, port), *words])
+        done = commands([*start_words(backend, 1), *words])
         assert done.status == 0, done.err
         recomputes = "layers recompute their activations" in done.out
         assert recomputes == (more.get("gradient_checkpointing") is True)  # auto: a tiny model fits
@@ -125,13 +125,13 @@ def test_memory_and_attention_settings_leave_the_numbers(backend, changed, tiny_
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("backend", "lora_rank"), [("fsdp", 4), ("zero3", 4), ("fsdp", 0)])
-def test_bfloat16_compute_keeps_float32_weights_and_moments(backend, lora_rank, tiny_model, tmp_path, port):
+def test_bfloat16_compute_keeps_float32_weights_and_moments(commands, backend, lora_rank, tiny_model, tmp_path):
     from safetensors import safe_open
 
     words = common(
         tiny_model, dtype="bfloat16", lora_rank=lora_rank, total_training_steps=2, eval_steps=0, output_dir=tmp_path
     )
-    done = run([*start_words(backend, 2, port), *words])
+    done = commands([*start_words(backend, 2), *words])
     assert done.status == 0, done.err
     weights = "adapter_model" if lora_rank else "model"
     for stem in (weights, "optimizer"):

@@ -14,7 +14,7 @@ from dsft.dataset.batches import GlobalBatches
 from dsft.dataset.micro_batches import Cost, Layout, MicroBatches
 from dsft.dataset.tokens import DataFormat, TokenDataset, load_dataset
 from dsft.model.memory import MOST_TOKENS
-from tests.helpers import MEDICAL, SAMPLE_TRAIN, flags, metrics, run, start_words, write_parquet
+from tests.helpers import MEDICAL, SAMPLE_TRAIN, flags, metrics, start_words, write_parquet
 
 STEPS, ROWS_A_STEP, RATE = 5, 6, 1e-4
 MARKED = "<|im_end|>\n<|im_start|>assistant\n"  # a string with the template's marks is taken as it is
@@ -92,14 +92,14 @@ def reference(tiny_model, tokenised):
     return get
 
 
-def trained(backend, ranks, port, model, file, out, **more) -> list[dict]:
+def trained(commands, backend, ranks, model, file, out, **more) -> list[dict]:
     usual = {
         "model": model, "train_files": file, "output_dir": out, "dtype": "float32", "lora_rank": 0, "lr": RATE,
         "schedule": "constant", "warmup_ratio": 0, "train_batch_size": ROWS_A_STEP, "total_training_steps": STEPS,
         "save_steps": 0,
     }  # fmt: skip
     words = flags(**(usual | more))
-    done = run([*start_words(backend, ranks, port), *words])
+    done = commands([*start_words(backend, ranks), *words])
     assert done.status == 0, done.err
     return metrics(out)
 
@@ -117,12 +117,12 @@ MATRIX = [
 
 @pytest.mark.parametrize(("name", "backend", "ranks", "small"), MATRIX)
 def test_every_step_is_that_of_a_plain_loop(
-    name, backend, ranks, small, tiny_model, tokenised, reference, tmp_path, port
+    commands, name, backend, ranks, small, tiny_model, tokenised, reference, tmp_path
 ):
     file, data = tokenised(name)
     longest = int(data.lengths.max())
     tokens = longest if small else 100 * longest  # several micro-batches, or one
-    lines = trained(backend, ranks, port, tiny_model, file, tmp_path / "out", max_tokens_per_micro_batch=tokens)
+    lines = trained(commands, backend, ranks, tiny_model, file, tmp_path / "out", max_tokens_per_micro_batch=tokens)
     found = [(line["train/loss"], line["train/grad_norm"]) for line in lines]
     assert np.array(found) == pytest.approx(np.array(reference(name)), rel=1e-5)
     if not small and ranks == 1:
@@ -136,12 +136,12 @@ def test_every_step_is_that_of_a_plain_loop(
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "backend", "ranks"), [("chains", "fsdp", 2), ("trees", "zero3", 2)])
 def test_a_model_that_follows_no_tree_folds_chains(
-    name, backend, ranks, tiny_model, tokenised, reference, tmp_path, port
+    commands, name, backend, ranks, tiny_model, tokenised, reference, tmp_path
 ):
     file, data = tokenised(name)
     tokens = int(data.lengths.max()) * 2
     more = {"max_tokens_per_micro_batch": tokens, "attn_implementation": "eager"}
-    lines = trained(backend, ranks, port, tiny_model, file, tmp_path / "out", **more)
+    lines = trained(commands, backend, ranks, tiny_model, file, tmp_path / "out", **more)
     found = [(line["train/loss"], line["train/grad_norm"]) for line in lines]
     assert np.array(found) == pytest.approx(np.array(reference(name)), rel=1e-5)
     assert all((line["train/fold_ratio"] > 1.5) == (name == "chains") for line in lines)
@@ -150,12 +150,13 @@ def test_a_model_that_follows_no_tree_folds_chains(
 @pytest.mark.slow
 @pytest.mark.parametrize(("backend", "ranks"), [("fsdp", 2), ("zero3", 1)])
 def test_folding_and_not_folding_agree_where_a_batch_holds_all_rows(
-    backend, ranks, tiny_model, tokenised, tmp_path, port
+    commands, backend, ranks, tiny_model, tokenised, tmp_path
 ):
     file, data = tokenised("trees")
     more = {"train_batch_size": len(data), "max_tokens_per_micro_batch": 900}
     on, off = (
-        trained(backend, ranks, port, tiny_model, file, tmp_path / fold, fold=fold, **more) for fold in ("batch", "off")
+        trained(commands, backend, ranks, tiny_model, file, tmp_path / fold, fold=fold, **more)
+        for fold in ("batch", "off")
     )
     assert all(line["train/fold_ratio"] == 1.0 for line in off)
     assert all(line["train/fold_ratio"] > 1.5 for line in on)
@@ -165,7 +166,7 @@ def test_folding_and_not_folding_agree_where_a_batch_holds_all_rows(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["fsdp", "zero3"])
-def test_bfloat16_gradients_are_added_up_in_float32(backend, tiny_model, tokenised, tmp_path, port):
+def test_bfloat16_gradients_are_added_up_in_float32(commands, backend, tiny_model, tokenised, tmp_path):
     """64 times a sixty-fourth is the whole exactly, unless the sum is rounded to bfloat16 on its way."""
     data = tokenised("chains")[1]
     file = write_parquet(tmp_path / "rows.parquet", [row_set("chains")[0]] * 64)
@@ -173,9 +174,9 @@ def test_bfloat16_gradients_are_added_up_in_float32(backend, tiny_model, tokenis
     tokens = {"batch": int(data.lengths.max()), "off": len(data[0][0])}
     once, often = (
         trained(
+            commands,
             backend,
             1,
-            port,
             tiny_model,
             file,
             tmp_path / fold,

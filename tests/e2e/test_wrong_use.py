@@ -18,12 +18,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dsft.checkpointing.integrity import verify
+from tests.commands import Commands
 from tests.helpers import ROOT, Done, contents, flags, metrics, run, sign, start_words, write_parquet
 
 SECONDS = 60  # of a busy machine
 BOTH = [("fsdp", 2), ("zero3", 2)]
-
-Command = Callable[..., list[str]]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,27 +41,38 @@ def out(tmp_path) -> Path:
     return tmp_path / "out"
 
 
-@pytest.fixture
-def command(tiny_model, uneven_rows, out, port) -> Command:
+class Command:
     """A command line that would train one step, with the values a test changes (None leaves a flag out)."""
 
-    def words(backend: str = "fsdp", ranks: int = 1, **changed: Any) -> list[str]:
-        return [*start_words(backend, ranks, port), *flags(**values(**changed))]
+    def __init__(self, commands: Commands, port: int, usual: dict[str, Any]) -> None:
+        self._commands, self._port, self._usual = commands, port, usual
 
-    def values(**changed: Any) -> dict[str, Any]:
-        usual = {
-            "model": tiny_model,
-            "train_files": uneven_rows,
-            "output_dir": out,
-            "train_batch_size": 4,
-            "lora_rank": 4,
-            "total_training_steps": 1,
-            "dtype": "float32",
-        }
-        return {name: value for name, value in (usual | changed).items() if value is not None}
+    def values(self, **changed: Any) -> dict[str, Any]:
+        return {name: value for name, value in (self._usual | changed).items() if value is not None}
 
-    words.values = values  # type: ignore[attr-defined]
-    return words
+    def __call__(self, backend: str = "fsdp", ranks: int = 1, **changed: Any) -> list[str]:
+        return [*start_words(backend, ranks, self._port), *flags(**self.values(**changed))]
+
+    def run(self, backend: str = "fsdp", ranks: int = 1, **changed: Any) -> Done:
+        """Without the time to import torch, and without a launcher."""
+        return self._commands(self(backend, ranks, **changed))
+
+    def again(self, words: list[str]) -> Done:
+        return self._commands(words)
+
+
+@pytest.fixture
+def command(commands, tiny_model, uneven_rows, out, port) -> Command:
+    usual = {
+        "model": tiny_model,
+        "train_files": uneven_rows,
+        "output_dir": out,
+        "train_batch_size": 4,
+        "lora_rank": 4,
+        "total_training_steps": 1,
+        "dtype": "float32",
+    }
+    return Command(commands, port, usual)
 
 
 def refused(done: Done, *parts: str, lines: int = 1) -> None:
@@ -208,7 +218,7 @@ def bad_file(tmp_path: Path, kind: str) -> Path:
     ],
 )
 def test_wrong_data(command, tmp_path, out, kind, parts):
-    refused_alone(run(command(train_files=bad_file(tmp_path, kind))), *parts)
+    refused_alone(command.run(train_files=bad_file(tmp_path, kind)), *parts)
     assert not out.exists()
 
 
@@ -227,7 +237,7 @@ def test_wrong_data(command, tmp_path, out, kind, parts):
     ids=["column", "val_files", "long row", "all dropped", "small micro-batch"],
 )
 def test_flags_that_do_not_fit_the_data(command, out, changed, parts):
-    refused_alone(run(command(**changed)), *parts)
+    refused_alone(command.run(**changed), *parts)
     assert not out.exists()
 
 
@@ -277,7 +287,7 @@ def bad_model(tiny_model: Path, tmp_path: Path, kind: str) -> Path:
     ],
 )
 def test_a_wrong_model(command, tiny_model, tmp_path, out, kind, parts):
-    refused_alone(run(command(model=bad_model(tiny_model, tmp_path, kind))), "--model ", *parts)
+    refused_alone(command.run(model=bad_model(tiny_model, tmp_path, kind)), "--model ", *parts)
     assert not out.exists()
 
 
@@ -299,7 +309,7 @@ def test_a_hub_name_without_the_hub(command, out):
     ids=["target_modules", "attn_implementation"],
 )
 def test_flags_that_do_not_fit_the_model(command, out, changed, parts):
-    refused_alone(run(command(**changed)), *parts)
+    refused_alone(command.run(**changed), *parts)
     assert not out.exists()
 
 
@@ -331,7 +341,7 @@ def test_a_wrong_ds_config(command, tmp_path, out, text, parts):
     file = tmp_path / "ds.json"
     if text is not None:
         file.write_text(text)
-    refused_alone(run(command("zero3", ds_config=file)), "--ds_config ", *parts)
+    refused_alone(command.run("zero3", ds_config=file), "--ds_config ", *parts)
     assert not out.exists()
 
 
@@ -343,22 +353,24 @@ def test_a_wrong_ds_config(command, tmp_path, out, text, parts):
 def test_an_output_folder_that_cannot_be_made(command, tmp_path, place):
     (tmp_path / "file").write_text("")
     folder = tmp_path / "file" / "below" if place == "file" else Path("/proc/dsft")
-    refused_alone(run(command(output_dir=folder)), f"cannot write {folder}", "name another folder")
+    refused_alone(command.run(output_dir=folder), f"cannot write {folder}", "name another folder")
 
 
-def finished_run(model: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory, more: dict[str, Any]) -> Path:
+def finished_run(
+    commands: Commands, model: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory, more: dict[str, Any]
+) -> Path:
     folder = tmp_path_factory.mktemp("finished") / "out"
     usual = {"train_batch_size": 4, "lora_rank": 4, "total_training_steps": 1, "dtype": "float32"}
     words = flags(**{"model": model, "train_files": rows, "output_dir": folder, **usual, **more})
-    done = run([*start_words("fsdp", 1), *words])
+    done = commands([*start_words("fsdp", 1), *words])
     assert done.status == 0, done.err
     return folder
 
 
 @pytest.fixture(scope="module")
-def one_step(tiny_model, uneven_rows, tmp_path_factory) -> Path:
+def one_step(commands, tiny_model, uneven_rows, tmp_path_factory) -> Path:
     """The output folder of a run of one step that has ended well."""
-    return finished_run(tiny_model, uneven_rows, tmp_path_factory, {})
+    return finished_run(commands, tiny_model, uneven_rows, tmp_path_factory, {})
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -385,7 +397,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 def test_a_used_folder(command, one_step, out, changed, parts):
     shutil.copytree(one_step, out, symlinks=True)
     before = snapshot(out)
-    refused_alone(run(command(**changed)), *parts)
+    refused_alone(command.run(**changed), *parts)
     assert snapshot(out) == before
 
 
@@ -393,9 +405,9 @@ def test_a_used_folder(command, one_step, out, changed, parts):
 def test_other_rows_than_before(command, one_step, out, tmp_path):
     shutil.copytree(one_step, out, symlinks=True)
     other = write_parquet(tmp_path / "other.parquet", [{"prompt": "one", "response": "two"}] * 4)
-    refused_alone(run(command(train_files=other)), "was trained on other rows", "use the same files")
+    refused_alone(command.run(train_files=other), "was trained on other rows", "use the same files")
     assert complete(out) == ["checkpoint-000001"]
-    done = run(command(train_files=other, resume_override="train_files"))
+    done = command.run(train_files=other, resume_override="train_files")
     assert done.status == 0, done.err
     assert "has all its steps" in done.out
 
@@ -404,11 +416,11 @@ def test_other_rows_than_before(command, one_step, out, tmp_path):
 def test_flags_that_are_overridden_hold_from_the_resume_on(command, one_step, out):
     shutil.copytree(one_step, out, symlinks=True)
     changed = {"total_training_steps": 2, "schedule": "constant", "warmup_ratio": 0, "lr": 1e-3}
-    done = run(command(**changed, resume_override=",".join(changed)))
+    done = command.run(**changed, resume_override=",".join(changed))
     assert done.status == 0, done.err
     assert [(m["step"], m["train/lr"]) for m in metrics(out)] == [(1, 1e-4), (2, 1e-3)]
     assert complete(out) == ["checkpoint-000001", "checkpoint-000002"]
-    again = run(command(**changed))  # they are the run's flags now
+    again = command.run(**changed)  # they are the run's flags now
     assert again.status == 0, again.err
 
 
@@ -447,7 +459,7 @@ def test_a_damaged_checkpoint(command, one_step, out, what, parts):
     shutil.copytree(one_step, out, symlinks=True)
     damage(out / "checkpoint-000001", what)
     before = snapshot(out)
-    refused_alone(run(command()), *parts)
+    refused_alone(command.run(), *parts)
     assert {name: before[name] for name in before if "/" in name} == {
         k: v for k, v in snapshot(out).items() if "/" in k
     }
@@ -461,10 +473,10 @@ def test_a_damaged_checkpoint_with_a_sound_one_beside_it(command, three_steps, o
     damage(out / "checkpoint-000002", "adapter_model.safetensors")
     words = command(backend, ranks, **THREE_STEPS)
     refused(
-        run([*words, "--resume", out / "checkpoint-000003"]),
+        command.again([*words, "--resume", out / "checkpoint-000003"]),
         f"{out}/checkpoint-000003/optimizer.safetensors is missing; name {out}/checkpoint-000001, which is sound",
     )
-    done = run(words)
+    done = command.again(words)
     assert done.status == 0, done.err
     warnings = [line for line in done.err.splitlines() if line.startswith("warning: ")]
     wrong = {3: "optimizer.safetensors is missing", 2: f"adapter_model.safetensors is damaged: {CHECKSUM}"}
@@ -489,7 +501,7 @@ def test_two_runs_started_at_once_in_one_folder(command, out, tmp_path, used, ra
     """One is refused; the other one's numbers are those of a run that was alone."""
     steps = {"total_training_steps": 10_000, "save_steps": 20, "lr": 1e-3, "max_tokens_per_micro_batch": 1000}
     alone = tmp_path / "alone"
-    assert run(command("fsdp", ranks, **steps, stop_after_steps=60, output_dir=alone)).status == 0
+    assert command.run("fsdp", ranks, **steps, stop_after_steps=60, output_dir=alone).status == 0
     if used:
         shutil.copytree(alone, out, symlinks=True)
         shutil.rmtree(out / "checkpoint-000060")
@@ -709,15 +721,15 @@ THREE_STEPS: dict[str, Any] = {"total_training_steps": 3, "save_steps": 1}
 
 
 @pytest.fixture(scope="module")
-def three_steps(tiny_model, uneven_rows, tmp_path_factory) -> Path:
+def three_steps(commands, tiny_model, uneven_rows, tmp_path_factory) -> Path:
     """The output folder of a run of three steps, each with a checkpoint."""
-    return finished_run(tiny_model, uneven_rows, tmp_path_factory, THREE_STEPS)
+    return finished_run(commands, tiny_model, uneven_rows, tmp_path_factory, THREE_STEPS)
 
 
 @pytest.fixture(scope="module")
-def three_full_steps(tiny_model, uneven_rows, tmp_path_factory) -> Path:
+def three_full_steps(commands, tiny_model, uneven_rows, tmp_path_factory) -> Path:
     """The same of full fine-tuning."""
-    return finished_run(tiny_model, uneven_rows, tmp_path_factory, THREE_STEPS | {"lora_rank": 0})
+    return finished_run(commands, tiny_model, uneven_rows, tmp_path_factory, THREE_STEPS | {"lora_rank": 0})
 
 
 @pytest.mark.slow
@@ -739,7 +751,7 @@ def test_a_full_disk_while_saving(command, three_steps, three_full_steps, small_
     first_to_be_made = "tokenizer.json" if rank_of_lora else "model.safetensors"  # the former at the start, too
     filler = fill(small_disk, sizes[first_to_be_made] + 10 * 4096)
 
-    done = run(words)
+    done = command.again(words)
     refused(
         done,
         f"cannot save {folder}/checkpoint-000002: the disk is full",
@@ -750,7 +762,7 @@ def test_a_full_disk_while_saving(command, three_steps, three_full_steps, small_
     filler.unlink()
     if not rank_of_lora:  # two of its checkpoints do not fit at all
         return
-    done = run(words)
+    done = command.again(words)
     assert done.status == 0, done.err
     assert complete(folder) == ["checkpoint-000003"]
     assert [m["step"] for m in metrics(folder)] == [1, 2, 3]
@@ -765,7 +777,7 @@ def test_a_full_disk_at_the_start(command, three_steps, small_disk, ranks):
     shutil.copytree(three_steps, folder, symlinks=True)
     before = snapshot(folder)
     fill(small_disk, 12 * 2**10)
-    done = run(command("fsdp", ranks, output_dir=folder, **THREE_STEPS))
+    done = command.run("fsdp", ranks, output_dir=folder, **THREE_STEPS)
     refused(done, f"cannot write {folder}: the disk is full; make room and start the same command again")
     assert {name: content for name, content in snapshot(folder).items() if name != "config.yaml"} == {
         name: content for name, content in before.items() if name != "config.yaml"
@@ -801,7 +813,7 @@ def test_a_full_disk_while_logging(command, small_disk, ranks):
 
     fillers[0].unlink()
     shorter = command("fsdp", ranks, output_dir=folder, total_training_steps=20, save_steps=0)
-    assert run(shorter).status == 0
+    assert command.again(shorter).status == 0
     assert [m["step"] for m in metrics(folder)] == list(range(1, 21))
 
 
@@ -812,7 +824,7 @@ def test_a_full_disk_while_logging(command, small_disk, ranks):
 @pytest.mark.parametrize(("backend", "ranks"), [("fsdp", 1), *BOTH])
 def test_weights_that_are_not_finite(command, tiny_model, tmp_path, out, backend, ranks):
     model = bad_model(tiny_model, tmp_path, "nan")
-    done = run(command(backend, ranks, model=model))
+    done = command.run(backend, ranks, model=model)
     refused(done, "the loss of step 1 is nan", "nothing was saved", f"look at those of --model {model}")
     nothing_in(out)
 
@@ -820,7 +832,7 @@ def test_weights_that_are_not_finite(command, tiny_model, tmp_path, out, backend
 @pytest.mark.slow
 @pytest.mark.parametrize(("backend", "ranks"), [("fsdp", 1), *BOTH])
 def test_a_run_that_blows_up(command, out, backend, ranks):
-    done = run(command(backend, ranks, lr=1e30, warmup_ratio=0, **THREE_STEPS))
+    done = command.run(backend, ranks, lr=1e30, warmup_ratio=0, **THREE_STEPS)
     refused(done, "of step 2 is ", "checkpoint-000001 is valid", "try a lower --lr in another --output_dir")
     assert complete(out) == ["checkpoint-000001"]
     assert [m["step"] for m in metrics(out)] == [1]
@@ -828,7 +840,7 @@ def test_a_run_that_blows_up(command, out, backend, ranks):
 
 @pytest.mark.slow
 def test_a_validation_loss_that_is_not_finite(command, uneven_rows, out):
-    done = run(command(lr=1e30, warmup_ratio=0, val_files=uneven_rows))
+    done = command.run(lr=1e30, warmup_ratio=0, val_files=uneven_rows)
     refused_alone(done, "the validation loss after step 1 is ", "nothing was saved", "try a lower --lr")
     nothing_in(out)
 
@@ -856,7 +868,7 @@ def stop(words: list[str], out: Path, how: Callable[[subprocess.Popen], None]) -
     return Done(process.returncode, stdout, stderr, time.monotonic() - sent)
 
 
-def goes_on(done: Done, words: list[str], out: Path, name: str, steps: int) -> None:
+def goes_on(command: Command, done: Done, words: list[str], out: Path, name: str, steps: int) -> None:
     """The stopped run has saved its last step, said so, and is finished by the same command."""
     told = re.search(r"^stopped by (\w+) after step (\d+); to go on: .*dsft.train", done.out, re.M)
     assert told, done.out + done.err
@@ -865,7 +877,7 @@ def goes_on(done: Done, words: list[str], out: Path, name: str, steps: int) -> N
     assert 1 <= step < steps
     assert done.errors == []
     assert complete(out) == [f"checkpoint-{step:06d}"]
-    again = run(words)
+    again = command.again(words)
     assert again.status == 0, again.err
     assert f"goes on at step {step + 1}" in again.out
     assert complete(out)[-1] == f"checkpoint-{steps:06d}"
@@ -875,25 +887,25 @@ def goes_on(done: Done, words: list[str], out: Path, name: str, steps: int) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_stop_signal(command, out, number):
-    words = command(total_training_steps=100, save_steps=0)
+    words = command(total_training_steps=50, save_steps=0)
     done = stop(words, out, lambda process: process.send_signal(number))
     assert done.status == 0
     assert done.err == ""
-    goes_on(done, words, out, number.name, 100)
+    goes_on(command, done, words, out, number.name, 50)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_signal_to_torchrun(command, out, number):
     words = command("fsdp", 2, total_training_steps=40, save_steps=0)
-    goes_on(stop(words, out, lambda process: process.send_signal(number)), words, out, number.name, 40)
+    goes_on(command, stop(words, out, lambda process: process.send_signal(number)), words, out, number.name, 40)
 
 
 @pytest.mark.slow
 def test_control_c_under_deepspeed(command, out):
     """The terminal signals the launcher and all ranks; the launcher then adds a SIGTERM."""
     words = command("zero3", 2, total_training_steps=40, save_steps=0)
-    goes_on(stop(words, out, lambda process: os.killpg(process.pid, signal.SIGINT)), words, out, "SIGINT", 40)
+    goes_on(command, stop(words, out, lambda process: os.killpg(process.pid, signal.SIGINT)), words, out, "SIGINT", 40)
 
 
 @pytest.mark.slow
