@@ -102,10 +102,14 @@ class Beats:
     thread of their own, because TCPStore waits without limit for the answer of a stopped process.
     """
 
-    def __init__(self, store: dist.TCPStore, place: str, places: Iterable[str], tick: float) -> None:
+    def __init__(
+        self, store: dist.TCPStore, place: str, places: Iterable[str], reached: Iterable[str], tick: float
+    ) -> None:
+        """`reached` are the places that have raised their counters; the others may never be heard of."""
         self._store, self._place, self._tick = store, place, tick
-        self._places = list(places)
-        self._heard = self._listened = (0, dict.fromkeys(self._places, 0))  # answers of the store, counters
+        self._places, reached = list(places), set(reached)
+        counters = {place: int(place in reached) for place in self._places}
+        self._heard = self._listened = (0, counters)  # answers of the store, counters
         self._silent: Counter[str] = Counter()
         self._own_verdict: Verdict | None = None
         self.verdict: Verdict | None = None
@@ -237,8 +241,10 @@ class Liveness:
         port = _gather(None if store is None else store.port)[0]
         if port is not None and store is None:
             store = self._survive(lambda: Beats.reach_store(port))
+        heard = store is not None and self._survive(lambda: store.add(self._place, 1)) is not None
+        reached = [place for place, is_heard in _gather((self._place, heard)) if is_heard]
         if store is not None:
-            self._beats = Beats(store, self._place, places, self._tick)
+            self._beats = Beats(store, self._place, places, reached, self._tick)
 
     def explain(self, seconds: float = 15) -> None:
         """Where a collective may have failed: end with the reason if it is a lost peer, else return soon.

@@ -119,6 +119,7 @@ def send(number: int, *ranks: int) -> Callable[[Run], object]:
 
 
 def one_reason(run: Run, *parts: str) -> None:
+    assert len(run.errors) == 1, run.log
     [line] = run.errors
     for part in [*parts, "all ranks end", REMEDY]:
         assert part in line
