@@ -169,8 +169,8 @@ class TrainConfig(RowFlags, ModelFlags, CommonFlags):
         return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["run_identity"]}
 
     @staticmethod
-    def is_same_run(name: str, was: Any, now: Any) -> bool:
+    def is_same_run(name: str, before: Any, after: Any) -> bool:
         """Whether two values of a flag in `run_identity` define the same run: on_leak may only change what is said."""
         if name == "on_leak":
-            return (was == "drop_train") == (now == "drop_train")
-        return bool(was == now)
+            return (before == "drop_train") == (after == "drop_train")
+        return bool(before == after)

@@ -30,8 +30,8 @@ def split_off(data: "TokenDataset", fraction: float, seed: int) -> tuple["TokenD
     _, group, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     if len(sizes) < 2:
         raise UserError(
-            f"--val_fraction {fraction} splits whole dialogues, and all {len(data)} rows of --train_files belong to one "
-            "(or to one level of a game); name --val_files instead"
+            f"--val_fraction {fraction} splits whole dialogues, and all {len(data)} rows of --train_files belong to "
+            "one (or to one level of a game); name --val_files instead"
         )
     # Apart from the stream that lays out the batches, which begins with the seed too.
     order = np.random.default_rng(np.random.SeedSequence(seed).spawn(1)[0]).permutation(len(sizes))

@@ -200,7 +200,7 @@ def save_rows(folder: Path, rows: Sequence[Row], counts: Counts) -> None:
     """Write the files of a TokenDataset; `counts` has what truncation cost, the rest is counted here."""
     fronts = np.array([len(row.front) for row in rows], np.int64)
     whole, masks = [row.tokens for row in rows], [row.is_target for row in rows]
-    for i in np.flatnonzero(fronts):
+    for i in np.flatnonzero(fronts).tolist():
         whole[i] = np.concatenate([rows[i].front, whole[i]])
         masks[i] = np.concatenate([np.zeros(fronts[i], bool), masks[i]])
     bounds = np.cumsum([0, *map(len, whole)], dtype=np.int64)

@@ -67,20 +67,16 @@ class Leaks:
     def summary(self, train: "TokenDataset", val: "TokenDataset") -> str:
         """The counts and an example, in words."""
         kinds = (
-            (self.rows, f"{len(self.rows)} whole rows", "is a copy of"),
-            (self.prompts, f"{len(self.prompts)} prompts", "has the prompt of"),
-            (
-                self.dialogues,
-                f"{len(self.dialogues)} rows of {self.dialogues.distinct} dialogues",
-                "is of the dialogue of",
-            ),
-            (self.levels, f"{len(self.levels)} rows of {self.levels.distinct} levels", "is of the level of"),
+            (self.rows, "whole rows", "is a copy of"),
+            (self.prompts, "prompts", "has the prompt of"),
+            (self.dialogues, f"rows of {self.dialogues.distinct} dialogues", "is of the dialogue of"),
+            (self.levels, f"rows of {self.levels.distinct} levels", "is of the level of"),
         )
         found = [kind for kind in kinds if len(kind[0])]
         (val_row, train_row), relation = found[0][0].examples(1)[0], found[0][2]
         return (
             f"{len(self.val_rows)} of {len(val)} validation rows leak from the training rows "
-            f"({', '.join(count for _, count, _ in found)}): "
+            f"({', '.join(f'{len(matches)} {kind}' for matches, kind, _ in found)}): "
             f"{val.place(val_row)} {relation} {train.place(train_row)}"
         )
 
