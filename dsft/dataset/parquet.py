@@ -111,7 +111,7 @@ def read_field(files: Sequence[Path], column: str, field: str) -> Iterator[Any]:
         try:
             with pyarrow.parquet.ParquetFile(file) as parquet:
                 names = parquet.schema_arrow.names
-                kind = parquet.schema_arrow.field(column).type if column in names else None
+                kind = parquet.schema_arrow.field(column).type if names.count(column) == 1 else None
                 if not isinstance(kind, pyarrow.StructType) or kind.get_field_index(field) < 0:
                     yield from repeat(None, parquet.metadata.num_rows)
                     continue

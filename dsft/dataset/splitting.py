@@ -71,12 +71,17 @@ def choose_sizes(sizes: Sequence[int], wanted: float) -> list[int]:
     that the first sizes can have are bits of a number, to which each further size adds those that lie by it higher.
     """
     taken: list[int] = []
+    left: list[int] = []
+    largest = wanted - SEARCHED
     for index, size in enumerate(sizes):
-        if size <= wanted - SEARCHED:
+        if size > largest:
+            left.append(index)
+        elif size <= wanted - SEARCHED:
             taken.append(index)
             wanted -= size
-    drawn = set(taken)
-    left = [index for index in range(len(sizes)) if index not in drawn]
+        else:  # going on would use up the small ones, which make up the difference best
+            left += range(index, len(sizes))
+            break
     least = 0 if taken else 1
     most = sum(sizes[index] for index in left) - 1
     limit = min(most, max(int(2 * wanted) + 1, min(sizes[index] for index in left)))

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -268,6 +269,17 @@ def test_a_difficulty_is_no_level(load):
     for wrong in ({"level": 5}, {"n": 1}, 7, None):
         mixed = [{"prompt": row["prompt"], "response": "?", "extra_info": wrong} for row in rows]
         assert load("mixed", mixed).level.tolist() == [0] * 4
+
+
+def test_a_damaged_column_of_levels_is_told(load, tmp_path):
+    rows = [{"prompt": f"{i}", "response": "?", "extra_info": {"level": f"{i:016x}"}} for i in range(4)]
+    file = write_parquet(tmp_path / "damaged.parquet", rows)
+    column = pq.ParquetFile(file).metadata.row_group(0).column(2)
+    content = bytearray(file.read_bytes())
+    start = column.dictionary_page_offset
+    content[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    file.write_bytes(content)
+    assert message(load, "damaged", file).startswith(f"{file}, column 'extra_info': damaged: ")
 
 
 def test_levels_of_games_are_known_under_other_seeds_and_in_another_style(tokenizer, tmp_path, monkeypatch):
