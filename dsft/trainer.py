@@ -29,6 +29,7 @@ from dsft.cli import as_yaml
 from dsft.config import EVERY_EPOCH, TrainConfig
 from dsft.dataset.batches import GlobalBatches
 from dsft.dataset.micro_batches import Layout, MicroBatches
+from dsft.dataset.splitting import split_off
 from dsft.dataset.tokens import DataFormat, TokenDataset, load_dataset
 from dsft.errors import UserError
 from dsft.files import guard_disk, write_text
@@ -39,6 +40,7 @@ from dsft.model.flops import count_flops, measure_matmul
 from dsft.model.lora import LoraOptions, LoraStart, add_lora
 from dsft.model.memory import ActivationMemory, checkpointed_layers, free_memory, token_budget
 from dsft.model.source import ModelSource, load_tokenizer, resolve_model
+from dsft.preflight.leaks import rows_to_drop
 from dsft.processes import launch_command
 from dsft.schedule import learning_rate_factor
 from dsft.tracking import Tracker
@@ -141,12 +143,29 @@ class Trainer:
         runtime.check_same_everywhere(
             "\n".join(prints), "the rows of --train_files or --val_files", "give all machines the same files and model"
         )
+        self._keep_apart()
         rows = len(self.train_data)
         dialogue = np.arange(rows) if config.fold == "off" else self.train_data.dialogue
         self.global_batches = GlobalBatches(
             dialogue, self.train_data.sorted_place, config.train_batch_size, config.seed
         )
         self.total_steps = config.total_training_steps or self.global_batches.first_step(config.total_epochs)
+
+    def _keep_apart(self) -> None:
+        """Split off a validation set, or look for what the one given has in common with the training rows."""
+        config, train, val = self.config, self.train_data, self.val_data
+        self.leak_text = ""
+        if config.val_fraction is not None:
+            fraction = config.val_fraction
+            self.train_data, self.val_data = runtime.together(lambda: split_off(train, fraction, config.seed))
+        elif val is not None and config.on_leak != "ignore":
+            dropped, self.leak_text = runtime.on_main(
+                self.world, lambda: rows_to_drop(train, val, config.on_leak, warn)
+            )
+            if config.on_leak == "drop_val":
+                self.val_data = val.without(dropped)
+            elif config.on_leak == "drop_train":
+                self.train_data = train.without(dropped)
 
     def _load_model(self) -> None:
         config = self.config
@@ -258,9 +277,11 @@ class Trainer:
         def read() -> tuple[TrainerState, TensorReader, TensorReader]:
             state = read_state(checkpoint)
             if state.data != self.train_data.fingerprint and "train_files" not in (self.config.resume_override or []):
+                without = ",".join(self.config.val_files or []) if self.config.on_leak == "drop_train" else ""
                 raise UserError(
                     f"{checkpoint} was trained on other rows than --train_files {','.join(self.config.train_files)} "
-                    "gives now; use the same files, another --output_dir, or --resume_override train_files"
+                    + (f"without what leaks into --val_files {without} " if without else "")
+                    + "gives now; use the same files, another --output_dir, or --resume_override train_files"
                 )
             return state, self._weights_of(checkpoint), TensorReader(checkpoint, OPTIMIZER)
 
@@ -360,7 +381,10 @@ class Trainer:
         if self.val_data is not None:
             lost = self.val_data.counts.losses()
             validation = f"val      {len(self.val_data)} rows, {self.val_data.counts.targets} targets"
-            lines.insert(2, validation + (f"; {lost}" if lost else ""))
+            split = f", {config.val_fraction:g} of the rows by whole dialogues" if config.val_fraction else ""
+            lines.insert(2, validation + split + (f"; {lost}" if lost else ""))
+        if self.leak_text:
+            lines.insert(3, f"leaks    {self.leak_text}")
         if self.resume_from is not None:
             ahead = (
                 f"goes on at step {self.state.step + 1}" if self.state.step < self.total_steps else "has all its steps"

@@ -99,34 +99,23 @@ def seeded_tensor(name: str, shape: Sequence[int]) -> "Any":
     return torch.randn(*shape, generator=generator) * 0.05
 
 
-def token_dataset(rows: "Sequence[tuple[Any, Any]]", folder: Path | None = None) -> "Any":
+def token_dataset(
+    rows: "Sequence[tuple[Any, Any]]", folder: Path | None = None, levels: Sequence[int] | None = None
+) -> "Any":
     """Rows of (token ids, is-target) as the Trainer gets them: read from the files that the token cache would hold."""
     import tempfile
 
     import numpy as np
 
-    from dsft.dataset.folding import find_dialogues, sort_rows
-    from dsft.dataset.tokens import Counts, TokenDataset, count_targets
+    from dsft.dataset.tokens import Counts, Row, TokenDataset, save_rows
 
-    tokens = [np.array(ids, np.int32) for ids, _ in rows]
-    masks = [np.array(mask, bool) for _, mask in rows]
-    targets = [count_targets(mask) for mask in masks]
-    order = sort_rows(tokens)
-    prompts = np.array([max(1, np.argmax(mask)) for mask in masks], np.int64)
-    arrays = {
-        "tokens": np.concatenate(tokens),
-        "is_target": np.concatenate(masks),
-        "starts": np.cumsum([0, *map(len, tokens)], dtype=np.int64),
-        "targets": np.array(targets, np.int64),
-        "sorted_place": np.argsort(order),
-        "dialogue": find_dialogues(tokens, prompts, order),
-    }
-    counts = Counts(rows=len(rows), tokens=len(arrays["tokens"]), targets=sum(targets))
-    with tempfile.TemporaryDirectory() as made:
-        place = folder or Path(made)
-        for name, array in arrays.items():
-            np.save(place / f"{name}.npy", array)
-        (place / "counts.json").write_text(json.dumps(vars(counts)), encoding="utf-8")
+    made = [
+        Row(np.array(ids, np.int32), np.array(mask, bool), level=level, source=(0, row))
+        for row, ((ids, mask), level) in enumerate(zip(rows, levels or [0] * len(rows), strict=True))
+    ]
+    with tempfile.TemporaryDirectory() as temporary:
+        place = folder or Path(temporary)
+        save_rows(place, made, Counts())
         return TokenDataset(place)
 
 

@@ -50,7 +50,9 @@ def _check_same_run(checkpoint: Path, config: TrainConfig) -> None:
     now = yaml.safe_load(as_yaml(config))
     allowed = set(config.resume_override or [])
     names = [name for name in config.run_identity() if name not in allowed]
-    changed = [f"{n} was {stored.get(n)}, is {now[n]}" for n in names if stored.get(n) != now[n]]
+    changed = [
+        f"{n} was {stored.get(n)}, is {now[n]}" for n in names if not config.is_same_run(n, stored.get(n), now[n])
+    ]
     if changed:
         raise UserError(
             f"{checkpoint} is of a run with other flags: {'; '.join(changed)}; use its values or another --output_dir, "

@@ -26,6 +26,10 @@ class TrainConfig(RowFlags, ModelFlags, CommonFlags):
     """Parquet: a file, a comma-separated list, a glob, or a folder."""
     val_files: list[str] | None = flag(None)
     """Parquet for the validation loss, written as train_files."""
+    val_fraction: float | None = flag(None, run_identity=True)
+    """Without val_files: validate on this share of the training rows, split off by whole dialogues and the seed."""
+    on_leak: Literal["warn", "error", "drop_val", "drop_train", "ignore"] = flag("warn", run_identity=True)
+    """Validation rows that stand in the training rows too, or share a dialogue or level: drop leaves out one side's."""
     max_train_rows: int | None = flag(None, run_identity=True)
     """Use the first N training rows only."""
     max_val_rows: int | None = flag(None)
@@ -129,6 +133,12 @@ class TrainConfig(RowFlags, ModelFlags, CommonFlags):
             problems.append(f"lora_dropout must be 0 or more and below 1, got {self.lora_dropout}")
         if not all(0 <= beta < 1 for beta in self.betas):
             problems.append(f"betas must each be 0 or more and below 1, got {self.betas}")
+        if self.val_fraction is not None:
+            if not 0 < self.val_fraction < 1:
+                problems.append(f"val_fraction must be above 0 and below 1, got {self.val_fraction}")
+            given = [f"--{name}" for name in ("val_files", "max_val_rows") if getattr(self, name) is not None]
+            if given:
+                problems.append(f"val_fraction takes its rows from --train_files; drop it, or {' and '.join(given)}")
         for name in ("eval_steps", "save_steps"):
             value = getattr(self, name)
             if value != EVERY_EPOCH and value < 0:
@@ -157,3 +167,10 @@ class TrainConfig(RowFlags, ModelFlags, CommonFlags):
     def run_identity(self) -> dict[str, Any]:
         """The values that define the run: a resume with others would be another run."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["run_identity"]}
+
+    @staticmethod
+    def is_same_run(name: str, before: Any, after: Any) -> bool:
+        """Whether two values of a flag in `run_identity` define the same run: on_leak may only change what is said."""
+        if name == "on_leak":
+            return (before == "drop_train") == (after == "drop_train")
+        return bool(before == after)

@@ -102,8 +102,13 @@ def sort_rows(rows: Sequence[np.ndarray]) -> np.ndarray:
 
     Takes four bytes a token of memory beside the rows.
     """
-    keys = [row.astype(">u4").tobytes() for row in rows]
+    keys = [sort_key(row) for row in rows]
     return np.array(sorted(range(len(rows)), key=keys.__getitem__), dtype=np.int64)
+
+
+def sort_key(tokens: np.ndarray) -> bytes:
+    """Sorts as the token ids (int32 [length]) do, and is the beginning of another key where they are of the others."""
+    return tokens.astype(">u4").tobytes()
 
 
 def find_dialogues(rows: Sequence[np.ndarray], prompt_lengths: np.ndarray, order: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 import glob
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,26 @@ def read_columns(
                 raise UserError(f"{file}, after row {row}: damaged: {' '.join(str(error).split())}") from error
     if seen == 0:
         raise UserError(f"no rows in {', '.join(map(str, files))}; name files that hold some")
+
+
+def read_field(files: Sequence[Path], column: str, field: str) -> Iterator[Any]:
+    """One field of a struct column, a value a row; None where a file or a row has no such column or field.
+
+    Raises:
+        UserError: a file that cannot be read.
+    """
+    for file in files:
+        try:
+            with pyarrow.parquet.ParquetFile(file) as parquet:
+                names = parquet.schema_arrow.names
+                kind = parquet.schema_arrow.field(column).type if names.count(column) == 1 else None
+                if not isinstance(kind, pyarrow.StructType) or kind.get_field_index(field) < 0:
+                    yield from repeat(None, parquet.metadata.num_rows)
+                    continue
+                for batch in parquet.iter_batches(ROWS_AT_ONCE, columns=[f"{column}.{field}"]):
+                    yield from (value and value[field] for value in batch.column(column).to_pylist())
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"{file}, column '{column}': damaged: {' '.join(str(error).split())}") from error
 
 
 def walk(value: Any, keys: Sequence[str] | None, cell: Cell, column: str) -> Any:

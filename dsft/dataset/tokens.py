@@ -1,11 +1,13 @@
 """Tokenised rows: made once on a machine, kept in the cache folder, mapped into memory by every rank."""
 
+import copy
 import hashlib
 import json
+import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -14,13 +16,15 @@ from transformers import PreTrainedTokenizerBase
 from dsft.cache import build_once
 from dsft.dataset.chat_format import ChatFormat, Segment
 from dsft.dataset.folding import find_dialogues, sort_rows
-from dsft.dataset.parquet import Cell, find_files, read_columns, walk
+from dsft.dataset.parquet import Cell, find_files, read_columns, read_field, walk
 from dsft.errors import UserError
 
 if TYPE_CHECKING:
     from dsft.config.flags import RowFlags
 
-CACHE_FORMAT = 2  # raise it when the same input would give other tokens
+CACHE_FORMAT = 3  # raise it when the same input would give other files
+LEVEL_COLUMN, LEVEL_FIELD = "extra_info", "level"  # where dsft.generate writes it
+LEVEL_ID = re.compile("[0-9a-f]{16}")  # other sets have a level there too, and mean a difficulty
 Truncation = Literal["error", "left", "right", "drop"]
 
 
@@ -77,33 +81,161 @@ class Counts:
 class TokenDataset:
     """Rows of token ids and target masks, read from memory-mapped files.
 
-    tokens: int32 [all tokens], is_target: bool [all tokens], starts: int64 [rows + 1]
+    tokens: int32 [all tokens], is_target: bool [all tokens]; what truncation cut from a row's front stands there too
+    starts, ends: int64 [rows], where a row's own tokens stand in them
     targets: int64 [rows]
-    sorted_place: int64 [rows], where a row stands when rows are sorted by their tokens: neighbours share beginnings
-    dialogue: int64 [rows], the same number for rows of one dialogue, see dsft.dataset.folding.find_dialogues
+    sorted_place: int64 [rows], grows along rows that are sorted by their tokens: neighbours share beginnings
+    dialogue: int64 [rows], the same number for rows of one dialogue, see dsft.dataset.folding.find_dialogues; of rows
+        as they were before truncation cut their fronts. Numbers grow along rows sorted by their tokens.
+
+    What only the search for leaks reads, mapped as well:
+
+    cut: int64 [rows], tokens that truncation took
+    prompt_starts, prompt_ends: int64 [rows], where the prompt stands in `tokens`, its cut front included
+    row_hash, prompt_hash: uint64 [rows], of tokens and mask, and of the prompt
+    level: uint64 [rows], the environment level of rows that dsft.generate has made; 0 where there is none
+    source: int64 [rows, 2], index of the file among `files`, row in it
     """
 
-    def __init__(self, folder: Path) -> None:
+    starts: np.ndarray
+    ends: np.ndarray
+    targets: np.ndarray
+    sorted_place: np.ndarray
+    dialogue: np.ndarray
+    cut: np.ndarray
+    prompt_starts: np.ndarray
+    prompt_ends: np.ndarray
+    row_hash: np.ndarray
+    prompt_hash: np.ndarray
+    level: np.ndarray
+    source: np.ndarray
+
+    def __init__(self, folder: Path, files: Sequence[Path] = ()) -> None:
+        """Args:
+        folder: what `save_rows` has filled.
+        files: that the rows come from, for `place`.
+        """
         self.tokens = np.load(folder / "tokens.npy", mmap_mode="r")
         self.is_target = np.load(folder / "is_target.npy", mmap_mode="r")
-        self.starts, self.targets, self.sorted_place, self.dialogue = (
-            np.load(folder / f"{name}.npy") for name in ("starts", "targets", "sorted_place", "dialogue")
-        )
+        for name in READ_ARRAYS:
+            setattr(self, name, np.load(folder / f"{name}.npy"))
+        for name in MAPPED_ARRAYS:
+            setattr(self, name, np.load(folder / f"{name}.npy", mmap_mode="r"))
         self.counts = Counts(**json.loads((folder / "counts.json").read_text(encoding="utf-8")))
         self.fingerprint = folder.name
+        self.files = [str(file) for file in files]
 
     def __len__(self) -> int:
-        return len(self.starts) - 1
+        return len(self.starts)
 
     def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Token ids (int32 [length]) and is-target mask (bool [length]) of one row."""
-        span = slice(self.starts[row], self.starts[row + 1])
+        span = slice(self.starts[row], self.ends[row])
         return self.tokens[span], self.is_target[span]
 
     @property
     def lengths(self) -> np.ndarray:
         """Tokens in each row, int64 [rows]."""
-        return np.diff(self.starts)
+        return self.ends - self.starts
+
+    def prompt(self, row: int) -> np.ndarray:
+        """Tokens before a row's first target, as they were before truncation: int32 [length]."""
+        return self.tokens[self.prompt_starts[row] : self.prompt_ends[row]]
+
+    def place(self, row: int) -> str:
+        """Where a row comes from: file and row in it; its index where the file is not known."""
+        file, row_in_file = self.source[row].tolist()
+        return str(Cell(self.files[file], row_in_file)) if self.files else f"row {row}"
+
+    def subset(self, rows: np.ndarray) -> "TokenDataset":
+        """Some of the rows, read from the same mapped files.
+
+        Rows that truncation dropped are no dialogue's, so they stay in the counts. The fingerprint follows from that of
+        this dataset and the rows; where those are all of them, it stays.
+
+        Args:
+            rows: int64 [rows], ascending, of whole dialogues: what a dialogue is depends on all its rows.
+        """
+        if len(rows) == len(self):
+            return self
+        chosen = copy.copy(self)
+        for name in (*READ_ARRAYS, *MAPPED_ARRAYS):
+            setattr(chosen, name, getattr(self, name)[rows])
+        assert np.isin(self.dialogue, chosen.dialogue).sum() == len(rows)
+        chosen.counts = replace(
+            self.counts,
+            rows=len(rows),
+            tokens=int(chosen.lengths.sum()),
+            targets=int(chosen.targets.sum()),
+            rows_cut=int(np.count_nonzero(chosen.cut)),
+            tokens_cut=int(chosen.cut.sum()),
+        )
+        chosen.fingerprint = hashlib.sha256(self.fingerprint.encode() + b"\0" + rows.tobytes()).hexdigest()[:32]
+        return chosen
+
+    def without(self, rows: np.ndarray) -> "TokenDataset":
+        """All but some rows; see `subset`."""
+        return self.subset(np.setdiff1d(np.arange(len(self)), rows))
+
+
+READ_ARRAYS = ("starts", "ends", "targets", "sorted_place", "dialogue")
+MAPPED_ARRAYS = ("cut", "prompt_starts", "prompt_ends", "row_hash", "prompt_hash", "level", "source")
+
+
+class Row(NamedTuple):
+    """A row on its way to the files of a TokenDataset; see there.
+
+    front: int32 [length], what truncation took before `tokens`
+    """
+
+    tokens: np.ndarray
+    is_target: np.ndarray
+    front: np.ndarray = np.empty(0, np.int32)
+    cut: int = 0
+    level: int = 0
+    source: tuple[int, int] = (0, 0)
+
+
+def save_rows(folder: Path, rows: Sequence[Row], counts: Counts) -> None:
+    """Write the files of a TokenDataset; `counts` has what truncation cost, the rest is counted here."""
+    fronts = np.array([len(row.front) for row in rows], np.int64)
+    whole, masks = [row.tokens for row in rows], [row.is_target for row in rows]
+    for i in np.flatnonzero(fronts).tolist():
+        whole[i] = np.concatenate([rows[i].front, whole[i]])
+        masks[i] = np.concatenate([np.zeros(fronts[i], bool), masks[i]])
+    bounds = np.cumsum([0, *map(len, whole)], dtype=np.int64)
+    prompts = np.array([max(1, np.argmax(mask)) for mask in masks], np.int64)
+    order = whole_order = sort_rows([row.tokens for row in rows])
+    if fronts.any():
+        whole_order = sort_rows(whole)
+    arrays: dict[str, Any] = {
+        "tokens": np.concatenate(whole),
+        "is_target": np.concatenate(masks),
+        "starts": bounds[:-1] + fronts,
+        "ends": bounds[1:],
+        "targets": np.array([count_targets(row.is_target) for row in rows], np.int64),
+        "sorted_place": np.argsort(order),
+        "dialogue": find_dialogues(whole, prompts, whole_order),
+        "cut": np.array([row.cut for row in rows], np.int64),
+        "prompt_starts": bounds[:-1],
+        "prompt_ends": bounds[:-1] + prompts,
+        "row_hash": np.array([_hash(row.tokens, row.is_target) for row in rows], np.uint64),
+        "prompt_hash": np.array([_hash(ids[:n]) for ids, n in zip(whole, prompts, strict=True)], np.uint64),
+        "level": np.array([row.level for row in rows], np.uint64),
+        "source": np.array([row.source for row in rows], np.int64),
+    }
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+    tokens = int((arrays["ends"] - arrays["starts"]).sum())
+    counts = replace(counts, rows=len(rows), tokens=tokens, targets=int(arrays["targets"].sum()))
+    (folder / "counts.json").write_text(json.dumps(asdict(counts)), encoding="utf-8")
+
+
+def _hash(*arrays: np.ndarray) -> int:
+    digest = hashlib.blake2b(digest_size=8)
+    for array in arrays:
+        digest.update(array.tobytes())
+    return int.from_bytes(digest.digest())
 
 
 def count_targets(is_target: np.ndarray) -> int:
@@ -138,7 +270,7 @@ def load_dataset(
     folder = build_once(
         f"tokens/{key}", lambda target: _tokenize_files(target, files, tokenizer, data_format, max_rows, show_progress)
     )
-    return TokenDataset(folder)
+    return TokenDataset(folder, files)
 
 
 def _cache_key(
@@ -178,36 +310,31 @@ def _tokenize_files(
     else:
         columns, flags = [data_format.prompt_key, data_format.response_key], ["prompt_key", "response_key"]
     counts = Counts()
-    tokens: list[np.ndarray] = []
-    masks: list[np.ndarray] = []
+    kept_rows: list[Row] = []
+    index = {str(file): i for i, file in enumerate(files)}
+    levels = read_field(files, LEVEL_COLUMN, LEVEL_FIELD)
     bar = tqdm(unit=" rows", desc="tokenising", disable=None if show_progress else True)
     with bar:
         for rows in read_columns(files, columns, flags, max_rows):
             segments = [_segments(cells, cell, chat_format, data_format) for cell, cells in rows]
             for (cell, _), row in zip(rows, chat_format.tokenize(segments), strict=True):
-                kept = _fit(*row, cell, data_format, counts)
+                kept, level = _fit(*row, cell, data_format, counts), _level_number(next(levels))
                 if kept is not None:
-                    tokens.append(kept[0])
-                    masks.append(kept[1])
+                    cut = len(row[0]) - len(kept[0])
+                    front = row[0][: cut if data_format.truncation == "left" else 0]
+                    kept_rows.append(Row(*kept, front, cut, level, (index[cell.file], cell.row)))
             bar.update(len(rows))
-    if not tokens:
+    if not kept_rows:
         raise UserError(
             f"no row of {', '.join(map(str, files))} is left: {counts.losses()}; raise max_length "
             f"({data_format.max_length}) or change truncation ({data_format.truncation})"
         )
-    counts.rows = len(tokens)
-    counts.tokens = sum(map(len, tokens))
-    targets = np.array([count_targets(mask) for mask in masks], np.int64)
-    counts.targets = int(targets.sum())
-    order = sort_rows(tokens)
-    prompt_lengths = np.array([max(1, np.argmax(mask)) for mask in masks], np.int64)
-    np.save(folder / "tokens.npy", np.concatenate(tokens))
-    np.save(folder / "is_target.npy", np.concatenate(masks))
-    np.save(folder / "starts.npy", np.cumsum([0, *map(len, tokens)], dtype=np.int64))
-    np.save(folder / "targets.npy", targets)
-    np.save(folder / "sorted_place.npy", np.argsort(order))
-    np.save(folder / "dialogue.npy", find_dialogues(tokens, prompt_lengths, order))
-    (folder / "counts.json").write_text(json.dumps(asdict(counts)), encoding="utf-8")
+    save_rows(folder, kept_rows, counts)
+
+
+def _level_number(level: Any) -> int:
+    """The 64 bits of an environment's level_id; 0 for anything else."""
+    return int(level, 16) if isinstance(level, str) and LEVEL_ID.fullmatch(level) else 0
 
 
 def _segments(cells: tuple, cell: Cell, chat_format: ChatFormat, data_format: DataFormat) -> list[Segment]:

@@ -49,6 +49,16 @@ def test_the_defaults_are_accepted():
         ),
         ({"target_modules": []}, "target_modules is empty; name modules, or all-linear"),
         ({"logger": ["wand"]}, "logger must be any of console, wandb, tensorboard, got wand"),
+        ({"val_fraction": 0.0}, "val_fraction must be above 0 and below 1, got 0.0"),
+        ({"val_fraction": 1.0}, "val_fraction must be above 0 and below 1, got 1.0"),
+        (
+            {"val_fraction": 0.1, "val_files": ["v"]},
+            "val_fraction takes its rows from --train_files; drop it, or --val_files",
+        ),
+        (
+            {"val_fraction": 0.1, "val_files": ["v"], "max_val_rows": 3},
+            "val_fraction takes its rows from --train_files; drop it, or --val_files and --max_val_rows",
+        ),
         ({"ds_config": "x.json"}, "ds_config is for --backend zero3, got --backend fsdp; drop one of them"),
         (
             {"messages_key": "m", "with_thinking": True},
@@ -101,6 +111,15 @@ def test_what_defines_a_run_is_all_that_changes_its_numbers():
     free = {"backend", "dtype", "max_tokens_per_micro_batch", "output_dir", "resume", "eval_steps"}
     assert (free | {"gradient_checkpointing", "cpu_offload"}).isdisjoint(identity)
     assert {"model", "lr", "train_batch_size", "fold", "max_length", "schedule", "lora_rank"} <= set(identity)
+
+
+def test_what_on_leak_says_defines_no_run_and_what_it_drops_from_training_does():
+    same = [("warn", "error"), (None, "warn"), ("drop_val", "ignore"), ("drop_train", "drop_train")]
+    assert all(TrainConfig.is_same_run("on_leak", *pair) for pair in same)
+    other = [("warn", "drop_train"), (None, "drop_train"), ("drop_train", "drop_val")]
+    assert not any(TrainConfig.is_same_run("on_leak", *pair) for pair in other)
+    assert not TrainConfig.is_same_run("val_fraction", None, 0.1)
+    assert {"on_leak", "val_fraction"} <= set(config().run_identity())
 
 
 def test_a_negative_tolerance_of_the_merge_is_refused():
