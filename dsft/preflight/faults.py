@@ -273,14 +273,13 @@ class Roles(Detector):
         self._unknown: Counter[str] = Counter()
 
     def has(self, row: Row) -> bool:
-        roles = {role for role, _ in row.turns}
+        roles = [role for role, _ in row.turns]
         response = row.response[0] if isinstance(row.response, list) and len(row.response) == 1 else row.response
         if isinstance(response, dict) and isinstance(response.get("role"), str):
-            roles.add(response["role"])
-        unknown = {role for role in roles if not self._knows(role)}
-        self._unknown.update(unknown)
-        self._known.update(roles - unknown)
-        return bool(unknown)
+            roles.append(response["role"])
+        for role in dict.fromkeys(roles):
+            (self._known if self._knows(role) else self._unknown)[role] += 1
+        return not all(map(self._knows, roles))
 
     def _knows(self, role: str) -> bool:
         return role in ROLES or f"'{role}'" in self._template or f'"{role}"' in self._template

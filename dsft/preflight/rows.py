@@ -9,7 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dsft.dataset.parquet import Cell
-from dsft.dataset.tokens import Counts, DataFormat, fit
+from dsft.dataset.tokens import Counts, DataFormat, count_targets, fit
 from dsft.errors import UserError
 
 OPEN, CLOSE = "⟦", "⟧"
@@ -88,14 +88,14 @@ def view_row(
         data_format: length and truncation.
     """
     tokens, is_target = row
+    limit = f"{len(tokens):,} tokens are more than max_length {data_format.max_length}"
     try:
         kept = fit(tokens, is_target, cell, data_format, Counts())
     except UserError:
-        return _view(
-            number, cell, row, tokenizer, f"refused: it has more than max_length {data_format.max_length} tokens"
-        )
+        return _view(number, cell, row, tokenizer, f"refused: {limit}")
     if kept is None:
-        return _view(number, cell, row, tokenizer, f"dropped: {len(tokens):,} tokens leave no target within max_length")
+        why = limit if data_format.truncation == "drop" else f"{len(tokens):,} tokens leave no target within max_length"
+        return _view(number, cell, row, tokenizer, f"dropped: {why}")
     lost = len(tokens) - len(kept[0])
     if not lost:
         return _view(number, cell, row, tokenizer, "")
@@ -113,7 +113,9 @@ def _view(
     number: int, cell: Cell, row: tuple[np.ndarray, np.ndarray], tokenizer: PreTrainedTokenizerBase, cut: str
 ) -> RowView:
     tokens, is_target = row
-    return RowView(number, str(cell), make_spans(tokens, is_target, tokenizer), len(tokens), int(is_target.sum()), cut)
+    return RowView(
+        number, str(cell), make_spans(tokens, is_target, tokenizer), len(tokens), count_targets(is_target), cut
+    )
 
 
 def make_spans(tokens: np.ndarray, is_target: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[Span]:

@@ -91,7 +91,7 @@ def show(preview: Preview, stream: TextIO) -> None:
     console = Console(file=stream, highlight=False, markup=False, emoji=False, soft_wrap=True)
     for row in preview.rows:
         console.print(Text(_head(row), style="bold"))
-        console.print(_coloured(row) if console.is_terminal else Text(plain_text(row)))
+        console.print(coloured(row) if console.is_terminal else Text(plain_text(row)))
         console.print()
     for name, group in groupby(facts(preview), key=lambda fact: fact[0]):
         for index, (_, text) in enumerate(group):
@@ -115,14 +115,15 @@ def _head(row: RowView) -> str:
     return _one_line(head + (f"; {row.cut}" if row.cut else ""))
 
 
-def _coloured(row: RowView) -> Text:
-    """Targets green between their marks, special tokens magenta."""
+def coloured(row: RowView) -> Text:
+    """Targets green between their marks; special tokens bold, and magenta where they are read only."""
     text = Text()
     for learned, spans in groupby(row.spans, key=lambda span: span.is_target):
         if learned:
             text.append(OPEN, style="bold green")
         for span in spans:
-            style = "bold magenta" if span.is_special else "green" if learned else ""
+            colour = "green" if learned else "magenta" if span.is_special else ""
+            style = f"bold {colour}" if span.is_special else colour
             text.append(visible_text(span.text), style=style)
         if learned:
             text.append(CLOSE, style="bold green")

@@ -25,7 +25,7 @@ class Probe:
     rewrites: how a turn looks once another has followed, where that differs from how it was trained on
     strips_thinking: whether the thinking of earlier turns is taken out
     has_end: whether a special token stands directly after an answer
-    begins_answer: whether what it puts before an answer is what it ends a prompt for generation with
+    begins_answer: whether what it puts before an answer in a history is what it ends a prompt for generation with
     """
 
     error: str | None = None
@@ -52,6 +52,7 @@ def probe_template(chat_format: ChatFormat) -> Probe:
         return text
 
     try:
+        asked = render(QUESTION)
         first = render(QUESTION, generation=True)
         answered = render(QUESTION, ANSWER)
         later = render(QUESTION, ANSWER, AGAIN, generation=True)
@@ -64,16 +65,17 @@ def probe_template(chat_format: ChatFormat) -> Probe:
     between = later.partition(ANSWER)[2].partition(AGAIN)[0]
     user_header = between.removeprefix(end)
     strips = THOUGHT not in thinking
-    rewrites = None
-    if not later.startswith(first):
-        rewrites = _difference(first, later)
-    elif not later.startswith(first + ANSWER):
-        rewrites = _difference(first + ANSWER, later)
+    rewrites, begins_answer = None, True
+    if not later.startswith(first + ANSWER):
+        if _common(first + ANSWER, later) < len(asked):
+            rewrites = _difference(first + ANSWER, later)
+        else:
+            begins_answer = False
     elif not strips and not thinking.startswith(first + thought):
         rewrites = _difference(first + thought, thinking)
     try:
         given = render(QUESTION, system=SYSTEM)
-        default_system = _inserted(render(QUESTION), given)
+        default_system = _inserted(asked, given)
     except (jinja2.TemplateError, TypeError, ValueError, KeyError):  # some take no system turn
         default_system = ""
     return Probe(
@@ -82,16 +84,20 @@ def probe_template(chat_format: ChatFormat) -> Probe:
         rewrites=rewrites,
         strips_thinking=strips,
         has_end=has_end,
-        begins_answer=answered.startswith(first + ANSWER),
+        begins_answer=begins_answer,
     )
 
 
 def _difference(before: str, after: str) -> str:
     """Where a text stops being the beginning of another, in words."""
-    same = next(
-        (i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), min(map(len, (before, after)))
-    )
+    same = _common(before, after)
     return f"{_short(before[same:])} becomes {_short(after[same:])}"
+
+
+def _common(first: str, second: str) -> int:
+    """Characters that two texts share at their beginning."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def _short(text: str) -> str:
