@@ -1,5 +1,6 @@
 """Command line: what a training run will see, before it starts."""
 
+import io
 import os
 import sys
 
@@ -17,6 +18,8 @@ def run(config: PreviewConfig) -> None:
         from dsft.preflight.showing import show, write_files
 
         preview = make_preview(config)
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # rows may have characters that a terminal does not
         try:
             show(preview, sys.stdout)
             sys.stdout.flush()

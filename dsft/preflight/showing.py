@@ -89,6 +89,12 @@ def _batch_facts(batches: Batches) -> list[tuple[str, str]]:
 def show(preview: Preview, stream: TextIO) -> None:
     """Print it: in colour on a terminal, with marks alone elsewhere."""
     console = Console(file=stream, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    with console.capture() as captured:  # at a closed pipe rich would end the process by itself
+        _print(preview, console)
+    stream.write(captured.get())
+
+
+def _print(preview: Preview, console: Console) -> None:
     for row in preview.rows:
         console.print(Text(_head(row), style="bold"))
         console.print(coloured(row) if console.is_terminal else Text(plain_text(row)))
