@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "dsft/__init__.py").read_text(encoding="utf-8")).group(1)
-COMMANDS = ("train", "merge", "checkpoint", "generate", "validate", "pipeline")
+COMMANDS = ("train", "preview", "merge", "checkpoint", "generate", "validate", "pipeline")
 
 setup(
     name="dsft",
@@ -34,6 +34,7 @@ setup(
         "fire>=0.7.1",
         "PyYAML>=6",
         "tqdm>=4.70",
+        "rich>=15",
         "psutil>=7",
         "gguf>=0.19",
         "gymnasium>=1.4",

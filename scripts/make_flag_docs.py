@@ -12,10 +12,19 @@ from dataclasses import fields
 from pathlib import Path
 
 from dsft.cli import default_text, meanings, type_text
-from dsft.config import CheckpointConfig, GenerateConfig, MergeConfig, PipelineConfig, TrainConfig, ValidateConfig
+from dsft.config import (
+    CheckpointConfig,
+    GenerateConfig,
+    MergeConfig,
+    PipelineConfig,
+    PreviewConfig,
+    TrainConfig,
+    ValidateConfig,
+)
 
 COMMANDS = {
     "train": TrainConfig,
+    "preview": PreviewConfig,
     "merge": MergeConfig,
     "checkpoint": CheckpointConfig,
     "generate": GenerateConfig,
@@ -25,12 +34,18 @@ COMMANDS = {
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "flags.md"
 
 
-def table(title: str, config_class: type) -> list[str]:
-    """One command's flags as a Markdown table per section."""
+BESIDE = {"preview": TrainConfig}
+"""Commands that take all flags of another one, of which the table lists only those that are theirs."""
+
+
+def table(title: str, config_class: type, beside: type | None = None) -> list[str]:
+    """One command's flags as a Markdown table per section, without those that mean the same in `beside`."""
     hints, meaning = typing.get_type_hints(config_class), meanings(config_class)
     lines = [f"## {title}", "", config_class.__doc__ or "", ""]
     header = ["| flag | type | default | meaning |", "| --- | --- | --- | --- |"]
-    for index, f in enumerate(fields(config_class)):
+    known = meanings(beside) if beside is not None else {}
+    own = [f for f in fields(config_class) if known.get(f.name) != meaning[f.name]]
+    for index, f in enumerate(own):
         if f.metadata["section"]:
             lines += [*([""] if index else []), f"### {f.metadata['section']}", "", *header]
         elif index == 0:
@@ -43,7 +58,7 @@ def main() -> None:
     """Write, or check."""
     lines = ["# Flags", "", "Made from dsft/config by `python scripts/make_flag_docs.py`; do not edit.", ""]
     for command, config_class in COMMANDS.items():
-        lines += table(f"dsft.{command}", config_class)
+        lines += table(f"dsft.{command}", config_class, BESIDE.get(command))
     text = "\n".join(lines)
     if "--check" in sys.argv[1:]:
         sys.exit(TARGET.read_text(encoding="utf-8") != text and f"error: {TARGET} is out of date; run this script")

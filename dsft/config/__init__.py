@@ -4,6 +4,7 @@ from dsft.config.checkpoint import CheckpointConfig
 from dsft.config.games import EnvironmentFlags, GenerateConfig, PromptFlags, ValidateConfig
 from dsft.config.merge import MergeConfig
 from dsft.config.pipeline import PipelineConfig
+from dsft.config.preview import PreviewConfig
 from dsft.config.train import EVERY_EPOCH, TrainConfig
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "GenerateConfig",
     "MergeConfig",
     "PipelineConfig",
+    "PreviewConfig",
     "PromptFlags",
     "TrainConfig",
     "ValidateConfig",

@@ -55,6 +55,12 @@ class DataFormat:
             flags.truncation,
         )
 
+    def columns(self) -> tuple[list[str], list[str]]:
+        """The columns that are read, and the flag that names each."""
+        if self.messages_key is not None:
+            return [self.messages_key], ["messages_key"]
+        return [self.prompt_key, self.response_key], ["prompt_key", "response_key"]
+
 
 @dataclass
 class Counts:
@@ -305,10 +311,7 @@ def _tokenize_files(
     show_progress: bool,
 ) -> None:
     chat_format = ChatFormat(tokenizer, with_thinking=data_format.with_thinking)
-    if data_format.messages_key is not None:
-        columns, flags = [data_format.messages_key], ["messages_key"]
-    else:
-        columns, flags = [data_format.prompt_key, data_format.response_key], ["prompt_key", "response_key"]
+    columns, flags = data_format.columns()
     counts = Counts()
     kept_rows: list[Row] = []
     index = {str(file): i for i, file in enumerate(files)}
@@ -316,9 +319,9 @@ def _tokenize_files(
     bar = tqdm(unit=" rows", desc="tokenising", disable=None if show_progress else True)
     with bar:
         for rows in read_columns(files, columns, flags, max_rows):
-            segments = [_segments(cells, cell, chat_format, data_format) for cell, cells in rows]
+            segments = [row_segments(cells, cell, chat_format, data_format) for cell, cells in rows]
             for (cell, _), row in zip(rows, chat_format.tokenize(segments), strict=True):
-                kept, level = _fit(*row, cell, data_format, counts), _level_number(next(levels))
+                kept, level = fit(*row, cell, data_format, counts), _level_number(next(levels))
                 if kept is not None:
                     cut = len(row[0]) - len(kept[0])
                     front = row[0][: cut if data_format.truncation == "left" else 0]
@@ -337,7 +340,12 @@ def _level_number(level: Any) -> int:
     return int(level, 16) if isinstance(level, str) and LEVEL_ID.fullmatch(level) else 0
 
 
-def _segments(cells: tuple, cell: Cell, chat_format: ChatFormat, data_format: DataFormat) -> list[Segment]:
+def row_segments(cells: tuple, cell: Cell, chat_format: ChatFormat, data_format: DataFormat) -> list[Segment]:
+    """What a row of the columns read becomes, before it is tokenised.
+
+    Raises:
+        UserError: values of another kind than the flags say, with file and row.
+    """
     if data_format.messages_key is not None:
         messages = walk(cells[0], data_format.prompt_dict_keys, cell, data_format.messages_key)
         return chat_format.conversation(messages, cell)
@@ -346,10 +354,14 @@ def _segments(cells: tuple, cell: Cell, chat_format: ChatFormat, data_format: Da
     return chat_format.prompt_and_response(prompt, response, cell)
 
 
-def _fit(
+def fit(
     tokens: np.ndarray, is_target: np.ndarray, cell: Cell, data_format: DataFormat, counts: Counts
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """One row within max_length, or None where the row is dropped."""
+    """One row within max_length, or None where the row is dropped; `counts` is told what that cost.
+
+    Raises:
+        UserError: the row is too long, and nothing may be cut.
+    """
     surplus = len(tokens) - data_format.max_length
     if surplus > 0:
         if data_format.truncation == "error":

@@ -1,1 +1,1 @@
-"""What can be wrong with a run before its first step. Nothing here imports torch."""
+"""What can be known of a run before it starts."""

@@ -1,0 +1,49 @@
+"""Flags of dsft.preview: those of dsft.train, and what to show."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsft.config.flags import flag
+from dsft.config.train import TrainConfig
+from dsft.errors import UserError
+
+
+@dataclass(kw_only=True)
+class PreviewConfig(TrainConfig):
+    """Show what a training run will see, with the flags of dsft.train: rows, figures, and what is wrong with them."""
+
+    output_dir: str = flag("", section="Output")
+    """Not needed: nothing is written there. It may stand here as it does for dsft.train."""
+
+    rows: int = flag(3, section="Preview")
+    """Training rows to show: the first, the longest, then evenly spread over the files."""
+    row_numbers: list[int] | None = flag(None)
+    """Show these training rows instead, counted from 0 over all files together."""
+    ranks: int = flag(1)
+    """Ranks that the training would have, for the figures of batches; preview itself is one process."""
+    html: str | None = flag(None)
+    """Write everything to this file too, as one page of HTML that needs no other file."""
+    json: str | None = flag(None)
+    """Write figures and findings to this file too, as JSON."""
+
+    def check(self) -> None:
+        """Raise UserError with every problem that can be seen without reading data or model."""
+        problems = []
+        try:
+            super().check()
+        except UserError as error:
+            problems = str(error).splitlines()
+        if self.rows < 0:
+            problems.append(f"rows must be 0 or more, got {self.rows}")
+        if any(number < 0 for number in self.row_numbers or []):
+            problems.append(f"row_numbers must be 0 or more, got {','.join(map(str, self.row_numbers or []))}")
+        if self.ranks < 1:
+            problems.append(f"ranks must be 1 or more, got {self.ranks}")
+        for name in ("html", "json"):
+            path = getattr(self, name)
+            if path is not None and (not path or Path(path).is_dir()):
+                problems.append(f"{name} must be the name of a file, got '{path}'")
+        if self.html is not None and self.html == self.json:
+            problems.append(f"html and json name the same file, {self.html}; name two")
+        if problems:
+            raise UserError("\n".join(problems))

@@ -1,0 +1,347 @@
+"""Everything that dsft.preview shows: rows, figures, and what is wrong with them."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+
+from dsft import runtime
+from dsft.checkpointing.resuming import find_initial_weights
+from dsft.config import PreviewConfig
+from dsft.dataset.chat_format import ChatFormat, Segment
+from dsft.dataset.micro_batches import Cost
+from dsft.dataset.parquet import Cell, find_files, read_columns
+from dsft.dataset.tokens import DataFormat, TokenDataset, load_dataset, row_segments
+from dsft.errors import UserError
+from dsft.model.flops import count_flops
+from dsft.model.memory import MOST_TOKENS
+from dsft.model.source import load_tokenizer, resolve_model
+from dsft.model.tree_attention import why_no_trees
+from dsft.preflight.faults import Finding, Scan, rows_of
+from dsft.preflight.figures import (
+    Batches,
+    Figures,
+    Folding,
+    Layouts,
+    Truncation,
+    batches_and_folding,
+    figures,
+    fold_ratios,
+    truncation,
+)
+from dsft.preflight.rows import RowView, choose_rows, view_row
+from dsft.preflight.template import Probe, probe_template, start_finding, template_findings
+
+NO_LIMIT = 2**31 - 1
+MOST_COMPARED = 100  # rows whose prompts are made into tokens once more, as generation would
+
+
+@dataclass
+class Loaded:
+    """One set of rows.
+
+    flag: train_files or val_files
+    whole: its rows before truncation; None where they cannot be read
+    data: its rows as trained on; None where training would refuse them
+    scan: of their text
+    cells: where the rows in `kept` stand
+    kept: number of a row -> its segments, for those that were asked for
+    errors: why there is no whole or no data, unless a finding of the scan says so
+    """
+
+    flag: str
+    scan: Scan
+    whole: TokenDataset | None = None
+    data: TokenDataset | None = None
+    files: list[tuple[str, int]] = field(default_factory=list)
+    kept: dict[int, list[Segment]] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        """Before the names of what is found in it."""
+        return "" if self.flag == "train_files" else "val: "
+
+    def cell(self, row: int) -> Cell:
+        """Where a row stands."""
+        for file, rows in self.files:
+            if row < rows:
+                return Cell(file, row)
+            row -= rows
+        raise IndexError(row)
+
+
+@dataclass
+class Sets:
+    """What the checks look at."""
+
+    config: PreviewConfig
+    tokenizer: PreTrainedTokenizerBase
+    chat_format: ChatFormat
+    probe: Probe
+    stops: list[int] | None
+    train: Loaded
+    val: Loaded | None
+
+
+@dataclass
+class Preview:
+    """All that is shown.
+
+    rows: training rows as the model will see them
+    findings: of all checks
+    train, val: figures; None where there are no rows to take them of
+    """
+
+    title: str
+    rows: list[RowView] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    train: Figures | None = None
+    val: Figures | None = None
+    batches: Batches | None = None
+    folding: Folding | None = None
+    val_folding: Folding | None = None
+
+    @property
+    def problem(self) -> str | None:
+        """What training would refuse, in one line."""
+        refused = [finding for finding in self.findings if finding.kind == "refused"]
+        if not refused:
+            return None
+        more = f" (and {len(refused) - 1} more, see above)" if len(refused) > 1 else ""
+        return f"training would refuse this: {refused[0].text}{more}"
+
+
+# Making it
+
+
+def make_preview(config: PreviewConfig) -> Preview:
+    """Look at model, template and rows; nothing is trained, and no weights are read.
+
+    Raises:
+        UserError: there is nothing to look at: no model, no files, or a row to show that does not exist.
+    """
+    if not config.debug:
+        runtime.silence_libraries()
+    path = _model_path(config)
+    tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
+    chat_format = ChatFormat(tokenizer, with_thinking=config.with_thinking)
+    probe = probe_template(chat_format)
+    train = _load(config, "train_files", config.train_files, config.max_train_rows, chat_format, probe)
+    val = None
+    if config.val_files:
+        val = _load(config, "val_files", config.val_files, config.max_val_rows, chat_format, probe)
+    sets = Sets(config, tokenizer, chat_format, probe, _stops(path), train, val)
+    preview = Preview(title=f"{', '.join(config.train_files)} as {config.model} will see them")
+    _add_figures(preview, sets, path)
+    preview.rows = _rows(sets)
+    preview.findings += check(sets)
+    return preview
+
+
+def check(sets: Sets) -> list[Finding]:
+    """All checks, one after the other; another one is another line here."""
+    findings = [
+        *template_findings(sets.probe, sets.train.scan, sets.chat_format.end_of_turn, sets.tokenizer, sets.stops),
+        *_start_findings(sets),
+    ]
+    for loaded in (sets.train, sets.val):
+        if loaded is not None:
+            findings += _data_findings(loaded, sets.config)
+    return findings
+
+
+def _model_path(config: PreviewConfig) -> str:
+    """What the tokenizer and the model's shapes come from, as for training."""
+    path = resolve_model(config.model, check=False)
+    initial = find_initial_weights(config, path, None, check=False)
+    return str(initial.folder) if initial is not None and not initial.is_adapter else path
+
+
+def _stops(path: str) -> list[int] | None:
+    """The tokens at which the model's own configuration ends generation."""
+    for load in (GenerationConfig.from_pretrained, AutoConfig.from_pretrained):
+        try:
+            stops = getattr(load(path), "eos_token_id", None)
+        except (OSError, ValueError, KeyError):
+            continue
+        if stops is not None:
+            return [stops] if isinstance(stops, int) else list(stops)
+    return None
+
+
+def _load(
+    config: PreviewConfig,
+    flag: str,
+    names: list[str],
+    max_rows: int | None,
+    chat_format: ChatFormat,
+    probe: Probe,
+) -> Loaded:
+    """A set's rows, as far as they can be had."""
+    data_format = DataFormat.from_flags(config)
+    unlimited = DataFormat(**asdict(data_format) | {"max_length": NO_LIMIT, "truncation": "error"})
+    loaded = Loaded(flag, Scan(data_format, probe.marks, label="" if flag == "train_files" else "val: "))
+
+    def tokens(wanted: DataFormat) -> TokenDataset | None:
+        try:
+            return load_dataset(names, flag, chat_format.tokenizer, wanted, max_rows=max_rows, show_progress=True)
+        except UserError as error:
+            loaded.errors.append(str(error))
+            return None
+
+    files = find_files(names, flag)
+    loaded.data = tokens(data_format)
+    if loaded.data is not None and not loaded.data.counts.losses():
+        loaded.whole = loaded.data
+    else:
+        loaded.whole = tokens(unlimited)
+    wanted = _wanted_rows(config, loaded)
+    columns, flags = data_format.columns()
+    try:
+        for rows in read_columns(files, columns, flags, max_rows):
+            for cell, cells in rows:
+                _see(loaded, cell, cells, wanted, chat_format, data_format)
+    except UserError as error:
+        loaded.errors.append(str(error))
+    return loaded
+
+
+def _see(
+    loaded: Loaded, cell: Cell, cells: tuple, wanted: set[int], chat_format: ChatFormat, data_format: DataFormat
+) -> None:
+    number = loaded.scan.rows
+    if not loaded.files or loaded.files[-1][0] != cell.file or cell.row == 0:
+        loaded.files.append((cell.file, 0))
+    loaded.files[-1] = (cell.file, cell.row + 1)
+
+    def make() -> list[Segment]:
+        return row_segments(cells, cell, chat_format, data_format)
+
+    loaded.scan.see(cells, cell, make if loaded.whole is None else None)
+    if number in wanted:
+        loaded.kept[number] = make()
+
+
+def _wanted_rows(config: PreviewConfig, loaded: Loaded) -> set[int]:
+    """The rows whose prompts are made into tokens once more."""
+    if loaded.whole is None or loaded.flag != "train_files":
+        return set()
+    rows = len(loaded.whole)
+    return set(np.linspace(0, rows - 1, min(rows, MOST_COMPARED)).astype(int).tolist())
+
+
+def _add_figures(preview: Preview, sets: Sets, path: str) -> None:
+    config = sets.config
+    train, val = sets.train.data, sets.val.data if sets.val else None
+    if train is not None and sets.train.whole is not None:
+        whole = sets.train.whole.lengths
+        preview.train = figures(train, whole, config.train_batch_size, config.max_length, config.seed)
+    if val is not None and sets.val is not None and sets.val.whole is not None:
+        preview.val = figures(val, sets.val.whole.lengths, config.train_batch_size, config.max_length, config.seed)
+    try:
+        cost, why = _shapes(path, config)
+        longest = max((int(data.lengths.max()) for data in (train, val) if data is not None), default=1)
+        budget = config.max_tokens_per_micro_batch or max(longest, MOST_TOKENS[_device()])
+        layouts = Layouts(config.ranks, budget, cost, config.fold != "off", why)
+        if train is not None:
+            preview.batches, preview.folding = batches_and_folding(
+                train,
+                layouts,
+                batch_size=config.train_batch_size,
+                seed=config.seed,
+                epochs=config.total_epochs,
+                steps=config.total_training_steps,
+            )
+        if val is not None:
+            preview.val_folding, _ = fold_ratios(val, [np.arange(len(val))], layouts)
+    except UserError as error:
+        preview.findings.append(Finding("refused", "batches", str(error)))
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _shapes(path: str, config: PreviewConfig) -> tuple[Cost, str | None]:
+    """What the base model's tokens cost, and why its attention takes no trees, if so: from its configuration alone.
+
+    The operations of LoRA's own matrices are left out; they are a few in a hundred.
+
+    Raises:
+        UserError: the configuration cannot be read.
+    """
+    try:
+        shapes = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(shapes, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--model {config.model}: the model cannot be loaded: {reason[:300]}") from error
+    model.requires_grad_(config.lora_rank == 0)
+    return count_flops(model, lambda parameter: tuple(parameter.shape)), why_no_trees(model, config.attn_implementation)
+
+
+def _rows(sets: Sets) -> list[RowView]:
+    """The rows to show."""
+    whole = sets.train.whole
+    if whole is None:
+        return []
+    data_format = DataFormat.from_flags(sets.config)
+    numbers = choose_rows(whole.lengths, sets.config.rows, sets.config.row_numbers)
+    return [view_row(n, sets.train.cell(n), whole[n], sets.tokenizer, data_format) for n in numbers]
+
+
+# Checks
+
+
+def _start_findings(sets: Sets) -> list[Finding]:
+    loaded = sets.train
+    if loaded.whole is None:
+        return []
+    rows = [(str(loaded.cell(n)), segments, *loaded.whole[n]) for n, segments in sorted(loaded.kept.items())]
+    return [start_finding(sets.probe, sets.chat_format, rows)]
+
+
+def _data_findings(loaded: Loaded, config: PreviewConfig) -> list[Finding]:
+    findings = list(loaded.scan.findings())
+    if loaded.whole is not None:
+        findings += _truncation_findings(loaded, config)
+    if not any(finding.kind == "refused" for finding in findings):  # which has said it with its count
+        findings += [Finding("refused", f"{loaded.label}load", error) for error in loaded.errors[:1]]
+    return findings or [Finding("ok", f"{loaded.label}rows", f"no fault found in {loaded.scan.rows:,} rows")]
+
+
+def _truncation_findings(loaded: Loaded, config: PreviewConfig) -> list[Finding]:
+    whole = loaded.whole
+    assert whole is not None
+    prompts = np.array([int(np.argmax(whole[row][1])) for row in range(len(whole))], np.int64)
+    cut = truncation(whole.lengths, prompts, config.max_length, config.truncation)
+    text = _truncation_text(cut, loaded, config)
+    return [Finding("refused" if loaded.data is None else "warning", f"{loaded.label}truncation", text)] if text else []
+
+
+def _truncation_text(cut: Truncation, loaded: Loaded, config: PreviewConfig) -> str:
+    """What truncation costs, in one line; empty where it costs no more than the front of prompts."""
+    if cut.example is None:
+        return ""
+    total = loaded.scan.rows
+    example = f"e.g. {loaded.cell(cut.example)}"
+    limit = f"--max_length {config.max_length} (the longest row has {cut.longest:,} tokens)"
+    if config.truncation == "error":
+        return (
+            f"{rows_of(cut.too_long, total)} have more tokens than {limit}, {example}; raise it, or choose "
+            "--truncation left, right or drop"
+        )
+    if config.truncation == "right" and cut.answers_cut + cut.lost:
+        return (
+            f"the end of the answer is cut in {rows_of(cut.answers_cut + cut.lost, total)}, {cut.lost:,} are left out "
+            f"because none of it is left, {example}; raise {limit}, or choose --truncation left"
+        )
+    if cut.dropped:
+        return (
+            f"{rows_of(cut.dropped, total)} are left out by --truncation {config.truncation}, {example}; raise {limit}"
+        )
+    return ""
