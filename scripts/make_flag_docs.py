@@ -12,12 +12,21 @@ from dataclasses import fields
 from pathlib import Path
 
 from dsft.cli import default_text, meanings, type_text
-from dsft.config import CheckpointConfig, GenerateConfig, MergeConfig, PipelineConfig, TrainConfig, ValidateConfig
+from dsft.config import (
+    CheckpointConfig,
+    GenerateConfig,
+    MergeConfig,
+    PipelineConfig,
+    ReportConfig,
+    TrainConfig,
+    ValidateConfig,
+)
 
 COMMANDS = {
     "train": TrainConfig,
     "merge": MergeConfig,
     "checkpoint": CheckpointConfig,
+    "report": ReportConfig,
     "generate": GenerateConfig,
     "validate": ValidateConfig,
     "pipeline": PipelineConfig,

@@ -4,6 +4,7 @@ from dsft.config.checkpoint import CheckpointConfig
 from dsft.config.games import EnvironmentFlags, GenerateConfig, PromptFlags, ValidateConfig
 from dsft.config.merge import MergeConfig
 from dsft.config.pipeline import PipelineConfig
+from dsft.config.report import ReportConfig
 from dsft.config.train import EVERY_EPOCH, TrainConfig
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "MergeConfig",
     "PipelineConfig",
     "PromptFlags",
+    "ReportConfig",
     "TrainConfig",
     "ValidateConfig",
 ]
