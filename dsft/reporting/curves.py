@@ -56,7 +56,7 @@ def draw(title: str, unit: str, curves: Sequence[Curve], *, noisy: bool) -> str:
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     key = hashlib.sha256(title.encode()).hexdigest()[:8]
-    settings: dict[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": key, "font.size": 10, "text.parse_math": False}
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": key, "font.size": 10, "text.parse_math": False}
     settings |= {f"{what}.color": INK for what in ("text", "xtick", "ytick")}
     settings |= {"axes.edgecolor": INK, "axes.labelcolor": INK, "path.simplify": False}
     with mpl.rc_context():
