@@ -279,13 +279,17 @@ class Pipeline:
                 self._run(Job(f"validate-{player.replace(' ', '-')}", "validate", config, ranks))
 
     def _report(self) -> list[str]:
-        from dsft.reporting.judgements import game_lines
+        from dsft.reporting.judgements import find_judgements, game_lines
+        from dsft.reporting.model_card import add_results
         from dsft.reporting.report import write_report
         from dsft.reporting.runs import read_runs
 
         folder = [str(self.root)]
+        judgements = find_judgements(read_runs(folder), [])
+        if self.train.lora_rank:
+            guard_disk(lambda: add_results(self.merged, judgements), self.merged)
         written = write_report(ReportConfig(runs=folder))
-        return [*(f"report   {path}" for path in written), *game_lines(read_runs(folder))]
+        return [*(f"report   {path}" for path in written), *game_lines(judgements)]
 
     def _run(self, job: Job, progress: "Callable[[], tuple[int, int] | None] | None" = None) -> None:
         """Run one command to its end, its output in a log.

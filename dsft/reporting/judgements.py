@@ -187,9 +187,9 @@ def _share(report: dict[str, Any], name: str) -> str:
     return f"{report[f'{name}_rate']:.1%} ({low:.1%} to {high:.1%})"
 
 
-def game_lines(runs: Sequence[Run]) -> list[str]:
+def game_lines(judgements: Sequence[Judgement]) -> list[str]:
     """The table of players, for a console."""
-    return aligned(GAME_HEADER, [_game_row(j.player, j.report) for j in find_judgements(runs, []) if j.is_game])
+    return aligned(GAME_HEADER, [_game_row(j.player, j.report) for j in judgements if j.is_game])
 
 
 # Samples

@@ -1,6 +1,7 @@
 """A report as Markdown (GitHub's), which also reads well as plain text."""
 
 import re
+from collections.abc import Sequence
 
 from dsft.reporting.document import (
     Beside,
@@ -24,7 +25,11 @@ LIST_MARK = re.compile(r"^([-+=]|\d+[.)])")
 
 def as_markdown(document: Document) -> str:
     """The file's text."""
-    blocks = [Heading(1, document.title), *document.blocks]
+    return blocks_as_markdown([Heading(1, document.title), *document.blocks])
+
+
+def blocks_as_markdown(blocks: Sequence[Block]) -> str:
+    """Blocks, and an empty line between them."""
     return "\n\n".join(part for block in blocks for part in _parts(block)) + "\n"
 
 

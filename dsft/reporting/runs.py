@@ -284,24 +284,29 @@ def commands(run: Run) -> list[str]:
 
     The run's own goes to another folder, where it does not go on with what is there.
     """
+    ranks = run.state.world_size if run.state is not None else 1
     if run.pipeline:
         known: list[tuple[str, Any]] = [("generate", GenerateConfig), ("train", TrainConfig), ("merge", MergeConfig)]
         known.append(("validate", ValidateConfig))
-        made = [_command(name, kind, run.pipeline[name], run) for name, kind in known if name in run.pipeline]
+        made = [_command(name, kind, run.pipeline[name], ranks) for name, kind in known if name in run.pipeline]
     else:
         folder = str(run.flags.get("output_dir", run.folder)).rstrip("/") + "-again"
-        made = [_command("train", TrainConfig, run.flags | {"output_dir": folder}, run)] if run.flags else []
+        made = [training_command(run.flags | {"output_dir": folder}, ranks)] if run.flags else []
     return [line for line in made if line is not None]
 
 
-def _command(name: str, config_class: Any, flags: dict[str, Any], run: Run) -> str | None:
-    """None where this version of dsft would refuse the flags."""
+def training_command(flags: dict[str, Any], ranks: int) -> str | None:
+    """The command line of config.yaml's flags; None where this version of dsft would refuse them."""
+    return _command("train", TrainConfig, flags, ranks)
+
+
+def _command(name: str, config_class: Any, flags: dict[str, Any], ranks: int) -> str | None:
     known = {f.name for f in fields(config_class)}
     values = {flag: value for flag, value in flags.items() if flag in known and flag not in OF_ONE_START}
     try:
         words = as_words(build(config_class, values))
     except UserError:
         return None
-    ranks = run.state.world_size if name == "train" and run.state is not None else 1
-    start = ["torchrun", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else ["python"]
+    several = ["torchrun", "--standalone", "--nproc_per_node", str(ranks)]
+    start = several if ranks > 1 and name == "train" else ["python"]
     return shlex.join([*start, "-m", f"dsft.{name}", *words])
