@@ -24,9 +24,10 @@ import importlib, json, os, sys, traceback
 from dsft import runtime
 
 runtime.silence_libraries()
-for name in ("trainer", "backends.fsdp", "model.merging", "validation.judge", "validation.dialogues"):
+names = ("trainer", "backends.fsdp", "model.merging", "validation.judge", "validation.dialogues", "reporting.report")
+for name in names:
     importlib.import_module(f"dsft.{name}")
-import peft.tuners.lora, transformers.models.llama.modeling_llama
+import matplotlib.backends.backend_svg, peft.tuners.lora, transformers.models.llama.modeling_llama
 print("ready", flush=True)
 for line in sys.stdin:
     module, words, folder = json.loads(line)
