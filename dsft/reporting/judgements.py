@@ -1,6 +1,7 @@
 """What dsft.validate has found: reports of players and models, in tables, and answers before and after training."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,7 @@ def find_judgements(runs: Sequence[Run], more: Sequence[str]) -> list[Judgement]
             if report is not None:
                 found.setdefault(path.resolve(), Judgement(_player(report, [run]), run.name, path, report))
     for name in more:
-        path = Path(name).expanduser()
+        path = Path(os.path.expanduser(name))
         report = _read(path)
         if report is None:
             raise UserError(f"--judgements {name}: no report of dsft.validate; name the .json file that it wrote")
@@ -121,7 +122,7 @@ def _is_tuned(report: dict[str, Any], run: Run) -> bool:
 
 
 def _absolute(path: Any) -> Path:
-    return Path(str(path)).expanduser().resolve()
+    return Path(os.path.expanduser(str(path))).resolve()
 
 
 # Tables

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -10,6 +11,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.constants import REPOCARD_NAME
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from dsft.checkpointing.state import TrainerState, read_flags, read_state
 from dsft.errors import UserError
@@ -25,7 +28,6 @@ HYPERPARAMETERS = (
     "weight_decay", "warmup_ratio", "schedule", "min_lr_ratio", "clip_grad", "train_batch_size", "max_length",
     "truncation", "fold", "total_epochs", "seed", "dtype",
 )  # fmt: skip
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PLAYED = "## Results: "
 
 
@@ -45,18 +47,19 @@ def model_card(checkpoint: Path, base_name: str, base_path: str, *, name: str, p
     """
     base, licence = _lineage(base_name, base_path)
     flags, state = _origin(checkpoint)
+    losses = _losses(flags, state)
     fields = licence | ({"base_model_relation": "finetune"} if base else {})
     data = ModelCardData(
         base_model=base,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["dsft", "sft", "lora", "text-generation"],
-        model_name=name,
-        eval_results=_losses(flags, state),
+        model_name=name if losses else None,
+        eval_results=losses,
         **fields,
     )
     trained = str(flags.get("model", base_name))
-    shown_base = Path(trained).name if Path(trained).expanduser().exists() else trained
+    shown_base = Path(trained).name if os.path.exists(os.path.expanduser(trained)) else trained
     blocks: list[Block] = [
         Text(
             f"{shown_base}, fine-tuned with LoRA by dsft and merged: the adapter of "
@@ -76,6 +79,12 @@ def model_card(checkpoint: Path, base_name: str, base_path: str, *, name: str, p
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{as_markdown(Document(name, blocks))}")
 
 
+def name_of(folder: Path) -> str:
+    """What a merged model is called that has no repository: after its folder, or what that is the merged model of."""
+    folder = folder.resolve()
+    return folder.parent.name if folder.name == "merged" else folder.name
+
+
 def add_results(folder: Path, judgements: Sequence[Judgement]) -> None:
     """Add what a merged model has reached to its card; what was added before is replaced.
 
@@ -89,7 +98,9 @@ def add_results(folder: Path, judgements: Sequence[Judgement]) -> None:
     card = ModelCard.load(path)
     own = [result for j in judgements if j.player == TUNED for result in _reached(j)]
     kept = [r for r in card.data.eval_results or [] if r.dataset_type not in {result.dataset_type for result in own}]
-    card.data.eval_results = [*kept, *own]
+    if own:
+        card.data.eval_results = [*kept, *own]
+        card.data.model_name = card.data.model_name or name_of(folder)
     text = card.text.partition(f"\n{PLAYED}")[0].rstrip("\n")
     card.text = f"{text}\n\n{blocks_as_markdown(tables(judgements, several=False))}"
     card.save(path)
@@ -110,8 +121,14 @@ def _lineage(base_name: str, base_path: str) -> tuple[str | None, dict[str, Any]
     if not Path(base_path).exists():
         return base_name, licence
     above = card.get("base_model")
-    named = above if isinstance(above, str) and HUB_ID.fullmatch(above) else None
-    return named, licence
+    return above if _is_hub_name(above) else None, licence
+
+
+def _is_hub_name(name: Any) -> bool:
+    with suppress(HFValidationError):
+        validate_repo_id(name)
+        return isinstance(name, str) and "/" in name
+    return False
 
 
 def _card_of(base_path: str) -> dict[str, Any]:

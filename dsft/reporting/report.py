@@ -1,5 +1,6 @@
 """The report of one run or of several: what was asked, what was read, how it went, what came of it."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -40,7 +41,7 @@ def write_report(config: ReportConfig) -> tuple[Path, Path]:
     """
     runs = read_runs(config.runs)
     document = tell(runs, find_judgements(runs, config.judgements or []), config.samples)
-    target = Path(config.output).expanduser() if config.output else runs[0].root / f"report{HTML}"
+    target = Path(os.path.expanduser(config.output)) if config.output else runs[0].root / f"report{HTML}"
     guard_disk(lambda: target.parent.mkdir(parents=True, exist_ok=True), target.parent)
     beside = target.with_suffix(".md")
     guard_disk(lambda: write_text(target, as_html(document)), target)

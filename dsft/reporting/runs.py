@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
@@ -109,7 +110,7 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
 
 def _guarded(path: str) -> Run:
     try:
-        return read_run(Path(path).expanduser(), path)
+        return read_run(Path(os.path.expanduser(path)), path)
     except OSError as error:
         place = error.filename or path
         raise UserError(f"{place} cannot be read: {reason(error)}; make it readable, or name another") from error
