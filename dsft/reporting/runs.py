@@ -19,6 +19,7 @@ from dsft.errors import UserError
 from dsft.files import reason
 
 PIPELINE = "pipeline.json"
+AGAIN = "-again"
 OF_ONE_START = ("config", "debug", "resume", "resume_override", "stop_after_steps")
 """Flags that say how a run was gone on with; the run itself does not depend on them."""
 
@@ -283,17 +284,29 @@ def duration(seconds: float) -> str:
 def commands(run: Run) -> list[str]:
     """The command lines that do it again, in a shell's words: one, or those of a pipeline's steps.
 
-    The run's own goes to another folder, where it does not go on with what is there.
+    They work in another folder, where they do not go on with what is there, nor refuse to overwrite it.
     """
     ranks = run.state.world_size if run.state is not None else 1
     if run.pipeline:
         known: list[tuple[str, Any]] = [("generate", GenerateConfig), ("train", TrainConfig), ("merge", MergeConfig)]
         known.append(("validate", ValidateConfig))
-        made = [_command(name, kind, run.pipeline[name], ranks) for name, kind in known if name in run.pipeline]
+        before = str(Path(str(run.pipeline.get("generate", {}).get("output_dir", run.root / "data"))).parent)
+        steps = [(name, kind, run.pipeline[name]) for name, kind in known if name in run.pipeline]
+        made = [_command(name, kind, _moved(flags, before), ranks) for name, kind, flags in steps]
     else:
-        folder = str(run.flags.get("output_dir", run.folder)).rstrip("/") + "-again"
+        folder = str(run.flags.get("output_dir", run.folder)).rstrip("/") + AGAIN
         made = [training_command(run.flags | {"output_dir": folder}, ranks)] if run.flags else []
     return [line for line in made if line is not None]
+
+
+def _moved(value: Any, before: str) -> Any:
+    """Flags of a pipeline's step, with its folder replaced in every path below it."""
+    if isinstance(value, dict):
+        return {name: _moved(inner, before) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_moved(inner, before) for inner in value]
+    below = isinstance(value, str) and value.startswith(f"{before}/")
+    return f"{before}{AGAIN}{value[len(before) :]}" if below else value
 
 
 def training_command(flags: dict[str, Any], ranks: int) -> str | None:

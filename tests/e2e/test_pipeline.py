@@ -69,6 +69,7 @@ def test_the_last_lines_are_the_table_and_the_report_holds_it(whole):
     assert "\n".join(table) in report
     assert "## One level that the fine-tuned model failed (seed" in report
     assert "<svg" in (output / "report.html").read_text(encoding="utf-8")
+    assert "\n".join(table) in (output / "merged" / "README.md").read_text(encoding="utf-8")
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((output / "validate").glob("*.json"))]
     assert len({json.dumps([line["level"] for line in lines(output, player)]) for player in players(output)}) == 1
     assert [r["model"] for r in reports][1:] == ["expert", str(output / "merged"), "random"]

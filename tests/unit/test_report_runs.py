@@ -161,7 +161,10 @@ def pipeline(tmp_path) -> Path:
     make_run(root / "train", [step(1)], {"output_dir": "elsewhere/pipe/train"})
     (root / "data").mkdir()
     (root / "data" / "generate.json").write_text(json.dumps({"levels": {"train": 1000, "test": 40}}))
-    steps = {"generate": {"env": "sokoban", "output_dir": "pipe/data"}, "train": FLAGS}
+    steps = {
+        "generate": {"env": "sokoban", "output_dir": "pipe/data"},
+        "train": FLAGS | {"output_dir": "pipe/train", "train_files": ["pipe/data/a"]},
+    }
     (root / "pipeline.json").write_text(json.dumps({s: {"flags": f, "done": True} for s, f in steps.items()}))
     episodes = [(1, True, ["Up"]), (2, False, ["no", "nope"]), (3, True, ["Left"])]
     folder = root / "validate"
@@ -185,7 +188,9 @@ def test_the_players_of_a_pipeline(pipeline):
     assert run.name == "pipe"
     generate, train = commands(run)
     assert parse(GenerateConfig, generate.split()[3:]).env == "sokoban"
-    assert parse(TrainConfig, train.split()[3:]).output_dir == "out/run"
+    assert parse(GenerateConfig, generate.split()[3:]).output_dir == "pipe-again/data"
+    config = parse(TrainConfig, train.split()[3:])
+    assert (config.output_dir, config.train_files) == ("pipe-again/train", ["pipe-again/data/a"])
     text = blocks_as_markdown(tell([run], judgements, 2).blocks)
     assert "\n".join(lines) in text
 
