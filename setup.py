@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "dsft/__init__.py").read_text(encoding="utf-8")).group(1)
-COMMANDS = ("train", "preview", "merge", "checkpoint", "generate", "validate", "pipeline")
+COMMANDS = ("train", "preview", "merge", "checkpoint", "report", "generate", "validate", "pipeline")
 
 setup(
     name="dsft",
@@ -32,6 +32,8 @@ setup(
         "numpy>=2",
         "wandb>=0.31",
         "fire>=0.7.1",
+        "huggingface_hub>=2.4",
+        "matplotlib>=3.11",
         "PyYAML>=6",
         "tqdm>=4.70",
         "rich>=15",
@@ -39,6 +41,6 @@ setup(
         "gguf>=0.19",
         "gymnasium>=1.4",
     ],
-    extras_require={"tensorboard": ["tensorboard>=2.21"], "plots": ["matplotlib>=3.11"], "vllm": ["vllm"]},
+    extras_require={"tensorboard": ["tensorboard>=2.21"], "vllm": ["vllm"]},
     entry_points={"console_scripts": [f"dsft-{name} = dsft.{name}:main" for name in COMMANDS]},
 )

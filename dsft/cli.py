@@ -185,6 +185,8 @@ def _collect(config_class: type, argv: Sequence[str], problems: list[str]) -> di
     @SetParseFn(str)
     def collect(*words: str, **flags: str) -> None:
         free = [name for name in take_words if name not in flags]
+        if len(free) == 1 and typing.get_origin(hints[free[0]]) is list and words:
+            collected[free[0]], words = list(words), ()
         problems.extend(f"'{word}' belongs to no flag; write --name value" for word in words[len(free) :])
         collected.update(zip(free, words, strict=False))
         collected.update(flags)

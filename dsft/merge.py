@@ -5,7 +5,7 @@ from dsft.config import MergeConfig
 
 
 def run(config: MergeConfig) -> None:
-    """Merge and print what the proof measured."""
+    """Merge, print what the proof measured, and publish the result where that is asked for."""
     from dsft import runtime
 
     def work() -> None:
@@ -19,6 +19,10 @@ def run(config: MergeConfig) -> None:
             f"proof    reloaded against base + adapter: largest difference of a logit {report.largest_difference:.3g}, "
             f"{report.relative_difference:.3g} of their spread (tolerance {report.tolerance:g})"
         )
+        if config.push_to_hub is not None:
+            from dsft.model.publishing import push
+
+            print(f"pushed   {push(report.output, config.push_to_hub, private=config.hub_private)}")
 
     runtime.run_to_exit(work, debug=config.debug)
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from dsft.checkpointing.layout import CheckpointFolder
 from dsft.checkpointing.state import read_state
 from dsft.cli import as_words, build
-from dsft.config import GenerateConfig, MergeConfig, PipelineConfig, TrainConfig, ValidateConfig
+from dsft.config import GenerateConfig, MergeConfig, PipelineConfig, ReportConfig, TrainConfig, ValidateConfig
 from dsft.config.pipeline import SHARED, STEPS
 from dsft.envs import make_environment
 from dsft.errors import UserError
@@ -204,7 +204,7 @@ class Pipeline:
             "generate": [self.data],
             "train": [self.run_folder],
             "merge": [self.merged, self.root / "select"],
-            "validate": [self.validation, self.root / "report.md", self.root / "loss.png"],
+            "validate": [self.validation, self.root / "report.html", self.root / "report.md"],
         }
         for step in steps:
             for path in made[step]:
@@ -279,24 +279,17 @@ class Pipeline:
                 self._run(Job(f"validate-{player.replace(' ', '-')}", "validate", config, ranks))
 
     def _report(self) -> list[str]:
-        from dsft.pipeline_report import write_report
+        from dsft.reporting.judgements import find_judgements, game_lines
+        from dsft.reporting.model_card import add_results
+        from dsft.reporting.report import write_report
+        from dsft.reporting.runs import read_runs
 
-        lines: list[str] = []
-
-        def write() -> None:
-            lines.extend(
-                write_report(
-                    self.root,
-                    {player: Path(config.output) for player, config in self.validate.items()},
-                    generated=self.data / "generate.json",
-                    metrics=self.run_folder / "metrics.jsonl",
-                    model=self.config.model,
-                    backend=self.config.backend,
-                )
-            )
-
-        guard_disk(write, self.root)
-        return [f"report   {self.root / 'report.md'}", *lines]
+        folder = [str(self.root)]
+        judgements = find_judgements(read_runs(folder), [])
+        if self.train.lora_rank:
+            guard_disk(lambda: add_results(self.merged, judgements), self.merged)
+        written = write_report(ReportConfig(runs=folder))
+        return [*(f"report   {path}" for path in written), *game_lines(judgements)]
 
     def _run(self, job: Job, progress: "Callable[[], tuple[int, int] | None] | None" = None) -> None:
         """Run one command to its end, its output in a log.

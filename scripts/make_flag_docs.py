@@ -18,6 +18,7 @@ from dsft.config import (
     MergeConfig,
     PipelineConfig,
     PreviewConfig,
+    ReportConfig,
     TrainConfig,
     ValidateConfig,
 )
@@ -27,6 +28,7 @@ COMMANDS = {
     "preview": PreviewConfig,
     "merge": MergeConfig,
     "checkpoint": CheckpointConfig,
+    "report": ReportConfig,
     "generate": GenerateConfig,
     "validate": ValidateConfig,
     "pipeline": PipelineConfig,

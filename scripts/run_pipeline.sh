@@ -13,7 +13,7 @@ flags on this command line win:
 
   bash scripts/run_pipeline.sh frozenlake --backend zero3 --train.lr 5e-4 --output_dir out/lake
 
-Everything goes to --output_dir (default out/ENV): data, train, merged, validate, logs, report.md, loss.png.
+Everything goes to --output_dir (default out/ENV): data, train, merged, validate, logs, report.html, report.md.
 Started again, it goes on with what is left; --force STEP goes back to a step. All flags: docs/flags.md
 
   CONFIG=file.yaml     other defaults

@@ -25,9 +25,10 @@ import importlib, json, os, socket, sys, traceback
 from dsft import runtime
 
 runtime.silence_libraries()
-for name in ("trainer", "backends.fsdp", "backends.zero3", "model.merging", "validation.judge", "validation.dialogues"):
+names = ("trainer", "backends.fsdp", "backends.zero3", "model.merging", "reporting.report")
+for name in (*names, "validation.judge", "validation.dialogues"):
     importlib.import_module(f"dsft.{name}")
-import peft.tuners.lora, transformers.models.llama.modeling_llama
+import matplotlib.backends.backend_svg, peft.tuners.lora, transformers.models.llama.modeling_llama
 print("ready", flush=True)
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from safetensors import SafetensorError, safe_open
 
@@ -19,6 +19,7 @@ from dsft.files import reason
 SET_ASIDE = re.compile(r"checkpoint-(\d{6,})\.(damaged|superseded)(\.\d+)?")
 UNFINISHED = re.compile(r"\.checkpoint-(\d{6,})\.tmp")
 UNKNOWN = "-"
+LINKS = ("best", "latest")
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,7 @@ def inspect(path: str, *, verify: bool) -> Report:
         resolved = folder.resolve()
         if _place(resolved) is not None or (folder / STATE).exists() or (folder / COMPLETE).exists():
             return _checkpoint(resolved, verify=verify)
-        found = sorted((p for p in folder.iterdir() if _place(p) is not None and p.is_dir()), key=_by_step)
-        if not found and not (folder / CONFIG).is_file():
-            raise UserError(f"{path}: no checkpoint, and no run of dsft; name a checkpoint, or a run's output folder")
-        return _run(folder, found, verify=verify)
+        return _run(folder, verify=verify)
     except OSError as error:
         place = error.filename or path
         raise UserError(f"{place} cannot be read: {reason(error)}; make it readable, or name another") from error
@@ -182,22 +180,59 @@ def _shapes(path: Path) -> list[list[int]]:
 # A run
 
 
-def _run(root: Path, found: Sequence[Path], *, verify: bool) -> Report:
-    links = {name: (root / name).resolve() for name in ("best", "latest") if (root / name).is_symlink()}
-    facts = [("run", str(root.resolve()))]
-    rows, problems = [], []
-    for path in found:
+@dataclass(frozen=True)
+class Line:
+    """One of a run's checkpoints, as a table shows it."""
+
+    name: str
+    state: TrainerState | None
+    """Nothing where it cannot be read."""
+    size: int
+    """Bytes."""
+    links: list[str]
+    """Which of best and latest show to it."""
+    verdict: str
+    problem: str | None
+    is_whole: bool
+    HEAD: ClassVar = ("checkpoint", "step", "epoch", "val/loss", "size", "")
+
+    def cells(self) -> list[str]:
+        """What stands under HEAD."""
+        return [self.name, *_progress(self.state), _size(self.size), ", ".join(self.links)]
+
+
+def checkpoints_of(root: Path, *, verify: bool) -> list[Line]:
+    """A run's checkpoints by their steps, also those that are unfinished or set aside.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    links = {name: (root / name).resolve() for name in LINKS if (root / name).is_symlink()}
+    lines = []
+    for path in sorted((p for p in root.iterdir() if _place(p) is not None and p.is_dir()), key=_by_step):
         verdict, problem, state = _judge(path, verify=verify)
         if not path.exists():
             continue  # the run goes on, and has renamed or deleted it meanwhile
-        pointing = ", ".join(name for name, target in links.items() if target == path.resolve())
-        rows.append([path.name, *_progress(state), _size(_bytes(path)), pointing, verdict])
-        problems += [problem] if problem else []
-        if state is not None and NAME.fullmatch(path.name) and not _is_unfinished(path):
-            facts[1:] = [("step", f"{state.step} of {state.total_steps}")]
-    facts += [(n, f"shows to {target.name}, which is not there") for n, target in links.items() if not target.exists()]
-    table = _table(["checkpoint", "step", "epoch", "val/loss", "size", "", ""], rows, right=(1, 2, 3, 4))
-    return Report([*_columns(facts), "", *(table if found else ["no checkpoints"])], _counted(problems))
+        pointing = [name for name, target in links.items() if target == path.resolve()]
+        is_whole = NAME.fullmatch(path.name) is not None and not _is_unfinished(path)
+        lines.append(Line(path.name, state, _bytes(path), pointing, verdict, problem, is_whole))
+    return lines
+
+
+def _run(root: Path, *, verify: bool) -> Report:
+    lines = checkpoints_of(root, verify=verify)
+    if not lines and not (root / CONFIG).is_file():
+        raise UserError(f"{root}: no checkpoint, and no run of dsft; name a checkpoint, or a run's output folder")
+    facts = [("run", str(root.resolve()))]
+    whole = [line.state for line in lines if line.is_whole and line.state is not None]
+    facts += [("step", f"{whole[-1].step} of {whole[-1].total_steps}")] if whole else []
+    targets = {name: (root / name).resolve() for name in LINKS if (root / name).is_symlink()}
+    facts += [
+        (n, f"shows to {target.name}, which is not there") for n, target in targets.items() if not target.exists()
+    ]
+    table = _table([*Line.HEAD, ""], [[*line.cells(), line.verdict] for line in lines], right=(1, 2, 3, 4))
+    problems = [line.problem for line in lines if line.problem]
+    return Report([*_columns(facts), "", *(table if lines else ["no checkpoints"])], _counted(problems))
 
 
 def _is_unfinished(checkpoint: Path) -> bool:

@@ -5,6 +5,7 @@ from dsft.config.games import EnvironmentFlags, GenerateConfig, PromptFlags, Val
 from dsft.config.merge import MergeConfig
 from dsft.config.pipeline import PipelineConfig
 from dsft.config.preview import PreviewConfig
+from dsft.config.report import ReportConfig
 from dsft.config.train import EVERY_EPOCH, TrainConfig
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "PipelineConfig",
     "PreviewConfig",
     "PromptFlags",
+    "ReportConfig",
     "TrainConfig",
     "ValidateConfig",
 ]

@@ -23,7 +23,7 @@ def flag(
         section: starts a group in --help.
         run_identity: may not change on resume.
         required: has no default.
-        lone_word: a word that follows no flag is its value.
+        lone_word: a word that follows no flag is its value; several are that of a list.
     """
     metadata = {"section": section, "run_identity": run_identity, "required": required, "lone_word": lone_word}
     if required:

@@ -25,8 +25,29 @@ class MergeConfig(CommonFlags):
     """Largest difference of logits, relative to their spread; by default 1e-3 (float32) or 0.25 (16 bit)."""
     trust_remote_code: bool = flag(False)
     """Run Python code that comes with the base model."""
+    push_to_hub: str | None = flag(None, section="Publishing")
+    """Upload the merged folder to this repository of the Hub, as owner/name or name; your login's token is used."""
+    hub_private: bool = flag(True)
+    """Make the repository private, where --push_to_hub makes it."""
 
     def check(self) -> None:
         """Raise UserError with every problem that can be seen without reading the model."""
+        problems = []
         if self.tolerance is not None and self.tolerance < 0:
-            raise UserError(f"tolerance must be 0 or more, got {self.tolerance}")
+            problems.append(f"tolerance must be 0 or more, got {self.tolerance}")
+        if self.push_to_hub is not None:
+            problems += _name_problems(self.push_to_hub)
+        if problems:
+            raise UserError("\n".join(problems))
+
+
+def _name_problems(name: str) -> list[str]:
+    """What the Hub's own library finds wrong with a repository's name."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        return [f"push_to_hub {name}: {' '.join(str(error).split()).rstrip('.')}; write owner/name, or name"]
+    return []

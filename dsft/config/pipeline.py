@@ -1,6 +1,5 @@
 """Flags of dsft.pipeline: those of its own, those that its steps share, and a section for each step."""
 
-import importlib.util
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -40,7 +39,7 @@ class PipelineConfig(PromptFlags, EnvironmentFlags, ModelFlags, CommonFlags):
     force: Literal["generate", "train", "merge", "validate"] | None = flag(None)
     """Delete what this step and those after it have made, and go on from there."""
     output_dir: str = flag(required=True)
-    """Folder of all that the steps make, report.md and loss.png. Started again, it goes on with what is left."""
+    """Folder of all that the steps make, report.html and report.md. Started again, it goes on with what is left."""
 
     generate: dict[str, Any] = flag({}, section="Steps")
     """Flags of dsft.generate: --generate.train_size 1000, or a section in the YAML file."""
@@ -61,8 +60,6 @@ class PipelineConfig(PromptFlags, EnvironmentFlags, ModelFlags, CommonFlags):
             problems.append(f"--model {self.model} plays without weights, so it cannot be trained; name a model")
         if Path(self.output_dir).exists() and not Path(self.output_dir).is_dir():
             problems.append(f"output_dir {self.output_dir} is a file; name a folder")
-        if importlib.util.find_spec("matplotlib") is None:
-            problems.append("the report's loss curve needs the package matplotlib; install it")
         if self.select == "success_rate" and str(self.generate.get("test_size")) == "0":
             problems.append("--select success_rate plays the levels of test.parquet, got --generate.test_size 0")
         for step in STEPS:

@@ -19,6 +19,7 @@ from dsft.config import MergeConfig
 from dsft.errors import UserError
 from dsft.files import is_refusal, make_readable, reason
 from dsft.model.source import ModelSource, load_tokenizer, resolve_model
+from dsft.reporting.model_card import model_card, name_of
 
 FLOAT32_TOLERANCE = 1e-3  # measured: 1e-5 on the embedded model
 ROUNDED_TOLERANCE = 0.25  # rounding every weight to 16 bits: 0.08 on the embedded model
@@ -74,6 +75,10 @@ def merge(config: MergeConfig) -> MergeReport:
             parameter.data = parameter.data.to(dtype)
         merged.save_pretrained(unfinished, max_shard_size=config.max_shard_size)
         tokenizer.save_pretrained(unfinished)
+        place = config.push_to_hub or str(output)
+        name = config.push_to_hub.rpartition("/")[2] if config.push_to_hub else name_of(output)
+        card = model_card(checkpoint, base_name, path, name=name, place=place, dtype=str(dtype))
+        card.save(unfinished / "README.md")
         for file in unfinished.iterdir():
             make_readable(file)
         reloaded = ModelSource(str(unfinished)).pretrained(dtype)

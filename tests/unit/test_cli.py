@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 
 from dsft import cli
 from dsft.cli import as_yaml, parse, read_value
-from dsft.config import CheckpointConfig, GenerateConfig, MergeConfig, PipelineConfig, TrainConfig, ValidateConfig
+from dsft.config import (
+    CheckpointConfig,
+    GenerateConfig,
+    MergeConfig,
+    PipelineConfig,
+    ReportConfig,
+    TrainConfig,
+    ValidateConfig,
+)
 from dsft.errors import UserError
 from tests.helpers import ROOT
 
@@ -382,7 +390,8 @@ def test_wrong_flags_of_sections_are_told_at_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "config_class", [TrainConfig, MergeConfig, CheckpointConfig, GenerateConfig, ValidateConfig, PipelineConfig]
+    "config_class",
+    [TrainConfig, MergeConfig, CheckpointConfig, ReportConfig, GenerateConfig, ValidateConfig, PipelineConfig],
 )
 def test_every_flag_has_a_meaning_wherever_it_is_declared(config_class):
     meanings = cli.meanings(config_class)
@@ -423,3 +432,9 @@ def test_a_flag_that_takes_a_word_is_required_like_any_other():
     assert told.startswith("--checkpoint is required: ")
     assert "python -m dsft.checkpoint PATH" in told
     assert "python -m dsft.checkpoint PATH" in cli.help_text(CheckpointConfig)
+
+
+def test_several_words_without_a_flag_are_a_list():
+    assert parse(ReportConfig, ["a", "b,c", "--samples", "1"]).runs == ["a", "b,c"]
+    assert parse(ReportConfig, ["--runs", "a,b"]).runs == ["a", "b"]
+    assert problems("a", "--runs", "b", config_class=ReportConfig) == ["'a' belongs to no flag; write --name value"]

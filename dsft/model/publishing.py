@@ -1,0 +1,62 @@
+"""A merged model's folder -> a repository of the Hub."""
+
+import shlex
+from pathlib import Path
+
+from dsft.errors import UserError
+
+
+def push(folder: Path, name: str, *, private: bool) -> str:
+    """Upload a folder; the repository is made where there is none.
+
+    The token is that of the user's login or environment, as huggingface_hub finds it.
+
+    Args:
+        folder: a merged model, which stays as it is.
+        name: owner/name, or a name among the user's own.
+        private: of a new repository; that of an existing one is not changed.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        UserError: whatever went wrong, and how to try again.
+    """
+    from huggingface_hub import HfApi, get_token
+
+    token = get_token()
+    try:
+        if token is None:
+            raise UserError("there is no token; log in with hf auth login, or set HF_TOKEN")
+        api = HfApi()
+        repository = api.create_repo(name, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repository.repo_id, folder_path=folder, commit_message="Merged by dsft")
+        return str(repository)
+    except Exception as error:  # any: the work of hours is safe on the disk, and that is what has to be said
+        later = shlex.join(["hf", "upload", name, str(folder), "."]) + (" --private" if private else "")
+        told = UserError(
+            f"--push_to_hub {name}: {_reason(error, token)}; the merged model is whole in {folder}; to push it: {later}"
+        )
+        has_leaked = token is not None and token in str(error)  # then --debug must not show it either
+        raise told from (None if has_leaked else error)
+
+
+def _reason(error: Exception, token: str | None) -> str:
+    """Why, in one line that holds no token."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
+    text = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+    if token is not None and (token in text or isinstance(error, UnicodeError)):
+        return "the token cannot be sent as it is; log in again with hf auth login, or set HF_TOKEN"
+    if status == 401:
+        return "the Hub refuses the token (401); log in again with hf auth login, or set HF_TOKEN"
+    if status == 403:
+        said = getattr(error, "server_message", None) or text
+        return f"the token may not write there (403: {said}); take one with write access, or another name"
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set; unset it"
+    if isinstance(error, OSError) or "Connect" in type(error).__name__ or "Timeout" in type(error).__name__:
+        return f"{constants.ENDPOINT} cannot be reached ({text})" if status is None else text
+    return text
