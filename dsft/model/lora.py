@@ -41,7 +41,7 @@ def add_lora(model: nn.Module, options: LoraOptions, base_name: str) -> PeftMode
         for target in options.target_modules:
             if not any(name == target or name.endswith(f".{target}") for name in names):
                 raise UserError(
-                    f"target_modules: '{target}' matches no module{did_you_mean(target, linear)}; "
+                    f"target_modules: '{target}' matches no module{did_you_mean(target, [*linear, ALL_LINEAR])}; "
                     f"linear modules: {', '.join(linear)}, or all-linear"
                 )
         targets = list(options.target_modules)
