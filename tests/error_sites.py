@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 from tests.helpers import ROOT
 
@@ -61,7 +60,7 @@ def makers_of(line: str, among: "tuple[Site, ...] | None" = None) -> list[Site]:
     best = max(able, key=lambda site: site.fixed, default=None)
     if best is None or best.is_part:
         return [site for site in able if site.is_part]
-    return [site for site in able if not site.is_part and site.fixed > 0.6 * best.fixed]
+    return [site for site in able if not site.is_part and site.fixed > 0.75 * best.fixed]
 
 
 def _texts(tree: ast.AST) -> Iterator[tuple[int, str, bool]]:
@@ -79,23 +78,15 @@ def _texts(tree: ast.AST) -> Iterator[tuple[int, str, bool]]:
                 expressions, is_part = [node.args[PARTS[name]]], True
             elif name in ("append", "insert", "extend") and ast.unparse(node.func).startswith("problems."):
                 expressions = node.args[-1:]
-        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "problems" and _is_list(node.value):
-            expressions = [node.value]
-        elif isinstance(node, ast.AugAssign) and ast.unparse(node.target) == "problems":
-            expressions = [node.value]
-        elif isinstance(node, ast.FunctionDef) and re.fullmatch(MAKERS, node.name):
-            returned = [n.value for n in ast.walk(node) if isinstance(n, ast.Return) and n.value is not None]
-            expressions = returned
-        elif isinstance(node, ast.FunctionDef) and node.name == OFFERS:
-            returned = [n.value for n in ast.walk(node) if isinstance(n, ast.Return) and n.value is not None]
-            expressions, is_part = returned, True
+        elif isinstance(node, (ast.Assign, ast.AugAssign)):
+            target = node.target if isinstance(node, ast.AugAssign) else node.targets[0]
+            expressions = [node.value] if ast.unparse(target) == "problems" else []
+        elif isinstance(node, ast.FunctionDef) and re.fullmatch(f"{MAKERS}|{OFFERS}", node.name):
+            expressions = [n.value for n in ast.walk(node) if isinstance(n, ast.Return) and n.value is not None]
+            is_part = node.name == OFFERS
         for expression in expressions:
             for text in _strings(expression):
                 yield expression.lineno, _template(text), is_part
-
-
-def _is_list(node: ast.expr) -> bool:
-    return isinstance(node, (ast.List, ast.ListComp, ast.IfExp, ast.BinOp))
 
 
 def _strings(node: ast.expr) -> Iterator[ast.expr]:

@@ -94,8 +94,8 @@ class ChatFormat:
         else:
             if not self.has_template:
                 raise UserError(
-                    f"{cell}: the prompt is a list of messages, but the tokenizer has no chat template; write prompts as "
-                    "strings, or name a --model with a template"
+                    f"{cell}: the prompt is a list of messages, but the tokenizer has no chat template; write prompts "
+                    "as strings, or name a --model with a template"
                 )
             text = self._render(_messages(prompt, "prompt", cell), cell, generation=True)
         if self.with_thinking:
@@ -117,8 +117,8 @@ class ChatFormat:
         turns = _messages(messages, "conversation", cell)
         if not self.has_template:
             raise UserError(
-                f"{cell}: --messages_key needs a tokenizer with a chat template; name a --model with one, or give prompt "
-                "and response columns"
+                f"{cell}: --messages_key needs a tokenizer with a chat template; name a --model with one, or give "
+                "prompt and response columns"
             )
         end = str(self.tokenizer.convert_ids_to_tokens(self.end_of_turn))
         segments: list[Segment] = []

@@ -115,7 +115,7 @@ def walk(value: Any, keys: Sequence[str] | None, cell: Cell, column: str) -> Any
             there = f"keys: {', '.join(value)}" if isinstance(value, dict) else f"a {type(value).__name__}"
             meant = did_you_mean(key, value) if isinstance(value, dict) else ""
             raise UserError(
-                f"{cell}: column '{column}' has no key '{key}' at this depth{meant} ({there}); correct "
+                f"{cell}: column '{column}' has no key '{key}'{meant} at this depth ({there}); correct "
                 "--prompt_dict_keys or --response_dict_keys"
             )
     return value

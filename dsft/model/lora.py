@@ -41,7 +41,7 @@ def add_lora(model: nn.Module, options: LoraOptions, base_name: str) -> PeftMode
         for target in options.target_modules:
             if not any(name == target or name.endswith(f".{target}") for name in names):
                 raise UserError(
-                    f"target_modules: '{target}' matches no module{did_you_mean(target, [*linear, ALL_LINEAR])}; "
+                    f"target_modules: '{target}' matches no module{did_you_mean(target, {*linear, ALL_LINEAR} - {target})}; "
                     f"linear modules: {', '.join(linear)}, or all-linear"
                 )
         targets = list(options.target_modules)
@@ -57,7 +57,8 @@ def add_lora(model: nn.Module, options: LoraOptions, base_name: str) -> PeftMode
     try:
         wrapped = get_peft_model(model, config)  # type: ignore[arg-type]
     except ValueError as error:
-        raise UserError(f"target_modules {','.join(options.target_modules)}: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError(f"target_modules {','.join(options.target_modules)}: {reason}; name linear modules") from error
     wrapped.peft_config["default"].base_model_name_or_path = base_name
     return wrapped  # type: ignore[return-value]
 
