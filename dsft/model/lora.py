@@ -38,10 +38,11 @@ def add_lora(model: nn.Module, options: LoraOptions, base_name: str) -> PeftMode
     else:
         linear = sorted({name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
         names = [name for name, _ in model.named_modules()]
+        known = {*linear, ALL_LINEAR}
         for target in options.target_modules:
             if not any(name == target or name.endswith(f".{target}") for name in names):
                 raise UserError(
-                    f"target_modules: '{target}' matches no module{did_you_mean(target, {*linear, ALL_LINEAR} - {target})}; "
+                    f"target_modules: '{target}' matches no module{did_you_mean(target, known - {target})}; "
                     f"linear modules: {', '.join(linear)}, or all-linear"
                 )
         targets = list(options.target_modules)
