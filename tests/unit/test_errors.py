@@ -44,10 +44,12 @@ def test_a_runs_folder_in_place_of_the_model_in_it(tmp_path):
 
 
 def test_a_folder_whose_name_looks_like_one_of_the_hub(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
     from dsft.model.source import load_tokenizer, resolve_model
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # as the environment variable of that name does at the start
     (tmp_path / "out" / "merged").mkdir(parents=True)
     assert resolve_model("out/mergd") == "out/mergd"
     assert message(load_tokenizer, "out/mergd", trust_remote_code=False).endswith("(did you mean 'out/merged'?)")
