@@ -46,6 +46,7 @@ def produce(name: str, place: Place) -> tuple[list[str], set[Site]]:
     return lines, {site for line in lines for site in makers_of(line)}
 
 
+@pytest.mark.slow
 def test_every_message_is_produced(tmp_path_factory, tiny_model, tokenizer, trained_runs, commands):
     produced: set[Site] = set()
     silent = []
