@@ -23,7 +23,7 @@ import fire
 import yaml
 from fire.decorators import SetParseFn
 
-from dsft.errors import UserError, did_you_mean
+from dsft.errors import UserError, did_you_mean, did_you_mean_path
 
 Config = TypeVar("Config")
 SECTION = dict[str, Any]
@@ -228,7 +228,7 @@ def _read_yaml(config_class: type, path: str, problems: list[str]) -> dict[str, 
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"--config {path} cannot be read: {error.strerror}") from error
+        raise UserError(f"--config {path} cannot be read: {error.strerror}{did_you_mean_path(path)}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path} is no YAML: {' '.join(str(error).split())}") from error
     if values is None:

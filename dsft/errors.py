@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -21,3 +22,13 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The closest known name as ' (did you mean "x"?)', or nothing where none is close."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def did_you_mean_path(path: str | Path, more: Iterable[str] = ()) -> str:
+    """The same for a path where nothing is: the closest of the names beside it, and of `more`."""
+    path = Path(path)
+    if path.exists():
+        return ""
+    beside = {other.name: str(path.with_name(other.name)) for other in sorted(path.parent.glob("*"))}
+    close = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.6)  # whole paths would all be alike
+    return did_you_mean(str(path), more) or (f" (did you mean '{beside[close[0]]}'?)" if close else "")

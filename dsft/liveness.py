@@ -294,10 +294,11 @@ class Liveness:
         quick = self._collective_failed or (self._beats is not None and self._beats.is_broken)
         for place, ticks in silent.items():
             if ticks >= (TICKS_SILENT_AFTER_FAILURE if quick else TICKS_SILENT):
-                silence = (
-                    f"not answered for {ticks * self._tick:.0f} s: it has ended, or the machine or its network is lost"
+                seconds = f"{ticks * self._tick:.0f} s"
+                self._lose(
+                    [peer for peer in self._everyone if peer.place == place],
+                    f"not answered for {seconds}: it has ended, or the machine or its network is lost",
                 )
-                self._lose([peer for peer in self._everyone if peer.place == place], silence)
 
     def _look_at_launcher(self) -> None:
         if self._orphaned:

@@ -10,7 +10,7 @@ fi
 
 cd "$(dirname "$0")/.."
 source scripts/setup_env.sh
-setup_env requirements.txt requirements-dev.txt
+setup_env requirements.txt requirements-dev.txt requirements-docs.txt
 
 arguments=()
 for argument in "$@"; do

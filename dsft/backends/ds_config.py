@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import dsft
-from dsft.errors import UserError
+from dsft.errors import UserError, did_you_mean_path
 
 AUTO = "auto"  # transformers' word for "the trainer fills this in"
 DECIDED = {
@@ -62,7 +62,8 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"--ds_config {path} cannot be read: {error.strerror}") from error
+        meant = did_you_mean_path(path)
+        raise UserError(f"--ds_config {path} cannot be read: {error.strerror}{meant}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"--ds_config {path} is no JSON: {error}") from error
     if not isinstance(config, dict):

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from dsft.checkpointing.integrity import COMPLETE, DamagedError, damages, listed_files
 from dsft.checkpointing.layout import METRICS, NAME
 from dsft.checkpointing.state import CONFIG, STATE, TrainerState, read_flags, read_state
-from dsft.errors import UserError
+from dsft.errors import UserError, did_you_mean_path
 from dsft.files import reason
 
 SET_ASIDE = re.compile(r"checkpoint-(\d{6,})\.(damaged|superseded)(\.\d+)?")
@@ -44,7 +44,8 @@ def inspect(path: str, *, verify: bool) -> Report:
     folder = Path(path).expanduser()
     try:
         if not folder.is_dir():
-            raise UserError(f"{path}: no such folder; name a checkpoint, or a run's output folder")
+            meant = did_you_mean_path(path)
+            raise UserError(f"{path}: no such folder{meant}; name a checkpoint, or a run's output folder")
         resolved = folder.resolve()
         if _place(resolved) is not None or (folder / STATE).exists() or (folder / COMPLETE).exists():
             return _checkpoint(resolved, verify=verify)

@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 from dsft.checkpointing.integrity import COMPLETE, DamagedError, mark_complete, verify
 from dsft.checkpointing.state import CONFIG, STATE
-from dsft.errors import UserError
+from dsft.errors import UserError, did_you_mean_path
 from dsft.files import guard_disk, reason, sync
 
 METRICS, LOCK = "metrics.jsonl", ".lock"
@@ -237,7 +237,8 @@ def find_checkpoint(path: str, flag: str, *, check: bool = True) -> Path:
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        raise UserError(f"--{flag} {path}: no such folder; name a run's folder, or one of its checkpoints")
+        meant = did_you_mean_path(path)
+        raise UserError(f"--{flag} {path}: no such folder{meant}; name a run's folder, or one of its checkpoints")
     if (folder / COMPLETE).is_file():
         found = folder.resolve()
     elif (folder / STATE).is_file():

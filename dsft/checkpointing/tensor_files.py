@@ -164,7 +164,7 @@ class TensorReader:
         """
         handle = self._handle_of.get(name)
         if handle is None:
-            raise UserError(f"{self.place} holds no '{name}'; it belongs to another model")
+            raise UserError(f"{self.place} holds no '{name}', so it belongs to another model; name another checkpoint")
         part = handle.get_slice(name)
         shape = part.get_shape()
         if not shape:

@@ -53,7 +53,10 @@ class ChatFormat:
         if ids and ids[0] in special:
             return ids[0]
         if self.tokenizer.eos_token_id is None:
-            raise UserError(f"the tokenizer of {self.tokenizer.name_or_path} has no end-of-sequence token")
+            raise UserError(
+                f"the tokenizer of {self.tokenizer.name_or_path} has no end-of-sequence token, so answers would have "
+                "no end; name a --model whose tokenizer has one"
+            )
         return self.tokenizer.eos_token_id
 
     def _own_marks(self, pieces: list[str]) -> list[str]:
@@ -67,7 +70,11 @@ class ChatFormat:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
             where = f"{cell}: " if cell else ""
-            raise UserError(f"{where}the chat template refuses the messages: {' '.join(str(error).split())}") from error
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise UserError(
+                f"{where}the chat template refuses the messages: {reason}; change the row's roles, or name a --model "
+                "whose template takes them"
+            ) from error
         assert isinstance(text, str)
         return text
 
@@ -86,14 +93,19 @@ class ChatFormat:
                 text = self._render([{"role": "user", "content": prompt}], cell, generation=True)
         else:
             if not self.has_template:
-                raise UserError(f"{cell}: the prompt is a list of messages, but the tokenizer has no chat template")
+                raise UserError(
+                    f"{cell}: the prompt is a list of messages, but the tokenizer has no chat template; write prompts "
+                    "as strings, or name a --model with a template"
+                )
             text = self._render(_messages(prompt, "prompt", cell), cell, generation=True)
         if self.with_thinking:
             if not text.rstrip().endswith(THINK):
                 text += THINK
             answer = answer.lstrip().removeprefix(THINK)
         if not text:
-            raise UserError(f"{cell}: the prompt is empty, so the response's first token has nothing to follow")
+            raise UserError(
+                f"{cell}: the prompt is empty, so the response's first token has nothing to follow; leave the row out"
+            )
         return [Segment(text, False), Segment(answer, True)]
 
     def conversation(self, messages: Any, cell: Cell) -> list[Segment]:
@@ -104,7 +116,10 @@ class ChatFormat:
         """
         turns = _messages(messages, "conversation", cell)
         if not self.has_template:
-            raise UserError(f"{cell}: messages_key needs a tokenizer with a chat template")
+            raise UserError(
+                f"{cell}: --messages_key needs a tokenizer with a chat template; name a --model with one, or give "
+                "prompt and response columns"
+            )
         end = str(self.tokenizer.convert_ids_to_tokens(self.end_of_turn))
         segments: list[Segment] = []
         so_far = ""
@@ -120,7 +135,7 @@ class ChatFormat:
             segments += [Segment(history[len(so_far) :], False), Segment(turn["content"], True)]
             so_far = history + turn["content"] + end
         if not segments:
-            raise UserError(f"{cell}: the conversation has no assistant turn, so nothing to learn")
+            raise UserError(f"{cell}: the conversation has no assistant turn, so nothing to learn; leave the row out")
         return segments
 
     def tokenize(self, rows: list[list[Segment]]) -> list[tuple[np.ndarray, np.ndarray]]:

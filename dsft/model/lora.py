@@ -38,10 +38,11 @@ def add_lora(model: nn.Module, options: LoraOptions, base_name: str) -> PeftMode
     else:
         linear = sorted({name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
         names = [name for name, _ in model.named_modules()]
+        known = {*linear, ALL_LINEAR}
         for target in options.target_modules:
             if not any(name == target or name.endswith(f".{target}") for name in names):
                 raise UserError(
-                    f"target_modules: '{target}' matches no module{did_you_mean(target, linear)}; "
+                    f"target_modules: '{target}' matches no module{did_you_mean(target, known - {target})}; "
                     f"linear modules: {', '.join(linear)}, or all-linear"
                 )
         targets = list(options.target_modules)
@@ -57,7 +58,8 @@ def add_lora(model: nn.Module, options: LoraOptions, base_name: str) -> PeftMode
     try:
         wrapped = get_peft_model(model, config)  # type: ignore[arg-type]
     except ValueError as error:
-        raise UserError(f"target_modules {','.join(options.target_modules)}: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError(f"target_modules {','.join(options.target_modules)}: {reason}; name linear modules") from error
     wrapped.peft_config["default"].base_model_name_or_path = base_name
     return wrapped  # type: ignore[return-value]
 

@@ -170,7 +170,9 @@ def _check_weights(reloaded: nn.Module, merged: nn.Module, original: nn.Module, 
     written, before = reloaded.state_dict(), original.state_dict()
     for name, weight in merged.state_dict().items():
         if not torch.equal(written[name], weight):
-            raise UserError(f"{name} reads back other than it was written; is the disk sound?")
+            raise UserError(
+                f"{name} reads back other than it was written; the disk may be damaged, name another --output"
+            )
         same = torch.equal(weight, before[name].to(weight.dtype))
         if same and name in targets:
             raise UserError(
@@ -178,4 +180,7 @@ def _check_weights(reloaded: nn.Module, merged: nn.Module, original: nn.Module, 
                 "resolves, or was never trained; train longer, or merge with --dtype float32"
             )
         if not same and name not in targets:
-            raise UserError(f"{name} changed, though the adapter does not target it; the merge is wrong")
+            raise UserError(
+                f"{name} changed, though the adapter does not target it, so nothing was written; is --base the model "
+                "that the adapter was trained on?"
+            )

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from dsft.checkpointing.layout import find_checkpoint, is_checkpoint
-from dsft.errors import UserError, did_you_mean
+from dsft.errors import UserError, did_you_mean_path
 from dsft.model.embedded import NAME as EMBEDDED
 from dsft.model.embedded import embedded_model
 
@@ -37,13 +37,14 @@ def resolve_model(name: str, *, check: bool = True) -> str:
     if not folder.exists():
         looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1
         if looks_like_path:
-            siblings = [str(p) for p in folder.parent.glob("*")] if folder.parent.is_dir() else []
-            raise UserError(f"--model {name}: no such folder{did_you_mean(name, [EMBEDDED, *siblings])}")
+            raise UserError(f"--model {name}: no such folder{did_you_mean_path(name, [EMBEDDED])}")
         return name
     if is_checkpoint(folder):
         find_checkpoint(name, "model", check=check)
     if not (folder / "config.json").is_file():
-        raise UserError(f"--model {name}: the folder has no config.json, so it is no model")
+        within = [str(path) for path in sorted(folder.iterdir()) if (path / "config.json").is_file()]
+        meant = f" (did you mean '{within[0]}'?)" if within else ""
+        raise UserError(f"--model {name}: the folder has no config.json, so it is no model{meant}; name one that has")
     if not (folder / SINGLE).is_file() and not (folder / INDEX).is_file():
         raise UserError(
             f"--model {name}: the folder has no {SINGLE} and no {INDEX}; "
@@ -199,13 +200,15 @@ class ModelSource:
             names = [SINGLE]
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
-            raise UserError(f"--model {self.path}: {missing[0]} is missing; the folder is incomplete")
+            raise UserError(f"--model {self.path}: {missing[0]} is missing; fetch the folder again")
         for name in names:
             try:
                 with safe_open(folder / name, framework="pt"):
                     pass
             except SafetensorError as error:
-                raise UserError(f"--model {self.path}: {name} is no readable safetensors file ({error})") from error
+                raise UserError(
+                    f"--model {self.path}: {name} is no readable safetensors file ({error}); fetch it again"
+                ) from error
         return [str(folder / name) for name in names]
 
 
@@ -223,4 +226,5 @@ def _from_pretrained(load: Callable[..., Any], path: str, what: str, **options: 
         return load(path, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"--model {path}: the {what} cannot be loaded: {reason[:300]}") from error
+        meant = did_you_mean_path(path)  # a folder's name may look like one of the Hub
+        raise UserError(f"--model {path}: the {what} cannot be loaded: {reason[:300]}{meant}") from error

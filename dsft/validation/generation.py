@@ -86,7 +86,10 @@ class TransformersGenerator:
                 model = PeftModel.from_pretrained(model, str(adapter))
             except (OSError, ValueError, RuntimeError, KeyError) as error:
                 reason = " ".join(str(error).split())
-                raise UserError(f"--adapter {adapter} does not fit --model {config.model}: {reason[:300]}") from error
+                raise UserError(
+                    f"--adapter {adapter} does not fit --model {config.model}: {reason[:300]}; name the model that it "
+                    "was trained on"
+                ) from error
         self.model: Any = model.to(device).eval()
         end = ChatFormat(tokenizer).end_of_turn
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end

@@ -116,7 +116,7 @@ def choose_levels(config: ValidateConfig) -> list[Level]:
         levels = [level for level in _read_levels(config.levels, "levels") if level.level_id not in excluded]
         if len(levels) < config.episodes:
             raise UserError(
-                f"--levels {config.levels} has {len(levels)} levels to play, --episodes is {config.episodes}"
+                f"--levels {config.levels} has {len(levels)} levels to play, --episodes is {config.episodes}; lower it"
             )
         return levels[: config.episodes]
     environment, levels, seed, last = make_environment(config), [], config.seed, config.seed

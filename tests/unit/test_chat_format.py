@@ -149,7 +149,7 @@ def test_without_a_template_messages_are_refused_with_file_and_row(plain):
     told = message(chat_format.prompt_and_response, [USER], "Hi!", CELL)
     assert told.startswith("f.parquet, row 7: the prompt is a list of messages, but the tokenizer has no chat template")
     told = message(chat_format.conversation, [USER, ANSWER], CELL)
-    assert told.startswith("f.parquet, row 7: messages_key needs a tokenizer with a chat template")
+    assert told.startswith("f.parquet, row 7: --messages_key needs a tokenizer with a chat template")
 
 
 def test_an_empty_prompt_without_a_template_is_refused(plain):

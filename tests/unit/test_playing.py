@@ -151,7 +151,7 @@ def test_levels_come_from_seeds_without_repeats_and_without_the_excluded(tmp_pat
     others = choose_levels(config(episodes=20, size=3, p=0.7, exclude_levels=[file]))
     assert not {level.level_id for level in others} & {level.level_id for level in levels[:20]}
     assert choose_levels(config(episodes=20, size=3, p=0.7, levels=file)) == levels[:20]
-    with pytest.raises(UserError, match=r"has 20 levels to play, --episodes is 21$"):
+    with pytest.raises(UserError, match=r"has 20 levels to play, --episodes is 21; lower it$"):
         choose_levels(config(episodes=21, size=3, p=0.7, levels=file))
     with pytest.raises(UserError, match=r"^only \d+ different levels were found that are not excluded"):
         choose_levels(config(episodes=200, size=3, exclude_levels=[file]))

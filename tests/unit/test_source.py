@@ -160,7 +160,7 @@ def test_a_missing_shard_is_named(tmp_path):
     shards = sorted(tmp_path.glob("model-*.safetensors"))
     assert len(shards) > 1
     shards[-1].unlink()
-    told = f"--model {tmp_path}: {shards[-1].name} is missing; the folder is incomplete"
+    told = f"--model {tmp_path}: {shards[-1].name} is missing; fetch the folder again"
     assert message(source.check).startswith(told)
     assert message(source.skeleton, torch.float32).startswith(told)
 

@@ -1,0 +1,334 @@
+"""Every command of README.md and docs/ is run, in a small form; those that cannot be run here are named, and why.
+
+A command of dsft keeps its flags; model, files, folders and sizes become small ones. What stands before it (torchrun,
+deepspeed) is read by the launcher's own parser. A command that nobody has a place for fails the test: give it a small
+form in SMALL, or a reason in NOT_RUN.
+"""
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsft import cli
+from dsft.config import PipelineConfig, TrainConfig
+from tests.helpers import BIN, ROOT, SAMPLE_TRAIN, SAMPLE_VAL, run
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PROGRAMS = r"(python|torchrun|deepspeed|bash|dsft-\w+|git|pip|source|cd|sbatch|srun|mkdocs|pytest|/usr/bin/time)\b"
+
+# What replaces a command's own values; a function gets the value that stands there. None leaves the flag out.
+# Names in braces: {model} a tiny model, {run} a LoRA run of it with rank 4, {out} a new folder.
+TRAIN = {
+    "model": "{model}",
+    "train_files": str(SAMPLE_TRAIN),
+    "val_files": lambda given: given and str(SAMPLE_VAL),
+    "output_dir": "{out}",
+    "init_from": lambda given: given and "{run}",
+    "resume": None,
+    "lora_rank": lambda given: "0" if given == "0" else "4",
+    "lora_alpha": lambda given: given and "32",
+    "train_batch_size": "4",
+    "max_train_rows": "4",
+    "max_val_rows": "2",
+    "max_tokens_per_micro_batch": None,
+    "total_epochs": None,
+    "total_training_steps": "1",
+    "dtype": lambda given: "float32" if given in (None, "D") else given,
+}
+VALIDATE = {
+    "model": lambda given: given if given in ("expert", "random") else "{model}",
+    "adapter": lambda given: given and "{run}",
+    "data": lambda given: given and str(SAMPLE_VAL),
+    "episodes": "1",
+    "max_turns": "1",
+    "max_new_tokens": "2",
+    "output": "{out}/report.json",
+}
+SMALL: dict[str, dict[str, Any]] = {
+    "dsft.train": TRAIN,
+    "dsft.merge": {"checkpoint": "{run}", "output": "{out}/merged"},
+    "dsft.checkpoint": {"": lambda given: re.sub(r"^out/\w+", "{run}", given).replace("000100", "000001")},
+    "dsft.generate": {"output_dir": "{out}", "train_size": "3", "test_size": "2", "num_processes": "1"},
+    "dsft.validate": VALIDATE,
+}
+ONLY_DIALOGUES = {"max_turns"}
+
+# Commands that are not run, by how they begin, and why.
+NOT_RUN = {
+    "git clone ADDRESS": "no network, and no address",
+    "cd dsft": "after the clone",
+    "source .venv/bin/activate": "the tests run in an environment",
+    "bash scripts/quickstart.sh": "sets up an environment and trains for minutes; its --help is run",
+    "bash scripts/test.sh": "is what runs this; its --help is run",
+    "bash scripts/finetune_lora_med.sh": "tests/e2e/test_command_lines.py runs it; its flags are read here",
+    "bash scripts/run_pipeline.sh": "trains for minutes; tests/e2e/test_pipeline.py runs what it starts",
+    "python -m dsft.pipeline": "tests/e2e/test_pipeline.py runs it; its flags and its steps' are checked here",
+    "python -m pytest": "is what runs this",
+    "sbatch": "no Slurm here; the script's own line is read",
+    "python scripts/bench_": "measures for minutes; its flags are looked up",
+    "python scripts/compare_backends.py": "trains for minutes; its flags are looked up",
+    "python scripts/fault_drills.py": "breaks runs for minutes; its flags are looked up",
+    "torchrun --standalone --nproc_per_node 2 scripts/profile_step.py": "measures for minutes; its flags are looked up",
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of a page."""
+
+    place: str
+    words: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return shlex.join(self.words)
+
+
+def code_blocks(text: str) -> Iterator[tuple[int, str]]:
+    """(line, text) of the fenced blocks in bash, and of indented ones that begin with a program."""
+    for found in re.finditer(r"^```(?:bash|sh)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        yield text[: found.start()].count("\n") + 2, found[1]
+    for found in re.finditer(r"(?<=\n\n)(?:    \S.*\n(?:     .*\n)*)+", text):
+        if re.match(PROGRAMS, found[0].strip()):
+            yield text[: found.start()].count("\n") + 1, found[0]
+
+
+def split(text: str) -> Iterator[tuple[str, ...]]:
+    """The commands of a line of shell: without comments, what stands between && and |, what srun starts."""
+    lexer = shlex.shlex(text, posix=True, punctuation_chars="&|;")
+    lexer.whitespace_split = True
+    words: list[str] = []
+    for word in [*lexer, "&&"]:
+        if word in ("&&", "|", ";"):
+            if words[:3] == ["srun", "bash", "-c"]:
+                yield from split(words[3].replace("\\\n", ""))
+            elif words:
+                yield tuple(words)
+            words = []
+        elif word != "…":
+            words.append(word)
+
+
+def commands_of(pages: list[Path]) -> list[Command]:
+    """All of them, each once."""
+    found: dict[tuple[str, ...], str] = {}
+    for page in pages:
+        for first, block in code_blocks(page.read_text(encoding="utf-8")):
+            line = first
+            for logical in re.sub(r"\\\n", "\0", block).splitlines():
+                text = logical.replace("\0", "\\\n" if "srun" in logical else " ").strip()
+                for words in [] if text.startswith("#") else split(text):
+                    found.setdefault(words, f"{page.name}:{line}")
+                line += 1 + logical.count("\0")
+    return [Command(place, words) for words, place in found.items()]
+
+
+COMMANDS = commands_of(PAGES)
+
+
+def parts(words: tuple[str, ...]) -> tuple[tuple[str, ...], str, tuple[str, ...]] | None:
+    """(launcher and its options, module, flags) of a command of dsft."""
+    words = words[2:] if words[:2] == ("/usr/bin/time", "-v") else words
+    for index, word in enumerate(words):
+        if word == "dsft/train.py":
+            return words[:index], "dsft.train", words[index + 1 :]
+        if word == "-m" and words[index + 1].startswith("dsft."):
+            return words[:index], words[index + 1], words[index + 2 :]
+    if words[0].startswith("dsft-"):
+        return ("python",), words[0].replace("-", ".", 1), words[1:]
+    return None
+
+
+def flag_values(words: tuple[str, ...]) -> dict[str, str | None]:
+    """Flag -> value, None for a switch; a word of no flag stands under ""."""
+    values: dict[str, str | None] = {}
+    for index, word in enumerate(words):
+        following = words[index + 1] if index + 1 < len(words) else "--"
+        if word.startswith("--"):
+            values[word[2:]] = None if following.startswith("--") else following
+        elif index == 0 or not words[index - 1].startswith("--"):
+            values[""] = word
+    return values
+
+
+def small_form(module: str, flags: tuple[str, ...]) -> list[str]:
+    """The words of a command with the small values of its table, names in braces still to be filled in."""
+    given = flag_values(flags)
+    changed: dict[str, str | None] = {}
+    for name, value in SMALL[module].items():
+        new = value(given.get(name)) if callable(value) else value
+        if module == "dsft.validate" and "data" in given and name in ONLY_DIALOGUES:
+            new = None
+        if new is not None or name in given:
+            changed[name] = new
+    kept = {name: value for name, value in given.items() if name not in changed}
+    words = [] if "" not in given else [str(changed.get("", given[""]))]
+    for name, value in kept.items() | {n: v for n, v in changed.items() if v is not None}.items():
+        if name:
+            words += [f"--{name}", *([] if value is None else [value])]
+    return words
+
+
+def read_launcher(words: tuple[str, ...], script: str) -> None:
+    """The launcher's own parser takes its options; it exits where it does not. A shell's variables are numbers."""
+    words = tuple("0" if word.startswith("$") else word for word in words)
+    if words[0] == "torchrun":
+        from torch.distributed.run import get_args_parser
+
+        get_args_parser().parse_args([*words[1:], script])
+    elif words[0] == "deepspeed":
+        from deepspeed.launcher.runner import parse_args
+
+        parse_args([*words[1:], script])
+    else:
+        assert words in (("python",), ()), words
+
+
+def is_run(command: Command) -> bool:
+    return not any(str(command).startswith(start) for start in NOT_RUN)
+
+
+def small_commands() -> dict[str, tuple[str, list[str]]]:
+    """What is run: its name -> (module, words); several commands of the pages may have one small form."""
+    forms: dict[tuple[str, ...], str] = {}
+    for command in COMMANDS:
+        found = parts(command.words)
+        if found and is_run(command) and found[1] in SMALL:
+            words = small_form(found[1], found[2])
+            forms.setdefault((found[1], *words), command.place)
+    return {f"{place} {form[0]}": (form[0], list(form[1:])) for form, place in forms.items()}
+
+
+RUN = small_commands()
+
+
+def test_the_pages_have_commands_and_all_have_a_place():
+    assert len(COMMANDS) > 30
+    homeless = [f"{c.place}: {c}" for c in COMMANDS if is_run(c) and not (has_form(c) or c.words[0] in OTHERS)]
+    assert not homeless, "give them a small form in SMALL, or a reason in NOT_RUN:\n" + "\n".join(homeless)
+
+
+def test_every_reason_not_to_run_a_command_is_still_needed():
+    assert not [start for start in NOT_RUN if not any(str(command).startswith(start) for command in COMMANDS)]
+
+
+def has_form(command: Command) -> bool:
+    found = parts(command.words)
+    return (found is not None and found[1] in SMALL) or command.words[:2] == ("python", "scripts/make_flag_docs.py")
+
+
+OTHERS = {"cd", "sha256sum"}
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_a_command_runs(name, commands, tiny_model, trained_runs, tmp_path):
+    module, words = RUN[name]
+    places = {"model": str(tiny_model), "run": str(trained_runs.folder("lora")), "out": str(tmp_path / "out")}
+    words = [word.format(**places) if re.search(r"\{(model|run|out)\}", word) else word for word in words]
+    done = commands.run(module, words)
+    assert done.status == 0, (words, done.err)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if parts(c.words)], ids=lambda c: c.place)
+def test_launcher_and_flags_are_read(command, tmp_path):
+    """Also of what is not run: names, types and values of all flags, and of those of a pipeline's steps."""
+    from dsft.orchestration import Pipeline
+
+    launcher, module, flags = parts(command.words)
+    read_launcher(launcher, module)
+    if module == "dsft.pipeline":
+        values = flag_values(flags) | {"output_dir": str(tmp_path)}
+        words = [word for name, value in values.items() for word in (f"--{name}", str(value))]
+        Pipeline(cli.parse(PipelineConfig, words))
+    else:
+        assert module in SMALL, f"no small form of {module}"
+
+
+def test_checksums_are_checked_without_dsft(trained_runs):
+    assert any(command.words == ("sha256sum", "-c", "COMPLETE") for command in COMMANDS)
+    folder = trained_runs.folder("lora") / "checkpoint-000001"
+    assert subprocess.run(["sha256sum", "-c", "COMPLETE"], cwd=folder, capture_output=True).returncode == 0
+
+
+SCRIPTS = sorted({word for c in COMMANDS for word in c.words if re.fullmatch(r"scripts/\w+\.(py|sh)", word)})
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_has_the_flags_that_the_pages_give_it(script):
+    known = {f.name for f in fields(TrainConfig)}
+    text = (ROOT / script).read_text(encoding="utf-8")
+    for command in COMMANDS:
+        if script in command.words:
+            given = flag_values(command.words[command.words.index(script) + 1 :])
+            assert not [name for name in given if name and name not in known and not re.search(rf"\b{name}\b", text)]
+        if script == "scripts/finetune_lora_med.sh" and script in command.words:
+            flags = command.words[command.words.index(script) + 3 :]
+            cli.parse(TrainConfig, ["--model", "m", "--train_files", "t", "--output_dir", "no/such/out", *flags])
+    if script.endswith(".sh"):
+        done = run(["bash", script, "--help"], timeout=20)
+        assert done.status == 0
+        assert script in done.out
+
+
+def test_the_flag_tables_are_those_of_the_config():
+    assert any(command.words[:2] == ("python", "scripts/make_flag_docs.py") for command in COMMANDS)
+    done = run([BIN / "python", "scripts/make_flag_docs.py", "--check"])
+    assert done.status == 0, done.err
+
+
+def test_the_site_is_built_without_a_warning(tmp_path):
+    """All pages stand in its navigation; all links and anchors between pages resolve."""
+    done = run([sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path / "site"],
+               env={"NO_MKDOCS_2_WARNING": "1"})  # fmt: skip
+    assert (done.status, done.err) == (0, "")
+    assert (tmp_path / "site" / "folding" / "index.html").is_file()
+
+
+@pytest.mark.parametrize("page", ["README.md", "ARCHITECTURE.md", "CHANGELOG.md", "data/README.md"])
+def test_links_outside_the_site_resolve(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    targets = [target for target in re.findall(r"\]\(([^)\s]+)\)", text) if not target.startswith("http")]
+    for target in targets:
+        name, _, anchor = target.partition("#")
+        other = (ROOT / page).parent / name if name else ROOT / page
+        assert other.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", other.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+def test_the_game_of_the_page_is_one():
+    """The example that a reader would copy plays as the page says."""
+    from dsft.expert_data import play_expert
+
+    text = (ROOT / "docs" / "adding_environment.md").read_text(encoding="utf-8")
+    [source] = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(source, names)
+    game = names["Corridor"](9, max_steps=20, max_depth=20)
+    lengths = set()
+    for seed in range(20):
+        episode = play_expert(game, seed)
+        assert episode.solved
+        assert game.steps == game.optimal_length == abs(game.goal - game.reset(seed).split().index("P"))
+        lengths.add(game.optimal_length)
+    assert len(lengths) > 3
+    with pytest.raises(ValueError, match="--size must be 2 or more, got 1"):
+        names["Corridor"](1, max_steps=20, max_depth=20)
+
+
+def test_shell_is_read_as_a_shell_does():
+    text = 'a --b "c d"  # a comment\n\n    python -m dsft.merge --checkpoint x \\\n        --output y\n\ntext\n'
+    assert list(split('a --b "c d" && e | f  # g')) == [("a", "--b", "c d"), ("e",), ("f",)]
+    assert [block.split() for _, block in code_blocks(f"```bash\ncd x\n```\n{text}")] == [
+        ["cd", "x"],
+        ["python", "-m", "dsft.merge", "--checkpoint", "x", "\\", "--output", "y"],
+    ]
+    assert list(split("srun bash -c 'torchrun a \\\n b'")) == [("torchrun", "a", "b")]
+    assert flag_values(("out", "--a", "1", "--b")) == {"": "out", "a": "1", "b": None}
