@@ -29,7 +29,6 @@ from dsft.cli import as_yaml
 from dsft.config import EVERY_EPOCH, TrainConfig
 from dsft.dataset.batches import GlobalBatches
 from dsft.dataset.micro_batches import Layout, MicroBatches
-from dsft.dataset.splitting import split_off
 from dsft.dataset.tokens import DataFormat, TokenDataset, load_dataset
 from dsft.errors import UserError
 from dsft.files import guard_disk, write_text
@@ -40,7 +39,7 @@ from dsft.model.flops import count_flops, measure_matmul
 from dsft.model.lora import LoraOptions, LoraStart, add_lora
 from dsft.model.memory import ActivationMemory, checkpointed_layers, free_memory, token_budget
 from dsft.model.source import ModelSource, load_tokenizer, resolve_model
-from dsft.preflight.leaks import rows_to_drop
+from dsft.preflight.leaks import separate
 from dsft.processes import launch_command
 from dsft.schedule import learning_rate_factor
 from dsft.tracking import Tracker
@@ -143,29 +142,16 @@ class Trainer:
         runtime.check_same_everywhere(
             "\n".join(prints), "the rows of --train_files or --val_files", "give all machines the same files and model"
         )
-        self._keep_apart()
+        train, val = self.train_data, self.val_data
+        separation = runtime.on_main(self.world, lambda: separate(train, val, config, warn))
+        self.train_data, self.val_data = separation.apply(train, val)
+        self.leak_text = separation.text
         rows = len(self.train_data)
         dialogue = np.arange(rows) if config.fold == "off" else self.train_data.dialogue
         self.global_batches = GlobalBatches(
             dialogue, self.train_data.sorted_place, config.train_batch_size, config.seed
         )
         self.total_steps = config.total_training_steps or self.global_batches.first_step(config.total_epochs)
-
-    def _keep_apart(self) -> None:
-        """Split off a validation set, or look for what the one given has in common with the training rows."""
-        config, train, val = self.config, self.train_data, self.val_data
-        self.leak_text = ""
-        if config.val_fraction is not None:
-            fraction = config.val_fraction
-            self.train_data, self.val_data = runtime.together(lambda: split_off(train, fraction, config.seed))
-        elif val is not None and config.on_leak != "ignore":
-            dropped, self.leak_text = runtime.on_main(
-                self.world, lambda: rows_to_drop(train, val, config.on_leak, warn)
-            )
-            if config.on_leak == "drop_val":
-                self.val_data = val.without(dropped)
-            elif config.on_leak == "drop_train":
-                self.train_data = train.without(dropped)
 
     def _load_model(self) -> None:
         config = self.config

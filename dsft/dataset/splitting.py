@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 SEARCHED = 1000  # rows for which the groups are chosen so that their number comes out; those before are just drawn
 
 
-def split_off(data: "TokenDataset", fraction: float, seed: int) -> tuple["TokenDataset", "TokenDataset"]:
-    """Training and validation rows.
+def rows_to_split_off(data: "TokenDataset", fraction: float, seed: int) -> np.ndarray:
+    """The rows that validate: int64 [rows], ascending.
 
     Args:
         data: what is split.
@@ -36,8 +36,12 @@ def split_off(data: "TokenDataset", fraction: float, seed: int) -> tuple["TokenD
     # Apart from the stream that lays out the batches, which begins with the seed too.
     order = np.random.default_rng(np.random.SeedSequence(seed).spawn(1)[0]).permutation(len(sizes))
     chosen = order[choose_sizes(sizes[order].tolist(), fraction * len(data))]
-    is_val = np.isin(group, chosen)
-    train, val = data.subset(np.flatnonzero(~is_val)), data.subset(np.flatnonzero(is_val))
+    return np.flatnonzero(np.isin(group, chosen))
+
+
+def split_off(data: "TokenDataset", rows: np.ndarray) -> tuple["TokenDataset", "TokenDataset"]:
+    """Training rows without those of `rows_to_split_off`, and these as a validation set."""
+    train, val = data.without(rows), data.subset(rows)
     val.counts = replace(val.counts, rows_dropped=0, tokens_dropped=0)  # told once, with the training rows
     return train, val
 

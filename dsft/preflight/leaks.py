@@ -6,19 +6,27 @@ looked for: whole rows, prompts, dialogues, and levels of a game; see docs/leaks
 
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
 from dsft.dataset.folding import sort_key
-from dsft.dataset.splitting import join_rows
+from dsft.dataset.splitting import join_rows, rows_to_split_off, split_off
 from dsft.errors import UserError
 
 if TYPE_CHECKING:
     from dsft.dataset.tokens import TokenDataset
 
 OnLeak = Literal["warn", "error", "drop_val", "drop_train", "ignore"]
+
+
+class SeparationFlags(Protocol):
+    """The flags that say what becomes of rows on both sides."""
+
+    val_fraction: float | None
+    on_leak: OnLeak
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -133,6 +141,45 @@ def rows_to_drop(
     if len(dropped) == len(data):
         raise UserError(f"--on_leak {on_leak} leaves no {side} row: {told}; name other --val_files")
     return dropped, f"--on_leak {on_leak} leaves out {len(dropped)} of {len(data)} {side} rows: {told}"
+
+
+@dataclass(frozen=True)
+class Separation:
+    """Which rows train and which validate. It is small, so one rank can find it for all.
+
+    split: int64 [rows], training rows that validate; None where none are split off
+    drop_train, drop_val: int64 [rows], rows that --on_leak leaves out
+    text: what is left out, in one line; empty where nothing is
+    """
+
+    split: np.ndarray | None = None
+    drop_train: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    drop_val: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    text: str = ""
+
+    def apply(self, train: "TokenDataset", val: "TokenDataset | None") -> "tuple[TokenDataset, TokenDataset | None]":
+        """The rows that train and those that validate."""
+        if self.split is not None:
+            return split_off(train, self.split)
+        return train.without(self.drop_train), None if val is None else val.without(self.drop_val)
+
+
+def separate(
+    train: "TokenDataset", val: "TokenDataset | None", flags: SeparationFlags, warn: Callable[[str], None]
+) -> Separation:
+    """Split off a validation set, or look for what the one given has in common with the training rows.
+
+    Raises:
+        UserError: what the flags ask for cannot be done, or --on_leak error finds something.
+    """
+    if flags.val_fraction is not None:
+        return Separation(split=rows_to_split_off(train, flags.val_fraction, flags.seed))
+    if val is None:
+        return Separation()
+    rows, text = rows_to_drop(train, val, flags.on_leak, warn)
+    if flags.on_leak == "drop_train":
+        return Separation(drop_train=rows, text=text)
+    return Separation(drop_val=rows, text=text)
 
 
 def _match(train: np.ndarray, val: np.ndarray) -> Matches:

@@ -1,6 +1,6 @@
 """Everything that dsft.preview shows: rows, figures, and what is wrong with them."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -10,16 +10,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from dsft import runtime
 from dsft.checkpointing.resuming import find_initial_weights
 from dsft.config import PreviewConfig
-from dsft.dataset.chat_format import ChatFormat, Segment
+from dsft.dataset.chat_format import ChatFormat
 from dsft.dataset.micro_batches import Cost
-from dsft.dataset.parquet import Cell, find_files, read_columns
-from dsft.dataset.tokens import DataFormat, TokenDataset, load_dataset, row_segments
+from dsft.dataset.tokens import DataFormat
 from dsft.errors import UserError
 from dsft.model.flops import count_flops
 from dsft.model.memory import MOST_TOKENS
 from dsft.model.source import load_tokenizer, resolve_model
 from dsft.model.tree_attention import why_no_trees
-from dsft.preflight.faults import Finding, Scan, rows_of
+from dsft.preflight.faults import Finding, rows_of
 from dsft.preflight.figures import (
     Batches,
     Figures,
@@ -31,46 +30,10 @@ from dsft.preflight.figures import (
     fold_ratios,
     truncation,
 )
+from dsft.preflight.loading import Loaded, load
 from dsft.preflight.rows import RowView, choose_rows, view_row
+from dsft.preflight.sides import Sides, part
 from dsft.preflight.template import Probe, probe_template, start_finding, template_findings
-
-NO_LIMIT = 2**31 - 1
-MOST_COMPARED = 100  # rows whose prompts are made into tokens once more, as generation would
-
-
-@dataclass
-class Loaded:
-    """One set of rows.
-
-    flag: train_files or val_files
-    whole: its rows before truncation; None where they cannot be read
-    data: its rows as trained on; None where training would refuse them
-    scan: of their text
-    cells: where the rows in `kept` stand
-    kept: number of a row -> its segments, for those that were asked for
-    errors: why there is no whole or no data, unless a finding of the scan says so
-    """
-
-    flag: str
-    scan: Scan
-    whole: TokenDataset | None = None
-    data: TokenDataset | None = None
-    files: list[tuple[str, int]] = field(default_factory=list)
-    kept: dict[int, list[Segment]] = field(default_factory=dict)
-    errors: list[str] = field(default_factory=list)
-
-    @property
-    def label(self) -> str:
-        """Before the names of what is found in it."""
-        return "" if self.flag == "train_files" else "val: "
-
-    def cell(self, row: int) -> Cell:
-        """Where a row stands."""
-        for file, rows in self.files:
-            if row < rows:
-                return Cell(file, row)
-            row -= rows
-        raise IndexError(row)
 
 
 @dataclass
@@ -84,6 +47,7 @@ class Sets:
     stops: list[int] | None
     train: Loaded
     val: Loaded | None
+    sides: Sides
 
 
 @dataclass
@@ -129,11 +93,12 @@ def make_preview(config: PreviewConfig) -> Preview:
     tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
     chat_format = ChatFormat(tokenizer, with_thinking=config.with_thinking)
     probe = probe_template(chat_format)
-    train = _load(config, "train_files", config.train_files, config.max_train_rows, chat_format, probe)
+    train = load(config, "train_files", config.train_files, config.max_train_rows, chat_format, probe)
     val = None
     if config.val_files:
-        val = _load(config, "val_files", config.val_files, config.max_val_rows, chat_format, probe)
-    sets = Sets(config, tokenizer, chat_format, probe, _stops(path), train, val)
+        val = load(config, "val_files", config.val_files, config.max_val_rows, chat_format, probe)
+    sides = part(train, val, config, chat_format)
+    sets = Sets(config, tokenizer, chat_format, probe, _stops(path), train, val, sides)
     preview = Preview(title=f"{', '.join(config.train_files)} as {config.model} will see them")
     _add_figures(preview, sets, path)
     preview.rows = _rows(sets)
@@ -150,7 +115,7 @@ def check(sets: Sets) -> list[Finding]:
     for loaded in (sets.train, sets.val):
         if loaded is not None:
             findings += _data_findings(loaded, sets.config)
-    return findings
+    return findings + sets.sides.findings
 
 
 def _model_path(config: PreviewConfig) -> str:
@@ -162,9 +127,9 @@ def _model_path(config: PreviewConfig) -> str:
 
 def _stops(path: str) -> list[int] | None:
     """The tokens at which the model's own configuration ends generation."""
-    for load in (GenerationConfig.from_pretrained, AutoConfig.from_pretrained):
+    for read in (GenerationConfig.from_pretrained, AutoConfig.from_pretrained):
         try:
-            stops = getattr(load(path), "eos_token_id", None)
+            stops = getattr(read(path), "eos_token_id", None)
         except (OSError, ValueError, KeyError):
             continue
         if stops is not None:
@@ -172,75 +137,13 @@ def _stops(path: str) -> list[int] | None:
     return None
 
 
-def _load(
-    config: PreviewConfig,
-    flag: str,
-    names: list[str],
-    max_rows: int | None,
-    chat_format: ChatFormat,
-    probe: Probe,
-) -> Loaded:
-    """A set's rows, as far as they can be had."""
-    data_format = DataFormat.from_flags(config)
-    unlimited = DataFormat(**asdict(data_format) | {"max_length": NO_LIMIT, "truncation": "error"})
-    loaded = Loaded(flag, Scan(data_format, probe.marks, label="" if flag == "train_files" else "val: "))
-
-    def tokens(wanted: DataFormat) -> TokenDataset | None:
-        try:
-            return load_dataset(names, flag, chat_format.tokenizer, wanted, max_rows=max_rows, show_progress=True)
-        except UserError as error:
-            loaded.errors.append(str(error))
-            return None
-
-    files = find_files(names, flag)
-    loaded.data = tokens(data_format)
-    if loaded.data is not None and not loaded.data.counts.losses():
-        loaded.whole = loaded.data
-    else:
-        loaded.whole = tokens(unlimited)
-    wanted = _wanted_rows(config, loaded)
-    columns, flags = data_format.columns()
-    try:
-        for rows in read_columns(files, columns, flags, max_rows):
-            for cell, cells in rows:
-                _see(loaded, cell, cells, wanted, chat_format, data_format)
-    except UserError as error:
-        loaded.errors.append(str(error))
-    return loaded
-
-
-def _see(
-    loaded: Loaded, cell: Cell, cells: tuple, wanted: set[int], chat_format: ChatFormat, data_format: DataFormat
-) -> None:
-    number = loaded.scan.rows
-    if not loaded.files or loaded.files[-1][0] != cell.file or cell.row == 0:
-        loaded.files.append((cell.file, 0))
-    loaded.files[-1] = (cell.file, cell.row + 1)
-
-    def make() -> list[Segment]:
-        return row_segments(cells, cell, chat_format, data_format)
-
-    loaded.scan.see(cells, cell, make if loaded.whole is None else None)
-    if number in wanted:
-        loaded.kept[number] = make()
-
-
-def _wanted_rows(config: PreviewConfig, loaded: Loaded) -> set[int]:
-    """The rows whose prompts are made into tokens once more."""
-    if loaded.whole is None or loaded.flag != "train_files":
-        return set()
-    rows = len(loaded.whole)
-    return set(np.linspace(0, rows - 1, min(rows, MOST_COMPARED)).astype(int).tolist())
-
-
 def _add_figures(preview: Preview, sets: Sets, path: str) -> None:
-    config = sets.config
-    train, val = sets.train.data, sets.val.data if sets.val else None
-    if train is not None and sets.train.whole is not None:
-        whole = sets.train.whole.lengths
-        preview.train = figures(train, whole, config.train_batch_size, config.max_length, config.seed)
-    if val is not None and sets.val is not None and sets.val.whole is not None:
-        preview.val = figures(val, sets.val.whole.lengths, config.train_batch_size, config.max_length, config.seed)
+    config, sides = sets.config, sets.sides
+    train, val = sides.train, sides.val
+    if train is not None and sides.train_lengths is not None:
+        preview.train = figures(train, sides.train_lengths, config.train_batch_size, config.max_length, config.seed)
+    if val is not None and sides.val_lengths is not None:
+        preview.val = figures(val, sides.val_lengths, config.train_batch_size, config.max_length, config.seed)
     try:
         cost, why = _shapes(path, config)
         longest = max((int(data.lengths.max()) for data in (train, val) if data is not None), default=1)
@@ -291,7 +194,12 @@ def _rows(sets: Sets) -> list[RowView]:
         return []
     data_format = DataFormat.from_flags(sets.config)
     numbers = choose_rows(whole.lengths, sets.config.rows, sets.config.row_numbers)
-    return [view_row(n, sets.train.cell(n), whole[n], sets.tokenizer, data_format) for n in numbers]
+    views = [view_row(n, sets.train.cell(n), whole[n], sets.tokenizer, data_format) for n in numbers]
+    why = "validates, by --val_fraction" if sets.config.val_fraction else "left out by --on_leak drop_train"
+    moved = sets.sides.has_moved(whole)
+    return [
+        replace(view, cut="; ".join(filter(None, (why, view.cut)))) if moved[view.number] else view for view in views
+    ]
 
 
 # Checks

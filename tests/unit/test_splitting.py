@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from dsft.dataset.splitting import choose_sizes, join_rows, split_off
+from dsft.dataset.splitting import choose_sizes, join_rows, rows_to_split_off, split_off
 from dsft.dataset.tokens import DataFormat, load_dataset
 from dsft.errors import UserError
 from dsft.preflight.leaks import find_leaks
@@ -20,6 +20,11 @@ ROW = st.tuples(IDS.map(lambda ids: [*ids, 7]), IDS.map(lambda ids: [*ids, END])
 ROWS = st.lists(ROW, min_size=2, max_size=30)
 FRACTION = st.floats(0.001, 0.999)
 SEED = st.integers(0, 2**32)
+
+
+def divide(data, fraction, seed):
+    """(training rows, validation rows)."""
+    return split_off(data, rows_to_split_off(data, fraction, seed))
 
 
 def dataset(rows):
@@ -48,7 +53,7 @@ def sample(tokenizer, tmp_path_factory):
 def test_after_a_split_every_row_is_on_one_side_and_nothing_leaks(rows, fraction, seed):
     data = dataset(rows)
     try:
-        train, val = split_off(data, fraction, seed)
+        train, val = divide(data, fraction, seed)
     except UserError:
         assert len(set(join_rows([data.dialogue + 1, data.level, data.row_hash]))) == 1
         return
@@ -58,7 +63,7 @@ def test_after_a_split_every_row_is_on_one_side_and_nothing_leaks(rows, fraction
     assert not find_leaks(train, val)
     assert not find_leaks(val, train)
     assert set(train.dialogue).isdisjoint(val.dialogue)
-    again = split_off(data, fraction, seed)
+    again = divide(data, fraction, seed)
     assert [part.fingerprint for part in again] == [train.fingerprint, val.fingerprint]
     assert len({data.fingerprint, train.fingerprint, val.fingerprint}) == 3
 
@@ -97,7 +102,7 @@ def test_the_first_ones_are_taken_where_they_do():
 
 def test_the_share_is_met_and_the_seed_decides():
     data = dialogues([4, 3, 2, 1] * 25)
-    parts = {seed: split_off(data, 0.1, seed) for seed in range(5)}
+    parts = {seed: divide(data, 0.1, seed) for seed in range(5)}
     assert {(len(train), len(val)) for train, val in parts.values()} == {(225, 25)}
     assert len({val.fingerprint for _, val in parts.values()}) == 5
     drawn = {int(number) for _, val in parts.values() for number in val.dialogue}
@@ -108,14 +113,14 @@ def test_levels_and_copies_stay_together_too():
     """Six rows of six dialogues; a level joins the first two, another the last two."""
     data = dataset([([10 + i, 7], [1, END], level) for i, level in enumerate([5, 5, 0, 0, 6, 6])])
     for seed in range(8):
-        _, val = split_off(data, 0.34, seed)
+        _, val = divide(data, 0.34, seed)
         assert len(val) == 2
         levels = val.level.tolist()
         assert levels in ([5, 5], [0, 0], [6, 6])
 
 
 def test_one_dialogue_cannot_be_split():
-    told = message(split_off, dialogues([3]), 0.5, 1)
+    told = message(rows_to_split_off, dialogues([3]), 0.5, 1)
     assert told.startswith("--val_fraction 0.5 splits whole dialogues, and all 3 rows of --train_files belong to one ")
     assert told.endswith("name --val_files instead")
 
@@ -187,7 +192,7 @@ def test_what_truncation_cost_is_told_once(tokenizer, tmp_path, monkeypatch):
     file = write_parquet(tmp_path / "rows.parquet", [*rows, {"prompt": "x", "response": "the " * 99}])
     data = load_dataset([str(file)], "train_files", tokenizer, DataFormat(max_length=80, truncation="left"))
     assert (data.counts.rows_cut, data.counts.rows_dropped) == (10, 1)
-    train, val = split_off(data, 0.3, 1)
+    train, val = divide(data, 0.3, 1)
     for name in ("rows", "tokens", "targets", "rows_cut", "tokens_cut", "rows_dropped", "tokens_dropped"):
         assert getattr(train.counts, name) + getattr(val.counts, name) == getattr(data.counts, name), name
     assert val.counts.rows_dropped == 0
