@@ -81,10 +81,17 @@ WORDS = {
             "--lora_rank -4", "--weight_decay -1", "--warmup_ratio 2", "--lora_dropout 1", "--betas 1,2",
             "--eval_steps -1", "--seed -1", "--lora_rank 0 --use_dora", "--target_modules []",
             "--resume_override lrr", "--logger wandbb", "--ds_config x.json", "--output_dir README.md",
-            "--messages_key messages --with_thinking", "--config no.yaml",
+            "--messages_key messages --with_thinking", "--config no.yaml", "--val_fraction 2",
+            "--val_fraction 0.1 --val_files v.parquet",
         )),
     ],
-    "MergeConfig": ["--checkpoint c --tolerance -1"],
+    "PreviewConfig": [
+        f"--model m --train_files t.parquet {words}" for words in (
+            "--rows -1", "--row_numbers 3,-2", "--ranks 0", "--html docs", "--html x --json x",
+        )
+    ],
+    "MergeConfig": ["--checkpoint c --tolerance -1", "--checkpoint c --push_to_hub a/b/c"],
+    "ReportConfig": ["--runs []", "--runs r --samples -1", "--runs r --output r.pdf"],
     "GenerateConfig": [
         "--output_dir no/such/out",
         *(f"{GENERATE} {words}" for words in (
@@ -132,20 +139,6 @@ def config_file(text: str) -> Case:
 
 
 cases("--config", {text: config_file(text) for text in ("lr: [1", "just text", "lrr: 1")})
-
-
-@case
-def without_matplotlib(place: Place) -> None:
-    """As where it is not installed."""
-    find_spec = importlib_find_spec()
-    place.patch.setattr("importlib.util.find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
-    parsing("PipelineConfig", PIPELINE)(place)
-
-
-def importlib_find_spec() -> Callable[[str], Any]:
-    import importlib.util
-
-    return importlib.util.find_spec
 
 
 @case
@@ -244,6 +237,55 @@ cases(
         "no assistant": loading({"messages": [USER]}, messages_key="messages"),
     },
 )
+
+
+@case
+def a_damaged_column_of_levels(place: Place) -> None:
+    """Damaged where a struct's field stands."""
+    from dsft.dataset.parquet import read_field
+
+    file = write_parquet(place.folder / "rows.parquet", [{"extra_info": {"level": f"{i:016x}"}} for i in range(9)])
+    content = bytearray(file.read_bytes())
+    content[4:60] = b"\xff" * 56
+    file.write_bytes(content)
+    list(read_field([file], "extra_info", "level"))
+
+
+def parting(on_leak: str = "warn", val_fraction: float | None = None) -> Case:
+    """Both sets are the same row."""
+
+    def part(place: Place) -> None:
+        from dsft.config import TrainConfig
+        from dsft.preflight.leaks import separate
+
+        data = token_dataset([([1, 2], [False, True])])
+        flags = TrainConfig(model="m", train_files=["t"], output_dir="o", on_leak=on_leak, val_fraction=val_fraction)  # type: ignore[arg-type]
+        separate(data, None if val_fraction else data, flags, print)
+
+    return part
+
+
+cases(
+    "leaks",
+    {"error": parting("error"), "nothing left": parting("drop_val"), "nothing to split": parting(val_fraction=0.5)},
+)
+
+
+@case
+def a_row_to_show_that_is_not_there(place: Place) -> None:
+    import numpy as np
+
+    from dsft.preflight.rows import choose_rows
+
+    choose_rows(np.array([7]), 3, [5])
+
+
+@case
+def a_model_without_shapes(place: Place) -> None:
+    from dsft.config import PreviewConfig
+    from dsft.preflight.preview import _shapes
+
+    _shapes(str(place.folder), PreviewConfig(model="m", train_files=["t"]))
 
 
 @case
@@ -858,6 +900,54 @@ cases(
         "changed": weights(2, 2, 1),
     },
 )
+
+
+@case
+def a_push_without_a_login(place: Place) -> None:
+    from dsft.model.publishing import push
+
+    place.patch.delenv("HF_TOKEN", raising=False)
+    place.patch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
+    place.patch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(place.folder / "token"))
+    push(place.folder, "me/tuned", private=True)
+
+
+# Reports
+
+
+def reporting(*paths: str) -> Case:
+    def read(place: Place) -> None:
+        from dsft.reporting.runs import read_runs
+
+        (place.folder / "empty").mkdir()
+        place.file("pipeline/pipeline.json", "{}")
+        (place.folder / "unreadable" / "metrics.jsonl").mkdir(parents=True)
+        place.file("unreadable/config.yaml", "lr: 1")
+        (place.folder / "run").mkdir()
+        save_checkpoint(place.folder / "run", 1)
+        read_runs([str(place.folder / path) for path in paths])
+
+    return read
+
+
+cases(
+    "report",
+    {
+        "no folder": reporting("no"),
+        "a checkpoint": reporting("run/checkpoint-000001"),
+        "an early pipeline": reporting("pipeline"),
+        "no run": reporting("empty"),
+        "twice": reporting("run", "run"),
+        "unreadable": reporting("unreadable"),
+    },
+)
+
+
+@case
+def a_judgement_that_is_none(place: Place) -> None:
+    from dsft.reporting.judgements import find_judgements
+
+    find_judgements([], [str(place.file("report.json", "{}"))])
 
 
 # Games

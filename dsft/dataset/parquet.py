@@ -118,7 +118,9 @@ def read_field(files: Sequence[Path], column: str, field: str) -> Iterator[Any]:
                 for batch in parquet.iter_batches(ROWS_AT_ONCE, columns=[f"{column}.{field}"]):
                     yield from (value and value[field] for value in batch.column(column).to_pylist())
         except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{file}, column '{column}': damaged: {' '.join(str(error).split())}") from error
+            raise UserError(
+                f"{file}, column '{column}': damaged: {' '.join(str(error).split())}; fetch the file again"
+            ) from error
 
 
 def walk(value: Any, keys: Sequence[str] | None, cell: Cell, column: str) -> Any:

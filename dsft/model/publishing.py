@@ -23,11 +23,12 @@ def push(folder: Path, name: str, *, private: bool) -> str:
         UserError: whatever went wrong, and how to try again.
     """
     from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import LocalTokenNotFoundError
 
     token = get_token()
     try:
         if token is None:
-            raise UserError("there is no token; log in with hf auth login, or set HF_TOKEN")
+            raise LocalTokenNotFoundError
         api = HfApi()
         repository = api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(repo_id=repository.repo_id, folder_path=folder, commit_message="Merged by dsft")
@@ -46,6 +47,8 @@ def _reason(error: Exception, token: str | None) -> str:
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
+    if token is None:
+        return "there is no token; log in with hf auth login, or set HF_TOKEN"
     status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
     text = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
     if token is not None and (token in text or isinstance(error, UnicodeError)):

@@ -182,7 +182,9 @@ def _shapes(path: str, config: PreviewConfig) -> tuple[Cost, str | None]:
             model: Any = AutoModelForCausalLM.from_config(shapes, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"--model {config.model}: the model cannot be loaded: {reason[:300]}") from error
+        raise UserError(
+            f"--model {config.model}: the model's configuration cannot be read: {reason[:300]}; name another"
+        ) from error
     model.requires_grad_(config.lora_rank == 0)
     return count_flops(model, lambda parameter: tuple(parameter.shape)), why_no_trees(model, config.attn_implementation)
 

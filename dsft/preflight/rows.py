@@ -64,7 +64,9 @@ def choose_rows(lengths: np.ndarray, count: int, numbers: Sequence[int] | None =
     if numbers is not None:
         beyond = [number for number in numbers if number >= rows]
         if beyond:
-            raise UserError(f"--row_numbers {beyond[0]}: there are {rows} training rows, 0 to {rows - 1}")
+            raise UserError(
+                f"--row_numbers {beyond[0]}: there are {rows} training rows; name numbers from 0 to {rows - 1}"
+            )
         return list(dict.fromkeys(numbers))
     spread = [step * rows // max(1, count - 1) for step in range(1, count)]
     picks = [0, int(np.argmax(lengths)), *spread[:-1], rows - 1, *range(min(rows, count))]

@@ -137,7 +137,7 @@ def read_run(root: Path, told: str) -> Run:
     folder = root / "train" if is_pipeline else root
     pipeline = _read_pipeline(root / PIPELINE, notes) if is_pipeline else {}
     if is_pipeline and not folder.is_dir():
-        raise UserError(f"{told}: the pipeline has not begun to train; there is nothing to tell yet")
+        raise UserError(f"{told}: the pipeline has not begun to train; ask again once it has")
     checkpoints = checkpoints_of(folder, verify=False)
     if not checkpoints and not (folder / CONFIG).is_file() and not (folder / METRICS).is_file():
         raise UserError(f"{told}: no run of dsft; name a run's output folder, or a pipeline's")

@@ -93,7 +93,7 @@ def test_rows_by_their_numbers_over_several_files(preview):
     ]
     done = preview(row_numbers="91")
     assert (done.status, done.out) == (1, "")
-    assert done.errors == ["error: --row_numbers 91: there are 91 training rows, 0 to 90"]
+    assert done.errors == ["error: --row_numbers 91: there are 91 training rows; name numbers from 0 to 90"]
 
 
 def test_what_training_would_refuse_is_shown_and_ends_with_status_1(preview, tmp_path):
