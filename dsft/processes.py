@@ -18,7 +18,7 @@ import psutil
 PARENT = os.getppid()
 """Who started this process; os.getppid() is another once it has died. Import early: loading torch takes seconds."""
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-NAMES = "(train|merge|generate|validate|pipeline)"
+NAMES = "(train|merge|generate|validate|pipeline|checkpoint|preview|report)"
 COMMAND = rf"dsft[.-]{NAMES}|(.*/)?dsft/{NAMES}\.py"
 CONSOLE_SCRIPT = rf"torchrun|deepspeed|dsft-{NAMES}"
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"

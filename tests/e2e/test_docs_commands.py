@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ import pytest
 from dsft import cli
 from dsft.config import PipelineConfig, TrainConfig
 from tests.helpers import BIN, ROOT, SAMPLE_TRAIN, SAMPLE_VAL, run
+from tests.hub import TOKEN, Hub
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = r"(python|torchrun|deepspeed|bash|dsft-\w+|git|pip|source|cd|sbatch|srun|mkdocs|pytest|/usr/bin/time)\b"
 
 # What replaces a command's own values; a function gets the value that stands there. None leaves the flag out.
-# Names in braces: {model} a tiny model, {run} a LoRA run of it with rank 4, {out} a new folder.
+# Names in braces: {model} a tiny model, {run} a LoRA run of it with rank 4, {other} another run, {out} a new folder.
+# Under "" stand the words of no flag, with blanks between them.
 TRAIN = {
     "model": "{model}",
     "train_files": str(SAMPLE_TRAIN),
@@ -35,7 +38,7 @@ TRAIN = {
     "lora_rank": lambda given: "0" if given == "0" else "4",
     "lora_alpha": lambda given: given and "32",
     "train_batch_size": "4",
-    "max_train_rows": "4",
+    "max_train_rows": "12",
     "max_val_rows": "2",
     "max_tokens_per_micro_batch": None,
     "total_epochs": None,
@@ -51,14 +54,34 @@ VALIDATE = {
     "max_new_tokens": "2",
     "output": "{out}/report.json",
 }
+PIPELINE = {
+    "model": "{model}",
+    "backend": "fsdp",
+    "nproc": "1",
+    "output_dir": "{out}",
+    "generate.train_size": "4",
+    "generate.test_size": "2",
+    "train.total_training_steps": "1",
+    "train.lora_rank": "4",
+    "train.lr": "5e-4",
+    "validate.episodes": "2",
+    "validate.max_turns": "1",
+    "validate.max_new_tokens": "2",
+}
 SMALL: dict[str, dict[str, Any]] = {
     "dsft.train": TRAIN,
+    "dsft.preview": {name: TRAIN[name] for name in ("model", "train_files", "val_files")},
+    "dsft.report": {
+        "": lambda given: given.replace("out/fsdp", "{run}").replace("out/zero3", "{other}"),
+        "output": "{out}.html",
+    },
+    "dsft.pipeline": PIPELINE,
     "dsft.merge": {"checkpoint": "{run}", "output": "{out}/merged"},
     "dsft.checkpoint": {"": lambda given: re.sub(r"^out/\w+", "{run}", given).replace("000100", "000001")},
     "dsft.generate": {"output_dir": "{out}", "train_size": "3", "test_size": "2", "num_processes": "1"},
     "dsft.validate": VALIDATE,
 }
-ONLY_DIALOGUES = {"max_turns"}
+NOT_WITH = {"max_turns": "data", "max_val_rows": "val_fraction"}  # flags of a small form that another flag excludes
 
 # Commands that are not run, by how they begin, and why.
 NOT_RUN = {
@@ -69,7 +92,6 @@ NOT_RUN = {
     "bash scripts/test.sh": "is what runs this; its --help is run",
     "bash scripts/finetune_lora_med.sh": "tests/e2e/test_command_lines.py runs it; its flags are read here",
     "bash scripts/run_pipeline.sh": "trains for minutes; tests/e2e/test_pipeline.py runs what it starts",
-    "python -m dsft.pipeline": "tests/e2e/test_pipeline.py runs it; its flags and its steps' are checked here",
     "python -m pytest": "is what runs this",
     "sbatch": "no Slurm here; the script's own line is read",
     "python scripts/bench_": "measures for minutes; its flags are looked up",
@@ -153,7 +175,7 @@ def flag_values(words: tuple[str, ...]) -> dict[str, str | None]:
         if word.startswith("--"):
             values[word[2:]] = None if following.startswith("--") else following
         elif index == 0 or not words[index - 1].startswith("--"):
-            values[""] = word
+            values[""] = f"{values.get('') or ''} {word}".strip()
     return values
 
 
@@ -163,12 +185,12 @@ def small_form(module: str, flags: tuple[str, ...]) -> list[str]:
     changed: dict[str, str | None] = {}
     for name, value in SMALL[module].items():
         new = value(given.get(name)) if callable(value) else value
-        if module == "dsft.validate" and "data" in given and name in ONLY_DIALOGUES:
+        if NOT_WITH.get(name) in given:
             new = None
         if new is not None or name in given:
             changed[name] = new
     kept = {name: value for name, value in given.items() if name not in changed}
-    words = [] if "" not in given else [str(changed.get("", given[""]))]
+    words = str(changed.get("", given.get("", ""))).split()
     for name, value in kept.items() | {n: v for n, v in changed.items() if v is not None}.items():
         if name:
             words += [f"--{name}", *([] if value is None else [value])]
@@ -226,12 +248,19 @@ def has_form(command: Command) -> bool:
 OTHERS = {"cd", "sha256sum"}
 
 
-@pytest.mark.parametrize("name", RUN)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if "pipeline" in n else n for n in RUN])
 def test_a_command_runs(name, commands, tiny_model, trained_runs, tmp_path):
     module, words = RUN[name]
-    places = {"model": str(tiny_model), "run": str(trained_runs.folder("lora")), "out": str(tmp_path / "out")}
-    words = [word.format(**places) if re.search(r"\{(model|run|out)\}", word) else word for word in words]
-    done = commands.run(module, words)
+    text = " ".join(words)
+    places = {"model": tiny_model, "out": tmp_path / "out"}
+    places |= {name: trained_runs.folder(kind) for name, kind in (("run", "lora"), ("other", "full")) if name in text}
+    words = [word.format(**places) if re.search(r"\{(model|run|other|out)\}", word) else word for word in words]
+    if "--push_to_hub" in words:  # the Hub's address is read when its library is imported
+        with closing(Hub()) as hub:
+            done = run([sys.executable, "-m", module, *words], env=hub.environment(tmp_path / "home", TOKEN))
+            assert hub.repositories
+    else:
+        done = commands.run(module, words)
     assert done.status == 0, (words, done.err)
 
 
@@ -246,8 +275,7 @@ def test_launcher_and_flags_are_read(command, tmp_path):
         values = flag_values(flags) | {"output_dir": str(tmp_path)}
         words = [word for name, value in values.items() for word in (f"--{name}", str(value))]
         Pipeline(cli.parse(PipelineConfig, words))
-    else:
-        assert module in SMALL, f"no small form of {module}"
+    assert module in SMALL, f"no small form of {module}"
 
 
 def test_checksums_are_checked_without_dsft(trained_runs):

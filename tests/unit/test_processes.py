@@ -1,6 +1,8 @@
 """Children that end with their parent, Ctrl-C that waits for its place, and the command a user typed."""
 
+import ast
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -18,6 +20,7 @@ from dsft.processes import HeldInterrupt
 from tests.helpers import ROOT, hear_interrupts
 
 SECONDS = 10
+COMMANDS = ast.literal_eval(re.findall(r"^COMMANDS = (.*)$", (ROOT / "setup.py").read_text(), re.MULTILINE)[0])
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's PR_SET_PDEATHSIG")
 CHILD = """
 import os, sys, time
@@ -232,6 +235,7 @@ def test_without_launchers_the_command_is_ones_own(monkeypatch, own):
         "dsft.train",
         "dsft-train",
         "/v/bin/dsft-train",
+        *(f"dsft.{name}" for name in COMMANDS),
         "scripts/run_pipeline.sh",
     ],
 )
