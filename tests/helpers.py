@@ -1,7 +1,9 @@
 """What several tests need: running a command as a user types it, and reading what a run wrote."""
 
+import ast
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
+COMMANDS = ast.literal_eval(re.findall(r"^COMMANDS = (.*)$", (ROOT / "setup.py").read_text(), re.MULTILINE)[0])
 # The real medical set is no part of the project; tests that read it are skipped where it is not.
 MEDICAL = Path(os.environ.get("DSFT_MEDICAL_DATA", ROOT / "data" / "MTMedDialog_sft_val.parquet"))
 SAMPLE_TRAIN, SAMPLE_VAL = ROOT / "data" / "sample_train.parquet", ROOT / "data" / "sample_val.parquet"

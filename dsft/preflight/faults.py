@@ -506,8 +506,3 @@ class Scan:
             found = detector.finding()
             if found is not None:
                 yield replace(found, name=self._label + found.name)
-
-    @property
-    def refuses(self) -> bool:
-        """Whether a row was met that the Trainer would refuse."""
-        return bool(self._refused) or any(detector.refuses for detector in self.detectors)

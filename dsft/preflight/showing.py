@@ -19,7 +19,9 @@ from dsft.preflight.rows import CLOSE, OPEN, RowView, Span, plain_text, visible_
 
 STYLES = {"ok": "green", "warning": "yellow", "refused": "bold red"}
 PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{title}</title><style>
 body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; }}
 pre {{ white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f4; padding: 1rem; border-radius: 6px; }}
 td {{ padding: .1rem 1rem .1rem 0; vertical-align: top; }}

@@ -1,9 +1,9 @@
 """From a command line to a checked config."""
 
 import dataclasses
+import resource
 import subprocess
 import sys
-import time
 import typing
 
 import pytest
@@ -22,7 +22,7 @@ from dsft.config import (
     ValidateConfig,
 )
 from dsft.errors import UserError
-from tests.helpers import ROOT
+from tests.helpers import COMMANDS, ROOT
 
 NEEDED = ["--model", "m", "--train_files", "t.parquet", "--output_dir", "out"]
 PROPERTY = settings(deadline=None, database=None, max_examples=50)
@@ -40,19 +40,32 @@ def help_of_train() -> subprocess.CompletedProcess:
 
 
 def test_help_takes_under_half_a_second():
-    took = []
-    for _ in range(3):
-        started = time.monotonic()
-        help_of_train()
-        took.append(time.monotonic() - started)
-    assert min(took) < 0.5
+    """Of the processor: other tests may run beside it."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    help_of_train()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
 
 
-@pytest.mark.parametrize("statement", ["import dsft", "import dsft.train; dsft.train.main()"])
-def test_importing_dsft_and_help_load_no_torch_and_no_transformers(statement):
-    script = f"import sys; sys.argv = ['dsft-train', '--help']; {statement}; print(*sys.modules, file=sys.stderr)"
+@pytest.mark.parametrize("module", ["", *(f".{name}" for name in COMMANDS)])
+def test_importing_dsft_and_help_load_nothing_large(module):
+    statement = f"import dsft{module}" + (f"; dsft{module}.main()" if module else "")
+    script = f"import sys; sys.argv = ['dsft', '--help']; {statement}; print(*sys.modules, file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert {"torch", "transformers", "deepspeed", "pandas"} & set(done.stderr.split()) == set()
+    large = {
+        "torch",
+        "transformers",
+        "deepspeed",
+        "pandas",
+        "numpy",
+        "pyarrow",
+        "matplotlib",
+        "rich",
+        "huggingface_hub",
+    }
+    loaded = set(done.stderr.split())
+    assert f"dsft{module}" in loaded
+    assert not large & loaded
 
 
 def test_help_lists_every_flag_with_type_default_and_meaning():

@@ -181,7 +181,10 @@ def test_as_many_different_rows_as_asked_for(lengths, count):
 def test_rows_by_their_numbers():
     lengths = np.array([1, 2, 3])
     assert choose_rows(lengths, 3, [2, 0, 2]) == [2, 0]
-    assert message(choose_rows, lengths, 3, [1, 3]) == "--row_numbers 3: there are 3 training rows, 0 to 2"
+    assert (
+        message(choose_rows, lengths, 3, [1, 3])
+        == "--row_numbers 3: there are 3 training rows; name numbers from 0 to 2"
+    )
 
 
 # Safe to show

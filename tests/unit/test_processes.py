@@ -1,8 +1,6 @@
 """Children that end with their parent, Ctrl-C that waits for its place, and the command a user typed."""
 
-import ast
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -17,10 +15,9 @@ import pytest
 
 from dsft import processes
 from dsft.processes import HeldInterrupt
-from tests.helpers import ROOT, hear_interrupts
+from tests.helpers import COMMANDS, ROOT, hear_interrupts
 
 SECONDS = 10
-COMMANDS = ast.literal_eval(re.findall(r"^COMMANDS = (.*)$", (ROOT / "setup.py").read_text(), re.MULTILINE)[0])
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's PR_SET_PDEATHSIG")
 CHILD = """
 import os, sys, time
