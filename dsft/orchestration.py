@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from tqdm import tqdm
@@ -31,7 +30,7 @@ from dsft.config.pipeline import SHARED, STEPS
 from dsft.envs import make_environment
 from dsft.errors import UserError
 from dsft.files import guard_disk, write_text
-from dsft.processes import end_with_parent
+from dsft.processes import HeldInterrupt, end_with_parent
 
 STATE, LOCK = "pipeline.json", ".pipeline.lock"
 WAIT_FOR_OTHER = 60  # seconds that a step of a killed pipeline may take to end
@@ -124,8 +123,8 @@ class Pipeline:
             UserError: other flags than those of an earlier start, a folder in use, or a step that failed.
         """
         guard_disk(lambda: self.logs.mkdir(parents=True, exist_ok=True), self.logs)
-        with self._locked() as lock, _ending_children_on_sigterm():
-            self._lock = lock
+        with self._locked() as lock, HeldInterrupt(signal.SIGTERM) as interrupt:
+            self._lock, self._interrupt = lock, interrupt
             self._read_state()
             self._step("generate", lambda: self._run(Job("generate", "generate", self.generate)))
             self._step("train", self._train)
@@ -311,11 +310,13 @@ class Pipeline:
                 preexec_fn=partial(end_with_parent, os.getpid()),
             )
             try:
-                status = _wait(child, progress)
+                with self._interrupt.let_through():
+                    status = _wait(child, progress)
             except BaseException:
                 child.send_signal(signal.SIGTERM)  # training saves a checkpoint and ends
                 try:
-                    child.wait(WAIT_FOR_OTHER)
+                    with self._interrupt.let_through(another=True):  # does not wait for that
+                        child.wait(WAIT_FOR_OTHER)
                 except subprocess.TimeoutExpired:
                     os.killpg(child.pid, signal.SIGKILL)
                 raise
@@ -354,17 +355,3 @@ def _wait(child: "subprocess.Popen[bytes]", progress: "Callable[[], tuple[int, i
     finally:
         if bar is not None:
             bar.close()
-
-
-@contextmanager
-def _ending_children_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the pipeline as Ctrl-C does, so that the running step is ended in order too."""
-
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import psutil
 
@@ -42,30 +43,32 @@ def end_with_parent(parent: int, number: int = signal.SIGTERM) -> None:
 class HeldInterrupt:
     """Within the block Ctrl-C raises KeyboardInterrupt where it is let through; elsewhere it is remembered until then.
 
-    Raised between any two instructions, it can leave a library's lock taken for ever, get lost in a destructor, or cut
-    a clean-up short.
+    Raised between any two instructions, it can leave a library's lock taken for ever, get lost in a destructor or in
+    what Python does around a fork, or cut a clean-up short.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *others: signal.Signals) -> None:
+        """`others` are signals that do the same."""
+        self._numbers = (signal.SIGINT, *others)
         self._received = self._is_let_through = False
 
     def __enter__(self) -> "HeldInterrupt":
-        # Where a shell has started the command in the background, SIGINT is ignored, and stays so.
-        self._holds = (
-            signal.getsignal(signal.SIGINT) is signal.default_int_handler
-            and threading.current_thread() is threading.main_thread()
-        )
-        if self._holds:
-            signal.signal(signal.SIGINT, self._receive)
+        self._before: dict[signal.Signals, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in self._numbers:
+                # Where a shell has started the command in the background, SIGINT is ignored, and stays so.
+                if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):
+                    self._before[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._holds:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     @contextmanager
-    def let_through(self) -> Iterator[None]:
-        """Here it is raised, also where it came before."""
+    def let_through(self, *, another: bool = False) -> Iterator[None]:
+        """Here it is raised, also where it came before, unless only `another` one is to be."""
+        self._received = self._received and not another
         self._is_let_through = True
         try:
             if self._received:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What saving a LoRA checkpoint costs, and what travels between the ranks for it.
 
-    python scripts/bench_checkpoint.py [--rows 32] [--steps 13] [--backends fsdp,zero3] [--json table.json]
+    python scripts/bench_checkpoint.py [--rows 91] [--steps 9] [--backends fsdp,zero3] [--json table.json]
 
 Two ranks train the embedded model with the default LoRA on one batch again and again, and save after every second step:
 once waiting, once in the background. The cost of a save is what it keeps the training waiting, and how much longer the
@@ -103,8 +103,8 @@ def main() -> None:
     if "--worker" in sys.argv:
         train(sys.argv[sys.argv.index("--worker") + 1 :])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=13)
+    parser.add_argument("--rows", type=int, default=91)
+    parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--backends", default="fsdp,zero3")
     parser.add_argument("--train_files", default="data/sample_train.parquet")
     parser.add_argument("--json")

@@ -2,11 +2,14 @@
 
 import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +27,7 @@ from dsft.runtime import World
 
 Result = TypeVar("Result")
 MESSAGE_BYTES = 16 * 2**20  # small tensors travel together up to this size
+PRIORITY_ASIDE = 19  # a nice value
 GROUP_TIMEOUT = timedelta(hours=1)  # a slow disk is no reason to end a run; a rank that has died is seen elsewhere
 
 
@@ -74,7 +78,8 @@ class Checkpointer:
                 stem: [(name, replace(part, values=part.values.to("cpu", copy=True))) for name, part in parts]
                 for stem, parts in snapshot.slices.items()
             }
-            self._thread = threading.Thread(target=self._write, args=[replace(snapshot, slices=copied)], daemon=True)
+            work = partial(self._write_aside, replace(snapshot, slices=copied))
+            self._thread = threading.Thread(target=work, daemon=True)
             self._thread.start()
         else:
             self._write(snapshot)
@@ -93,6 +98,15 @@ class Checkpointer:
         error, self._error = self._error, None
         if error is not None:
             raise error
+
+    def _write_aside(self, snapshot: Snapshot) -> None:
+        """With what the training leaves of the processor: on CPU all of its cores compute. Linux has a priority a
+        thread, which the threads that this one starts inherit.
+        """
+        if sys.platform == "linux":
+            with suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), PRIORITY_ASIDE)
+        self._write(snapshot)
 
     def _write(self, snapshot: Snapshot) -> None:
         step, is_main = snapshot.state.step, self._world.is_main

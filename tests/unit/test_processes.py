@@ -151,6 +151,38 @@ def test_a_second_one_does_not_cut_a_clean_up_short():
 
 
 @pytest.mark.usefixtures("hears_interrupts")
+def test_a_second_one_may_be_let_through_alone():
+    with HeldInterrupt() as interrupt:
+        press_control_c()
+        with interrupt.let_through(another=True):
+            pass
+        with pytest.raises(KeyboardInterrupt), interrupt.let_through(another=True):
+            press_control_c()
+
+
+@pytest.mark.usefixtures("hears_interrupts")
+def test_other_signals_can_do_the_same():
+    before = signal.getsignal(signal.SIGTERM)
+    with HeldInterrupt(signal.SIGTERM) as interrupt:
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt), interrupt.let_through():
+            raise AssertionError("it came before")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.usefixtures("hears_interrupts")
+def test_an_interrupt_during_a_fork_is_not_lost():
+    """What Python does around a fork swallows exceptions."""
+    os.register_at_fork(after_in_parent=lambda: forks and forks.pop()())
+    forks = [press_control_c]
+    with HeldInterrupt() as interrupt:
+        subprocess.run(["true"], preexec_fn=lambda: None, check=True)
+        assert not forks
+        with pytest.raises(KeyboardInterrupt), interrupt.let_through():
+            raise AssertionError("it came before")
+
+
+@pytest.mark.usefixtures("hears_interrupts")
 def test_after_the_block_an_interrupt_is_raised_as_ever():
     with HeldInterrupt() as interrupt, interrupt.let_through():
         pass
