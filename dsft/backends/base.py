@@ -70,11 +70,13 @@ class HeldMemory:
     """Temporaries of building the model, when there are no gradients and moments yet."""
     moments_from_start: bool
     """Whether moments are there before the first step."""
+    leftover: float = 0.0
+    """What building the model leaves in the heap of a process on CPU."""
 
     @property
     def lasting(self) -> float:
         """What is there all the time once the first step is done."""
-        return self.weights + self.masters + self.gradients + self.moments
+        return self.weights + self.masters + self.gradients + self.moments + self.leftover
 
 
 @dataclass(frozen=True)

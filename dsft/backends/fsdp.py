@@ -53,7 +53,7 @@ class FsdpBackend(Backend):
         groups = [sizes(group) for group in layers] or [(0.0, 0.0)]
         gathered = max(whole * compute + own * (compute + 4) for whole, own in groups)
         whole, own = sizes(root)
-        gathered += whole * compute + own * compute
+        gathered += whole * compute + own * (compute + 4)
         largest = max((p.numel() for p in trained), default=0)
         held = HeldMemory(
             weights=((count - learned) * base + learned * 4) / ranks,

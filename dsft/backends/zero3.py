@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from dsft import runtime
 from dsft.backends.base import (
     MOMENTS,
     PARAMETER,
@@ -81,15 +82,20 @@ class Zero3Backend(Backend):
         largest_trained = max((p.numel() for p in trained), default=0)
         on_gpu = options.device.type != "cpu"
         bucket_bytes = compute * (bucket if on_gpu else min(bucket, learned))
+        # Weights are read in 16 bits as a rule, one after the other, and their shards are cut out: blocks that malloc
+        # does not give back stay in the heap as holes. After loading the 135 M model 140 to 190 MiB were, of 203.
+        read = [2 * p.numel() for p in everything if not (p in trained and not options.trains_base)]
+        left = sum(size for size in read if size < runtime.RETURNED_BLOCK)
         held = HeldMemory(
             weights=count * compute / ranks + whole * compute,
             masters=learned * 4 / ranks,
             gradients=learned * 4 / ranks + bucket_bytes,
             moments=learned * 8 / ranks,
             gathered=largest * compute + largest_trained * compute,
-            step=largest_trained * 4 / ranks,
+            step=learned * 12 / ranks,  # all is one flat tensor: its gradient, and two temporaries of AdamW
             loading=count * compute,  # every rank reads all weights, and keeps its shards
             moments_from_start=True,
+            leftover=0.0 if on_gpu else left,
         )
         if options.cpu_offload and on_gpu:
             held = replace(held, weights=whole * compute, masters=0.0, gradients=bucket_bytes, moments=0.0, step=0.0)

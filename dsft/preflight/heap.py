@@ -11,10 +11,12 @@ import array
 import ctypes
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Sequence
 
 ALIGNMENT = 64  # of torch's tensors on CPU
 SMALL = (24, 40, 56, 72, 88)  # bytes; after each tensor, as nodes of the graph and their like: they fill the gaps
+RECENT = 8  # tensors; nodes of the graph live as long as what is saved near them
 M_MMAP_THRESHOLD = -3  # malloc.h
 LOOK_EVERY = 50  # allocations
 
@@ -68,25 +70,40 @@ def _replay(events: list[tuple[int, int]], repeats: int, threshold: int) -> list
     before = library.mallinfo2()
     start, peak, heap, peaks = before.arena + before.hblkhd, 0, 0, []
     place = ctypes.c_void_p()
+    owners = _owners(events)
     for _ in range(repeats):
         held: dict[int, int] = {}
-        small: list[int] = []
+        small: dict[int, list[int]] = {}
         for index, (number, size) in enumerate(events):
             if size:
                 if library.posix_memalign(ctypes.byref(place), ALIGNMENT, size):
                     raise MemoryError
                 held[number] = place.value or 0
-                small += [library.malloc(count) for count in SMALL]
+                small.setdefault(owners[number], []).extend(library.malloc(count) for count in SMALL)
             else:
                 library.free(held.pop(number))
+                for block in small.pop(number, ()):
+                    library.free(block)
             if size >= threshold or index % LOOK_EVERY == 0:
                 now = library.mallinfo2()
                 peak = max(peak, now.arena + now.hblkhd - start)
                 heap = max(heap, now.arena - before.arena)
-        for block in (*held.values(), *small):
+        for block in (*held.values(), *(block for blocks in small.values() for block in blocks)):
             library.free(block)
         peaks += [peak, heap]
     return peaks
+
+
+def _owners(events: Sequence[tuple[int, int]]) -> dict[int, int]:
+    """With which tensor the small objects beside a tensor go: the longest-lived of the last few."""
+    ends = {number: place for place, (number, size) in enumerate(events) if not size}
+    recent: deque[int] = deque(maxlen=RECENT)
+    owners = {}
+    for number, size in events:
+        if size:
+            recent.append(number)
+            owners[number] = max(recent, key=lambda one: ends.get(one, len(events)))
+    return owners
 
 
 if __name__ == "__main__":
