@@ -127,8 +127,9 @@ class LossInParts(torch.autograd.Function):
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None
         bias_gradient = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs[2] else None
         total = hidden.new_zeros((), dtype=torch.float32)
-        for part in torch.arange(len(hidden)).split(max(1, LOGITS_AT_ONCE // len(weight))):
-            rows = slice(int(part[0]), int(part[-1]) + 1) if len(part) else slice(0, 0)
+        at_once = max(1, LOGITS_AT_ONCE // len(weight))
+        for start in range(0, max(1, len(hidden)), at_once):
+            rows = slice(start, start + at_once)
             log_likelihoods = F.log_softmax(F.linear(hidden[rows], weight, bias), dim=-1, dtype=torch.float32)
             total -= (log_likelihoods.gather(1, labels[rows, None]).squeeze(1) * weights[rows]).sum()
             if not any(needs):

@@ -25,6 +25,7 @@ from dsft.liveness import Liveness
 
 Result = TypeVar("Result")
 M_MMAP_THRESHOLD = -3  # malloc.h
+RETURNED_BLOCK = 8 * 2**20  # bytes, see return_freed_memory
 LONGEST_WORK = timedelta(hours=2)
 """For which ranks wait while one of them makes tokens of the rows or reads a checkpoint. That a rank has died or hangs
 is seen elsewhere (dsft.liveness), and sooner than by any time limit."""
@@ -137,7 +138,7 @@ def return_freed_memory() -> None:
     in float32, 8.8 GiB with this, for a tenth more time. Smaller thresholds also cost time on short rows.
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
-        ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 8 * 2**20)
+        ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, RETURNED_BLOCK)
 
 
 def silence_libraries() -> None:

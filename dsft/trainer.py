@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 import dsft
 from dsft import runtime
@@ -37,9 +36,11 @@ from dsft.loss import TargetHead, summed_loss
 from dsft.model import tree_attention
 from dsft.model.flops import count_flops, measure_matmul
 from dsft.model.lora import LoraOptions, LoraStart, add_lora
-from dsft.model.memory import ActivationMemory, checkpointed_layers, free_memory, token_budget
+from dsft.model.memory import ActivationMemory, checkpointed_layers, free_memory, recompute_layers, token_budget
 from dsft.model.source import ModelSource, load_tokenizer, resolve_model
 from dsft.preflight.leaks import separate
+from dsft.preflight import prediction as preflight
+from dsft.preflight.report import DryRun, disk_warning, memory_lines, out_of_memory, refuse, time_line
 from dsft.processes import launch_command
 from dsft.schedule import learning_rate_factor
 from dsft.tracking import Tracker
@@ -57,6 +58,12 @@ class Trainer:
         """
         self.config = config
         self.world = runtime.World.from_environment()
+        with out_of_memory(config, lambda: self.remedies):
+            self._build()
+
+    def _build(self) -> None:
+        config = self.config
+        self.remedies: list[str] = []
         self.folder = CheckpointFolder(config.output_dir)
         self.liveness = Liveness(self._how_to_go_on, debug=config.debug)
         self.liveness.start()
@@ -68,8 +75,13 @@ class Trainer:
             "all machines must see the same folder",
         )
         self._load_data()
+        self.process_memory = preflight.process_memory(self.device)
+        self.room = (
+            self.process_memory + runtime.least_over_ranks([free_memory(self.device, self.world)], self.device)[0]
+        )
         self._load_model()
         self._fit_memory()
+        self._predict()
         self._make_output()
         self.state = TrainerState(
             0, self.total_steps, 0.0, config.backend, self.world.size, self.train_data.fingerprint
@@ -161,28 +173,35 @@ class Trainer:
             trust_remote_code=config.trust_remote_code,
         )
         runtime.together(source.check)
+        self.shapes = source.empty(self.dtype)  # before a backend changes how models are built
         self.backend.setup()
         model: Any = self.backend.load_model(source)
         model.config.use_cache = False
         self.why_no_trees = tree_attention.why_no_trees(model, config.attn_implementation)
         if self.why_no_trees is None:
             model.set_attn_implementation(tree_attention.NAME)
-        if config.lora_rank:
-            options = LoraOptions(
-                config.lora_rank,
-                config.lora_alpha,
-                config.lora_dropout,
-                config.target_modules,
-                config.use_rslora,
-                config.use_dora,
-            )
+        lora = self._lora_options()
+        if lora is not None:
             base = model
-            model = runtime.together(lambda: add_lora(base, options, self.base_name))
+            model = runtime.together(lambda: add_lora(base, lora, self.base_name))
             source.after_fill = LoraStart(model, config.seed)
             source.after_fill(model)
         self.head = TargetHead(model)
         self.full_model = model
         self.backend.prepare(model, self._make_optimizer, self._make_scheduler)
+
+    def _lora_options(self) -> LoraOptions | None:
+        config = self.config
+        if not config.lora_rank:
+            return None
+        return LoraOptions(
+            config.lora_rank,
+            config.lora_alpha,
+            config.lora_dropout,
+            config.target_modules,
+            config.use_rslora,
+            config.use_dora,
+        )
 
     def _fit_memory(self) -> None:
         """Decide what is recomputed and how many tokens a micro-batch has, and measure the machine."""
@@ -194,11 +213,7 @@ class Trainer:
         layers = memory.layers if config.gradient_checkpointing is True else 0
         if config.gradient_checkpointing == "auto":
             layers = checkpointed_layers(memory, free, max(longest, config.max_tokens_per_micro_batch or 0))
-        if layers:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            checkpointing = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-            for module in checkpointing[layers:]:
-                module.gradient_checkpointing = False
+        recompute_layers(model, layers)
         self.checkpointed_layers = layers
         budget = config.max_tokens_per_micro_batch or token_budget(memory, free, longest, layers, self.device)
         self.layout = Layout(self.world.size, budget, fold=config.fold != "off", trees=self.why_no_trees is None)
@@ -208,6 +223,33 @@ class Trainer:
         )
         self.val_micro_batches = rest[0] if rest else None
         [self.matmul_rate] = runtime.sum_over_ranks([measure_matmul(self.dtype, self.device)], self.device)
+
+    def _predict(self) -> None:
+        """Peak memory of the rank with the longest micro-batch, and time; by rank 0, for all."""
+        config = self.config
+
+        def work() -> tuple[preflight.Prediction, list[str]]:
+            setting = preflight.Setting(
+                config.backend,
+                self.backend.options,
+                self.world.size,
+                self._lora_options(),
+                self.checkpointed_layers,
+                config.async_save,
+            )
+            data = self.train_data
+            _, _, batch = preflight.longest_micro_batch(self.train_micro_batches, data.lengths, self.global_batches)
+            predicted = preflight.predict(self.shapes, setting, batch, process=self.process_memory)
+            if predicted.peak <= self.room:
+                return predicted, []
+            longest = int(data.lengths.max())
+            return predicted, preflight.remedies(predicted, self.shapes, setting, longest=longest, room=self.room)
+
+        self.prediction, self.remedies = runtime.on_main(self.world, work)
+        flops = preflight.epoch_flops(self.train_micro_batches, self.global_batches)
+        self.step_flops = flops / self.global_batches.first_step(1)
+        seconds = preflight.seconds_of(flops, self.matmul_rate, self.dtype, self.device)
+        self.step_seconds = seconds / self.global_batches.first_step(1)
 
     def _make_optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         config = self.config
@@ -226,13 +268,17 @@ class Trainer:
         config, root = self.config, self.folder.root
 
         def make() -> None:
-            open_output(self.folder, self.resume_from, warn)
-            guard_disk(lambda: write_text(root / CONFIG, as_yaml(config)), root / CONFIG)
+            if config.dry_run:
+                guard_disk(lambda: root.mkdir(parents=True, exist_ok=True), root)
+            else:
+                open_output(self.folder, self.resume_from, warn)
+                guard_disk(lambda: write_text(root / CONFIG, as_yaml(config)), root / CONFIG)
             guard_disk(self._make_small_files, root)
 
         runtime.on_main(self.world, make)
+        seen = root if config.dry_run else root / CONFIG
         runtime.check_same_everywhere(
-            str((root / CONFIG).is_file()), f"whether {root / CONFIG} is there", "all machines must see the same folder"
+            str(seen.exists()), f"whether {seen} is there", "all machines must see the same folder"
         )
         self.checkpointer = Checkpointer(
             self.folder, self.world, keep=config.max_checkpoints, asynchronous=config.async_save
@@ -332,7 +378,7 @@ class Trainer:
         self.tracker: Tracker | None = None
 
         def open_tracker() -> None:
-            if self.world.is_main:
+            if self.world.is_main and not config.dry_run:
                 history = read_history(self.resume_from) if self.resume_from else ""
                 self.tracker = Tracker(
                     self.folder.root,
@@ -344,25 +390,28 @@ class Trainer:
                     first_step=self.state.step,
                     history=history,
                 )
-                self._print_start(self.tracker)
 
         runtime.together(open_tracker)
+        self._print_start()
 
-    def _print_start(self, tracker: Tracker) -> None:
+    def _print_start(self) -> None:
         config, data = self.config, self.train_data
+        steps = self.global_batches.first_step(1)
         sizes = [(math.prod(self.backend.shape(p)), p.requires_grad) for p in self.full_model.parameters()]
         total, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
         lines = [
-            f"model    {config.model}, {total / 1e6:.1f} M parameters, {trained / 1e6:.2f} M trained, "
-            f"{self.dtype_name}",
+            f"model    {config.model}, {total / 1e6:.1f} M parameters, {trained / 1e6:.2f} M trained "
+            f"({trained / total:.1%}), {self.dtype_name}",
             f"data     {len(data)} rows, {data.counts.tokens} tokens, {data.counts.targets} targets"
             + (f"; {data.counts.losses()}" if data.counts.losses() else ""),
             f"batch    {config.train_batch_size} rows: {self.world.size} ranks, micro-batches of at most "
-            f"{self.layout.token_budget} tokens; {self.global_batches.first_step(1)} steps in the first epoch, "
+            f"{self.layout.token_budget} tokens; {steps} steps in the first epoch, "
             f"{self.total_steps} in all",
             f"fold     {self._fold_text()}",
             f"backend  {config.backend} on {self.device.type}, {torch.get_num_threads()} threads a rank",
             f"output   {config.output_dir}",
+            *memory_lines(self.prediction, self.room, self.remedies),
+            time_line(self.step_seconds, steps, self.total_steps - self.state.step),
         ]
         if self.val_data is not None:
             lost = self.val_data.counts.losses()
@@ -377,7 +426,9 @@ class Trainer:
             )
             lines.append(f"resumed  {self.resume_from}, {ahead}")
         for line in lines:
-            tracker.say(line)
+            self._say(line)
+        if self.world.is_main and (told := disk_warning(config, trained, self.total_steps, steps, self.folder.root)):
+            warn(told)
 
     def _fold_text(self) -> str:
         if not self.layout.fold:
@@ -393,11 +444,47 @@ class Trainer:
     # Running
 
     def train(self) -> None:
-        """Every step that is left, with its evaluations and checkpoints; or up to a stop."""
+        """Every step that is left, with its evaluations and checkpoints; or up to a stop. Or a dry run."""
         try:
-            self._train()
+            with out_of_memory(self.config, lambda: self.remedies):
+                if self.config.dry_run:
+                    self._dry_run()
+                else:
+                    self._train()
         finally:
             self.folder.unlock()
+
+    def _dry_run(self) -> None:
+        """One forward and backward pass of the longest micro-batch; no weight changes, nothing but a report is written.
+
+        Raises:
+            UserError: the run would not fit into memory, or something that it needs does not work.
+        """
+        predicted = self.prediction
+        runtime.together(lambda: refuse(predicted, self.room, self.remedies))
+        plan, place, _ = preflight.longest_micro_batch(
+            self.train_micro_batches, self.train_data.lengths, self.global_batches
+        )
+        batch = self.train_micro_batches.make(plan.parts[self.world.rank][place]).to(self.device)
+        runtime.seed_step(self.config.seed, self.state.step, self.world.rank)
+        self.backend.model.train()
+        started = time.perf_counter()
+        loss = summed_loss(self.backend.model, self.head, batch)
+        self.backend.backward(loss / plan.targets, last_micro_batch=True)
+        value = loss.item()
+        seconds = time.perf_counter() - started
+        self._refuse_non_finite(runtime.sum_over_ranks([value], self.device)[0], "the loss of the longest micro-batch")
+        peaks = runtime.gather_objects(runtime.peak_memory_gib(self.device) * preflight.GIB)
+        tokens = sum(runtime.gather_objects(batch.input_ids.numel()))
+        steps = self.global_batches.first_step(1)
+        # Of what is computed at once, the share of the whole plan's operations.
+        flops = plan.flops * tokens / max(1, plan.tokens)
+        step_seconds = self.step_flops / flops * seconds
+        report = DryRun(predicted, max(peaks), self.room, step_seconds, steps, self.total_steps)
+        runtime.on_main(self.world, lambda: report.write(self.folder.root))
+        for line in report.lines():
+            self._say(line)
+        self.backend.close()
 
     def _train(self) -> None:
         command = launch_command(without=("resume", "stop_after_steps"))  # while its launcher lives
@@ -594,6 +681,8 @@ class Trainer:
     def _say(self, line: str) -> None:
         if self.tracker is not None:
             self.tracker.say(line)
+        elif self.config.dry_run and self.world.is_main:
+            print(line, flush=True)
 
     def _say_end(self) -> None:
         best = self.folder.best()

@@ -52,6 +52,34 @@ class BackendOptions:
 
 
 @dataclass(frozen=True)
+class HeldMemory:
+    """Bytes that one rank holds of a model on the device that computes, beside activations and the process itself."""
+
+    weights: float
+    """Its shards of all parameters that are computed with, and what the library keeps whole."""
+    masters: float
+    """float32 copies of trained parameters, where `weights` does not hold those."""
+    gradients: float
+    """Of its shards, from the first backward on or before."""
+    moments: float
+    gathered: float
+    """Most that is whole at once beside `weights`: parameters, and in the backward pass their gradients."""
+    step: float
+    """Temporaries of the optimizer step, when activations and what was gathered are gone."""
+    loading: float
+    """Temporaries of building the model, when there are no gradients and moments yet."""
+    moments_from_start: bool
+    """Whether moments are there before the first step."""
+    leftover: float = 0.0
+    """What building the model leaves in the heap of a process on CPU."""
+
+    @property
+    def lasting(self) -> float:
+        """What is there all the time once the first step is done."""
+        return self.weights + self.masters + self.gradients + self.moments + self.leftover
+
+
+@dataclass(frozen=True)
 class RunSettings:
     """What flags have decided and a library's own file must not contradict. The fields have the flags' names."""
 
@@ -94,6 +122,17 @@ class Backend(ABC):
             UserError: a file that cannot be read, or contradicts `settings`.
         """
         return {}
+
+    @classmethod
+    @abstractmethod
+    def memory(cls, model: nn.Module, options: BackendOptions, ranks: int) -> HeldMemory:
+        """What a rank will hold, from shapes alone. Needs no process group.
+
+        Args:
+            model: parameters on the meta device, wrapped in LoRA or not.
+            options: as for a run.
+            ranks: of the run.
+        """
 
     @abstractmethod
     def setup(self) -> None:
@@ -151,6 +190,12 @@ class Backend(ABC):
 
     def close(self) -> None:  # noqa: B027 (a library may hold nothing)
         """Free what the library holds."""
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a transformers model: the classes it says must not be split."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

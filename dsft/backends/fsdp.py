@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -12,13 +13,61 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from dsft import runtime
-from dsft.backends.base import MOMENTS, PARAMETER, Backend, Source, StateSlice, set_schedule, trainable
+from dsft.backends.base import (
+    MOMENTS,
+    PARAMETER,
+    Backend,
+    BackendOptions,
+    HeldMemory,
+    Source,
+    StateSlice,
+    decoder_layers,
+    set_schedule,
+    trainable,
+)
 
 
 class FsdpBackend(Backend):
     """Each decoder layer is one group, the rest of the model another."""
 
     library = "torch"
+
+    @classmethod
+    def memory(cls, model: nn.Module, options: BackendOptions, ranks: int) -> HeldMemory:
+        """Shards of everything; whole are the group of the root all the time in between, and one layer's.
+
+        The root's group is embeddings, head and norm. A group is gathered in the compute dtype, and the gradients of
+        its trained parameters stand beside it whole until they are reduced, in float32.
+        """
+        compute = options.dtype.itemsize
+        trained = set(trainable(model).values())
+        base = 4 if options.trains_base else compute
+
+        def sizes(parameters: set[nn.Parameter]) -> tuple[float, float]:
+            return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p in trained)
+
+        everything = set(model.parameters())
+        layers = [set(layer.parameters()) for layer in decoder_layers(model)]
+        root = everything.difference(*layers)
+        count, learned = sizes(everything)
+        groups = [sizes(group) for group in layers] or [(0.0, 0.0)]
+        gathered = max(whole * compute + own * (compute + 4) for whole, own in groups)
+        whole, own = sizes(root)
+        gathered += whole * compute + own * (compute + 4)
+        largest = max((p.numel() for p in trained), default=0)
+        held = HeldMemory(
+            weights=((count - learned) * base + learned * 4) / ranks,
+            masters=0.0,
+            gradients=learned * 4 / ranks,
+            moments=learned * 8 / ranks,
+            gathered=gathered,
+            step=largest * 8 / ranks,
+            loading=max([whole, *(size for size, _ in groups)]) * base,
+            moments_from_start=False,
+        )
+        if options.cpu_offload and options.device.type != "cpu":
+            held = replace(held, weights=0.0, gradients=0.0, moments=0.0, step=0.0)
+        return held
 
     def setup(self) -> None:
         """One mesh over all ranks."""
@@ -47,6 +96,7 @@ class FsdpBackend(Backend):
             fully_shard(layer, **policy)
         self._source.fill(model)
         fully_shard(model, **policy)
+        del self._source  # it still has tied weights as they were before they were sharded
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 # The plain sum, as the contract says. Sums only: gloo knows no scaled reduction.
@@ -118,9 +168,3 @@ def _range(parameter: nn.Parameter) -> tuple[int, int]:
     first = min(rows * parameter.device_mesh.get_local_rank(), parameter.shape[0])
     start = first * math.prod(parameter.shape[1:])
     return start, start + parameter.to_local().numel()
-
-
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a transformers model: the classes it says must not be split."""
-    names = set(getattr(model, "_no_split_modules", None) or ())
-    return [module for module in model.modules() if type(module).__name__ in names]

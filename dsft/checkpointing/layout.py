@@ -61,11 +61,12 @@ class CheckpointFolder:
         target = (self.root / "best").resolve()
         return target if (target / COMPLETE).is_file() else None
 
-    def newest_sound(self, warn: Callable[[str], None]) -> Path | None:
+    def newest_sound(self, warn: Callable[[str], None], *, rename: bool = True) -> Path | None:
         """The newest checkpoint whose checksums hold. Damaged ones that are newer are renamed out of the way.
 
         Args:
             warn: told of each of these.
+            rename: otherwise they are only told of.
 
         Raises:
             UserError: there are checkpoints, but none is sound; nothing is renamed.
@@ -78,6 +79,9 @@ class CheckpointFolder:
                 damaged.append((checkpoint, error))
                 continue
             for path, problem in damaged:
+                if not rename:
+                    warn(f"{problem}; a run would go on from {checkpoint.name}")
+                    continue
                 aside = self.set_aside(path, "damaged")
                 warn(f"{problem}; it is now {aside.name}, and the run goes on from {checkpoint.name}")
             return checkpoint

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from dsft.checkpointing.layout import ADAPTER, METRICS, CheckpointFolder, find_checkpoint, is_checkpoint, step_of
+from dsft.checkpointing.layout import ADAPTER, LOCK, METRICS, CheckpointFolder, find_checkpoint, is_checkpoint, step_of
 from dsft.checkpointing.state import read_flags, read_state
 from dsft.cli import as_yaml
 from dsft.config import TrainConfig
@@ -20,10 +20,12 @@ from dsft.model.source import resolve_model
 def find_resume(config: TrainConfig, folder: CheckpointFolder, warn: Callable[[str], None]) -> Path | None:
     """The checkpoint to go on from. Rank 0 only; it owns the output folder from here on, where there is one.
 
+    A dry run changes nothing there: it renames no damaged checkpoint, and makes no lock where there is none.
+
     Raises:
         UserError: the folder belongs to another run, or no checkpoint is sound.
     """
-    if folder.root.is_dir():
+    if folder.root.is_dir() and (not config.dry_run or (folder.root / LOCK).exists()):
         folder.lock()
     if config.resume == "never":
         latest = folder.latest()
@@ -31,7 +33,7 @@ def find_resume(config: TrainConfig, folder: CheckpointFolder, warn: Callable[[s
             raise UserError(f"{config.output_dir} holds {latest.name} and --resume is never; name another folder")
         return None
     if config.resume == "auto":
-        found = folder.newest_sound(warn)
+        found = folder.newest_sound(warn, rename=not config.dry_run)
     else:
         found = find_checkpoint(config.resume, "resume")
         latest = folder.latest()

@@ -79,6 +79,8 @@ class TrainConfig(RowFlags, ModelFlags, CommonFlags):
 
     output_dir: str = flag(required=True, section="Output")
     """Folder of the run: config.yaml, metrics.jsonl and checkpoints."""
+    dry_run: bool = flag(False)
+    """Do everything up to the first step, and a forward and backward pass of the longest micro-batch; then report."""
     validate_before_training: bool = flag(False)
     """Compute the validation loss before the first step too."""
     eval_steps: Interval = flag(EVERY_EPOCH)

@@ -86,7 +86,7 @@ class ModelSource:
             UserError: no such model, missing or damaged files, or weights that do not fit the config.
         """
         shapes = {name: shape for name, (_, shape) in self._open_files().items()}
-        model = self._empty(None)
+        model = self.empty(None)
         if getattr(model.config, "quantization_config", None):
             return  # packed weights have shapes of their own
         for name, parameter in model.named_parameters():
@@ -106,7 +106,7 @@ class ModelSource:
         Raises:
             UserError: no such model, or its weights do not fit its config.
         """
-        model = self._empty(dtype)
+        model = self.empty(dtype)
         model.tie_weights()
         model.name_or_path = self.path
         if model.can_generate():
@@ -142,8 +142,8 @@ class ModelSource:
                 setattr(owner, name, filled)
         self.after_fill(module)
 
-    def _empty(self, dtype: torch.dtype | None) -> Any:
-        """The model as its config describes it, parameters on the meta device."""
+    def empty(self, dtype: torch.dtype | None) -> Any:
+        """The model as its config describes it, parameters on the meta device; no weight file is opened."""
         from accelerate import init_empty_weights
 
         options = {"trust_remote_code": self._options["trust_remote_code"]}

@@ -199,10 +199,10 @@ class BlockAttention(torch.autograd.Function):
         query, key, value = ctx.saved_tensors
         query_gradient = torch.empty_like(query)
         exact = torch.promote_types(query.dtype, torch.float32)  # many queries add to the gradient of one key
-        key_gradient, value_gradient = (torch.zeros(x.shape, dtype=exact) for x in (key, value))
+        key_gradient, value_gradient = (x.new_zeros(x.shape, dtype=exact) for x in (key, value))
         for block in ctx.blocks:
             keys, values = _seen(key, block), _seen(value, block)
-            key_part, value_part = (torch.zeros(x.shape, dtype=exact) for x in (keys, values))
+            key_part, value_part = (x.new_zeros(x.shape, dtype=exact) for x in (keys, values))
             for tile, known in _tiles(block):
                 queries = query[:, :, tile]
                 weights = _weights(queries, keys[:, :known], block, tile)
@@ -244,11 +244,11 @@ def _weights(queries: torch.Tensor, keys: torch.Tensor, block: Block, tile: slic
     scores = torch.bmm(queries.flatten(1, 2), keys.transpose(1, 2))
     count = tile.stop - tile.start
     if block.mask is None:
-        hidden = torch.full((count, count), float("-inf"), dtype=scores.dtype).triu_(1)
+        hidden = scores.new_full((count, count), float("-inf")).triu_(1)
     else:
         inside = slice(tile.start - block.start, tile.stop - block.start)
-        hidden = torch.zeros(count, inside.stop, dtype=scores.dtype)
-        hidden.masked_fill_(~block.mask[inside, : inside.stop], float("-inf"))
+        hidden = scores.new_zeros(count, inside.stop)
+        hidden.masked_fill_(~block.mask[inside, : inside.stop].to(scores.device), float("-inf"))
     scores.unflatten(1, (queries.shape[1], count))[..., -hidden.shape[1] :].add_(hidden)
     return torch.softmax(scores, dim=-1)
 
