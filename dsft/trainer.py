@@ -38,8 +38,8 @@ from dsft.model.flops import count_flops, measure_matmul
 from dsft.model.lora import LoraOptions, LoraStart, add_lora
 from dsft.model.memory import ActivationMemory, checkpointed_layers, free_memory, recompute_layers, token_budget
 from dsft.model.source import ModelSource, load_tokenizer, resolve_model
-from dsft.preflight.leaks import separate
 from dsft.preflight import prediction as preflight
+from dsft.preflight.leaks import separate
 from dsft.preflight.report import DryRun, disk_warning, memory_lines, out_of_memory, refuse, time_line
 from dsft.processes import launch_command
 from dsft.schedule import learning_rate_factor
