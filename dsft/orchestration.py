@@ -78,6 +78,7 @@ class Pipeline:
         self.train = self._build("train", TrainConfig, self._training())
         self.merge = self._build("merge", MergeConfig, {"checkpoint": self.run_folder, "output": self.merged})
         self.validate = {player: self._validation(player) for player in PLAYERS}
+        self._interrupt = HeldInterrupt(signal.SIGTERM)
 
     def _build(self, step: str, config_class: Any, own: dict[str, Any]) -> Any:
         """A step's config: what the steps share, the step's own section, and what the pipeline itself decides."""
@@ -123,8 +124,8 @@ class Pipeline:
             UserError: other flags than those of an earlier start, a folder in use, or a step that failed.
         """
         guard_disk(lambda: self.logs.mkdir(parents=True, exist_ok=True), self.logs)
-        with self._locked() as lock, HeldInterrupt(signal.SIGTERM) as interrupt:
-            self._lock, self._interrupt = lock, interrupt
+        with self._locked() as lock, self._interrupt:
+            self._lock = lock
             self._read_state()
             self._step("generate", lambda: self._run(Job("generate", "generate", self.generate)))
             self._step("train", self._train)
