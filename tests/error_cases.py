@@ -1288,3 +1288,30 @@ cases(
         "long step": watching(launcher_that_dies_in_a_long_step),
     },
 )
+
+
+@case
+def a_dry_run_with_less_memory_than_predicted(place: Place) -> None:
+    import torch
+
+    from dsft.backends.base import BackendOptions
+    from dsft.model.source import ModelSource
+    from dsft.preflight.prediction import Setting, chains, predict
+    from dsft.preflight.report import refuse
+
+    options = BackendOptions(torch.device("cpu"), torch.float32, trains_base=True, clip_grad=1.0)
+    bare = ModelSource(str(place.model)).empty(torch.float32)
+    prediction = predict(bare, Setting("fsdp", options, 1, None), chains([50], 4))
+    refuse(prediction, prediction.peak / 2, [])
+
+
+@case
+def memory_that_runs_out(place: Place) -> None:
+    import torch
+
+    from dsft.config import TrainConfig
+    from dsft.preflight.report import out_of_memory
+
+    config = TrainConfig(model="m", train_files=["t"], output_dir="o")
+    with out_of_memory(config, list):
+        torch.empty(2**60)
