@@ -74,12 +74,18 @@ class Zero3Backend(Backend):
         zero = options.library_config.get("zero_optimization", {})
         bucket = _number(zero.get("reduce_bucket_size"), 500_000_000)
         small = _number(zero.get("stage3_param_persistence_threshold"), 100_000)
+        prefetch = _number(zero.get("stage3_prefetch_bucket_size"), 50_000_000)
         trained = set(trainable(model).values())
         everything = set(model.parameters())
         count, learned = sum(p.numel() for p in everything), sum(p.numel() for p in trained)
         whole = sum(p.numel() for p in everything if p.numel() < small) if ranks > 1 else 0
         largest = max(p.numel() for p in everything)
         largest_trained = max((p.numel() for p in trained), default=0)
+        gathered = largest
+        if ranks > 1:
+            # From the second pass on parameters are fetched ahead: a bucket in use, one that comes, and the flat buffer
+            # from which it is cut. The largest one, fetched beside them, is cut out of a buffer too.
+            gathered = 2 * largest + 3 * min(prefetch, count)
         on_gpu = options.device.type != "cpu"
         bucket_bytes = compute * (bucket if on_gpu else min(bucket, learned))
         # Weights are read in 16 bits as a rule, one after the other, and their shards are cut out: blocks that malloc
@@ -91,7 +97,7 @@ class Zero3Backend(Backend):
             masters=learned * 4 / ranks,
             gradients=learned * 4 / ranks + bucket_bytes,
             moments=learned * 8 / ranks,
-            gathered=largest * compute + largest_trained * compute,
+            gathered=compute * (gathered + largest_trained),
             step=learned * 12 / ranks,  # all is one flat tensor: its gradient, and two temporaries of AdamW
             loading=count * compute,  # every rank reads all weights, and keeps its shards
             moments_from_start=True,

@@ -92,7 +92,7 @@ def test_zero3_keeps_small_parameters_whole_on_several_ranks(bare):
     everything, trained = WHOLE + 2 * ADAPTER, 2 * ADAPTER
     assert memory.weights == 2 * everything / 2 + 2 * everything
     assert memory.masters == 4 * trained / 2
-    assert memory.gathered == 2 * 800 + 2 * 2 * 16
+    assert memory.gathered == 2 * (2 * 800 + 3 * everything + 2 * 16)
 
 
 def test_the_peak_is_the_largest_of_loading_computing_and_stepping():
