@@ -552,6 +552,19 @@ def mount(*words: str | Path) -> None:
     subprocess.run(["mount", *map(str, words)], check=True, capture_output=True, text=True)
 
 
+def mount_read_only(path: Path, aside: Path) -> None:
+    """Make a folder read-only for whoever opens a file in it from now on.
+
+    A file system with files open for writing cannot be made read-only; another mount of it above it can, where it is
+    read-only before anybody sees it. So it is made at `aside`, which is an empty folder afterwards.
+    """
+    aside.mkdir(exist_ok=True)
+    mount("--bind", path, aside)
+    mount("-o", "remount,bind,ro", aside)
+    mount("--bind", aside, path)
+    unmount(aside)
+
+
 def unmount(path: Path) -> None:
     """umount; lazily, as a process may still be going."""
     subprocess.run(["umount", "-l", str(path)], check=True, capture_output=True, text=True)
@@ -834,9 +847,7 @@ class Life:
             self.meanwhile = lambda: fill(ballast)  # a checkpoint that is rotated away must not make room again
             fill(ballast)
         elif kind == "read-only":
-            # A file system with files open for writing cannot be made read-only; another mount of it above it can.
-            mount("--bind", self.out, self.out)
-            mount("-o", "remount,bind,ro", self.out)
+            mount_read_only(self.out, self.folder / "read-only")
 
     def _targets(
         self, run: Run, ranks: list[psutil.Process], *, with_ranks: bool
