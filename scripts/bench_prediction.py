@@ -43,6 +43,8 @@ CASES = [
     "zero3:1:full:bfloat16:300",
     "fsdp:2:lora:float32:100",
     "zero3:2:lora:bfloat16:100",
+    "zero3:2:lora:float32:300",
+    "zero3:2:full:float32:100",
     "fsdp:1:lora:float32:600:recompute",
 ]
 

@@ -81,7 +81,7 @@ class Zero3Backend(Backend):
         whole = sum(p.numel() for p in everything if p.numel() < small) if ranks > 1 else 0
         largest = max(p.numel() for p in everything)
         largest_trained = max((p.numel() for p in trained), default=0)
-        gathered = largest
+        gathered = float(largest)
         if ranks > 1:
             # From the second pass on parameters are fetched ahead: a bucket in use, one that comes, and the flat buffer
             # from which it is cut. The largest one, fetched beside them, is cut out of a buffer too.
