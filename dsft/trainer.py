@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 import dsft
 from dsft import runtime
 from dsft.backends import backend_class
-from dsft.backends.base import MOMENTS, PARAMETER, BackendOptions, RunSettings, StateSlice, trainable
+from dsft.backends.base import MOMENTS, PARAMETER, StateSlice, trainable
 from dsft.checkpointing.layout import ADAPTER, CONFIG, METRICS, MODEL, OPTIMIZER, CheckpointFolder
 from dsft.checkpointing.resuming import find_initial_weights, find_resume, open_output, read_history
 from dsft.checkpointing.saving import Checkpointer, Snapshot
@@ -35,9 +35,10 @@ from dsft.liveness import Liveness
 from dsft.loss import TargetHead, summed_loss
 from dsft.model import tree_attention
 from dsft.model.flops import count_flops, measure_matmul
-from dsft.model.lora import LoraOptions, LoraStart, add_lora
-from dsft.model.memory import ActivationMemory, checkpointed_layers, free_memory, recompute_layers, token_budget
+from dsft.model.lora import LoraStart, add_lora
+from dsft.model.memory import ActivationMemory, fit_micro_batches, free_memory, recompute_layers
 from dsft.model.source import ModelSource, load_tokenizer, resolve_model
+from dsft.options import backend_options, lora_options
 from dsft.preflight import prediction as preflight
 from dsft.preflight.leaks import separate
 from dsft.preflight.report import DryRun, disk_warning, memory_lines, out_of_memory, refuse, time_line
@@ -111,18 +112,7 @@ class Trainer:
         dtype = self.dtype = runtime.pick_dtype(config.dtype, self.device)
         self.dtype_name = str(dtype).removeprefix("torch.")
         chosen = backend_class(config.backend)
-        settings = RunSettings(config.train_batch_size, config.clip_grad, dtype)
-        library_config = runtime.together(lambda: chosen.read_library_config(config.ds_config, settings))
-        self.backend = chosen(
-            BackendOptions(
-                device=self.device,
-                dtype=dtype,
-                trains_base=config.lora_rank == 0,
-                clip_grad=config.clip_grad,
-                cpu_offload=config.cpu_offload,
-                library_config=library_config,
-            )
-        )
+        self.backend = chosen(runtime.together(lambda: backend_options(config, self.device, dtype)))
 
     def _load_data(self) -> None:
         config = self.config
@@ -180,7 +170,7 @@ class Trainer:
         self.why_no_trees = tree_attention.why_no_trees(model, config.attn_implementation)
         if self.why_no_trees is None:
             model.set_attn_implementation(tree_attention.NAME)
-        lora = self._lora_options()
+        lora = lora_options(config)
         if lora is not None:
             base = model
             model = runtime.together(lambda: add_lora(base, lora, self.base_name))
@@ -190,19 +180,6 @@ class Trainer:
         self.full_model = model
         self.backend.prepare(model, self._make_optimizer, self._make_scheduler)
 
-    def _lora_options(self) -> LoraOptions | None:
-        config = self.config
-        if not config.lora_rank:
-            return None
-        return LoraOptions(
-            config.lora_rank,
-            config.lora_alpha,
-            config.lora_dropout,
-            config.target_modules,
-            config.use_rslora,
-            config.use_dora,
-        )
-
     def _fit_memory(self) -> None:
         """Decide what is recomputed and how many tokens a micro-batch has, and measure the machine."""
         config, model = self.config, self.full_model
@@ -210,12 +187,10 @@ class Trainer:
         [free] = runtime.least_over_ranks([free_memory(self.device, self.world)], self.device)
         datasets = [data for data in (self.train_data, self.val_data) if data is not None]
         longest = max(int(data.lengths.max()) for data in datasets)
-        layers = memory.layers if config.gradient_checkpointing is True else 0
-        if config.gradient_checkpointing == "auto":
-            layers = checkpointed_layers(memory, free, max(longest, config.max_tokens_per_micro_batch or 0))
-        recompute_layers(model, layers)
-        self.checkpointed_layers = layers
-        budget = config.max_tokens_per_micro_batch or token_budget(memory, free, longest, layers, self.device)
+        self.checkpointed_layers, budget = fit_micro_batches(
+            memory, free, longest, self.device, config.gradient_checkpointing, config.max_tokens_per_micro_batch
+        )
+        recompute_layers(model, self.checkpointed_layers)
         self.layout = Layout(self.world.size, budget, fold=config.fold != "off", trees=self.why_no_trees is None)
         cost = count_flops(model, self.backend.shape)
         self.train_micro_batches, *rest = runtime.together(
@@ -233,17 +208,19 @@ class Trainer:
                 config.backend,
                 self.backend.options,
                 self.world.size,
-                self._lora_options(),
+                lora_options(config),
                 self.checkpointed_layers,
                 config.async_save,
             )
-            data = self.train_data
-            _, _, batch = preflight.longest_micro_batch(self.train_micro_batches, data.lengths, self.global_batches)
-            predicted = preflight.predict(self.shapes, setting, batch, process=self.process_memory)
-            if predicted.peak <= self.room:
-                return predicted, []
-            longest = int(data.lengths.max())
-            return predicted, preflight.remedies(predicted, self.shapes, setting, longest=longest, room=self.room)
+            return preflight.predict_run(
+                self.shapes,
+                setting,
+                self.train_micro_batches,
+                self.train_data.lengths,
+                self.global_batches,
+                process=self.process_memory,
+                room=self.room,
+            )
 
         self.prediction, self.remedies = runtime.on_main(self.world, work)
         flops = preflight.epoch_flops(self.train_micro_batches, self.global_batches)

@@ -281,14 +281,6 @@ def a_row_to_show_that_is_not_there(place: Place) -> None:
 
 
 @case
-def a_model_without_shapes(place: Place) -> None:
-    from dsft.config import PreviewConfig
-    from dsft.preflight.preview import _shapes
-
-    _shapes(str(place.folder), PreviewConfig(model="m", train_files=["t"]))
-
-
-@case
 def a_file_that_vanishes(place: Place) -> None:
     from dsft.dataset.tokens import DataFormat, _cache_key
 

@@ -74,6 +74,11 @@ class HeldMemory:
     """What building the model leaves in the heap of a process on CPU."""
 
     @property
+    def built(self) -> float:
+        """What is there once the model is built, before the first step."""
+        return self.weights + self.masters + self.leftover + (self.moments if self.moments_from_start else 0.0)
+
+    @property
     def lasting(self) -> float:
         """What is there all the time once the first step is done."""
         return self.weights + self.masters + self.gradients + self.moments + self.leftover

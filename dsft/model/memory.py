@@ -4,7 +4,7 @@ import resource
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -120,3 +120,27 @@ def token_budget(memory: ActivationMemory, free: float, longest: int, layers: in
     """Tokens for a micro-batch: what memory holds, no more than pays, and at least the longest row."""
     fitting = int(SHARE * free / memory.per_token(layers))
     return max(longest, min(fitting, MOST_TOKENS[device.type]))
+
+
+def fit_micro_batches(
+    memory: ActivationMemory,
+    free: float,
+    longest: int,
+    device: torch.device,
+    checkpointing: bool | Literal["auto"],
+    budget: int | None,
+) -> tuple[int, int]:
+    """The layers to checkpoint, and the tokens of a micro-batch.
+
+    Args:
+        memory: of the model.
+        free: bytes.
+        longest: tokens of the longest row.
+        device: that computes.
+        checkpointing: the flag --gradient_checkpointing.
+        budget: the flag --max_tokens_per_micro_batch.
+    """
+    layers = memory.layers if checkpointing is True else 0
+    if checkpointing == "auto":
+        layers = checkpointed_layers(memory, free, max(longest, budget or 0))
+    return layers, budget or token_budget(memory, free, longest, layers, device)

@@ -259,8 +259,7 @@ def batches_and_folding(
     Raises:
         UserError: a row is longer than the token budget.
     """
-    dialogue = data.dialogue if layouts.fold else np.arange(len(data))
-    order = GlobalBatches(dialogue, data.sorted_place, batch_size, seed)
+    order = order_of_batches(data, layouts, batch_size, seed)
     in_epoch = order.first_step(1)
     planned = np.unique(np.linspace(0, in_epoch - 1, min(in_epoch, MOST_PLANNED)).astype(int))
     folding, parts = fold_ratios(data, [order[step] for step in planned], layouts)
@@ -277,6 +276,12 @@ def batches_and_folding(
         planned=len(planned),
     )
     return batches, folding
+
+
+def order_of_batches(data: TokenDataset, layouts: Layouts, batch_size: int, seed: int) -> GlobalBatches:
+    """Which rows training would take for each step."""
+    dialogue = data.dialogue if layouts.fold else np.arange(len(data))
+    return GlobalBatches(dialogue, data.sorted_place, batch_size, seed)
 
 
 def fold_ratios(data: TokenDataset, batches: Sequence[np.ndarray], layouts: Layouts) -> tuple[Folding, int]:

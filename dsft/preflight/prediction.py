@@ -83,7 +83,7 @@ class Prediction:
         """Peak up to the end of the first backward pass: what a dry run measures."""
         held = self.held
         state = held.lasting - (0 if held.moments_from_start else held.moments)
-        loading = held.weights + held.masters + held.loading + (held.moments if held.moments_from_start else 0)
+        loading = held.built - held.leftover + held.loading
         return self.process + max(loading, state + held.gathered + self.activations.first)
 
     @property
@@ -236,6 +236,34 @@ def longest_micro_batch(
                     best = (size, plan, place, batch)
     assert best is not None
     return best[1], best[2], best[3]
+
+
+def predict_run(
+    bare: Any,
+    setting: Setting,
+    micro_batches: MicroBatches,
+    lengths: np.ndarray,
+    batches: GlobalBatches,
+    *,
+    process: float,
+    room: float,
+) -> tuple[Prediction, list[str]]:
+    """Peak memory of the rank with the longest micro-batch, and where it does not fit the settings that would.
+
+    Args:
+        bare: as for `predict`.
+        setting: of the run.
+        micro_batches: of the training rows.
+        lengths: int64 [rows].
+        batches: of the run.
+        process: as for `predict`.
+        room: bytes that the rank may have.
+    """
+    _, _, batch = longest_micro_batch(micro_batches, lengths, batches)
+    predicted = predict(bare, setting, batch, process=process)
+    if predicted.peak <= room:
+        return predicted, []
+    return predicted, remedies(predicted, bare, setting, longest=int(lengths.max()), room=room)
 
 
 def epoch_flops(micro_batches: MicroBatches, batches: GlobalBatches) -> float:

@@ -1,29 +1,22 @@
 """Everything that dsft.preview shows: rows, figures, and what is wrong with them."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from dsft import runtime
 from dsft.checkpointing.resuming import find_initial_weights
 from dsft.config import PreviewConfig
 from dsft.dataset.chat_format import ChatFormat
-from dsft.dataset.micro_batches import Cost
 from dsft.dataset.tokens import DataFormat
 from dsft.errors import UserError
-from dsft.model.flops import count_flops
-from dsft.model.memory import MOST_TOKENS
 from dsft.model.source import load_tokenizer, resolve_model
-from dsft.model.tree_attention import why_no_trees
 from dsft.preflight.faults import Finding, rows_of
 from dsft.preflight.figures import (
     Batches,
     Figures,
     Folding,
-    Layouts,
     Truncation,
     batches_and_folding,
     figures,
@@ -31,6 +24,7 @@ from dsft.preflight.figures import (
     truncation,
 )
 from dsft.preflight.loading import Loaded, load
+from dsft.preflight.needs import Needs, needs, needs_findings, plan_run
 from dsft.preflight.rows import RowView, choose_rows, view_row
 from dsft.preflight.sides import Sides, part
 from dsft.preflight.template import Probe, probe_template, start_finding, template_findings
@@ -67,6 +61,7 @@ class Preview:
     batches: Batches | None = None
     folding: Folding | None = None
     val_folding: Folding | None = None
+    needs: Needs | None = None
 
     @property
     def problem(self) -> str | None:
@@ -144,49 +139,24 @@ def _add_figures(preview: Preview, sets: Sets, path: str) -> None:
         preview.train = figures(train, sides.train_lengths, config.train_batch_size, config.max_length, config.seed)
     if val is not None and sides.val_lengths is not None:
         preview.val = figures(val, sides.val_lengths, config.train_batch_size, config.max_length, config.seed)
+    longest = max((int(data.lengths.max()) for data in (train, val) if data is not None), default=1)
     try:
-        cost, why = _shapes(path, config)
-        longest = max((int(data.lengths.max()) for data in (train, val) if data is not None), default=1)
-        budget = config.max_tokens_per_micro_batch or max(longest, MOST_TOKENS[_device()])
-        layouts = Layouts(config.ranks, budget, cost, config.fold != "off", why)
+        run = plan_run(path, config, longest)
         if train is not None:
             preview.batches, preview.folding = batches_and_folding(
                 train,
-                layouts,
+                run.layouts,
                 batch_size=config.train_batch_size,
                 seed=config.seed,
                 epochs=config.total_epochs,
                 steps=config.total_training_steps,
             )
+            preview.needs = needs(run, train, config)
+            preview.findings += needs_findings(preview.needs, run.trained, preview.batches, config)
         if val is not None:
-            preview.val_folding, _ = fold_ratios(val, [np.arange(len(val))], layouts)
+            preview.val_folding, _ = fold_ratios(val, [np.arange(len(val))], run.layouts)
     except UserError as error:
-        preview.findings.append(Finding("refused", "batches", str(error)))
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _shapes(path: str, config: PreviewConfig) -> tuple[Cost, str | None]:
-    """What the base model's tokens cost, and why its attention takes no trees, if so: from its configuration alone.
-
-    The operations of LoRA's own matrices are left out; they are a few in a hundred.
-
-    Raises:
-        UserError: the configuration cannot be read.
-    """
-    try:
-        shapes = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-        with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(shapes, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"--model {config.model}: the model's configuration cannot be read: {reason[:300]}; name another"
-        ) from error
-    model.requires_grad_(config.lora_rank == 0)
-    return count_flops(model, lambda parameter: tuple(parameter.shape)), why_no_trees(model, config.attn_implementation)
+        preview.findings.append(Finding("refused", "run", str(error)))
 
 
 def _rows(sets: Sets) -> list[RowView]:

@@ -11,6 +11,7 @@ from dsft.config import TrainConfig
 from dsft.errors import UserError
 from dsft.files import guard_disk, write_text
 from dsft.preflight.prediction import (
+    GIB,
     WITHIN,
     Prediction,
     checkpoint_bytes,
@@ -69,17 +70,27 @@ class DryRun:
 
 def memory_lines(prediction: Prediction, room: float, fitting: list[str]) -> list[str]:
     """The start-up block's lines of memory."""
-    parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in prediction.parts().items() if size > 2**30 / 200)
-    lines = [f"memory   {gib(prediction.peak)} a rank predicted ({parts}), {gib(room)} there"]
+    lines = [f"memory   {memory_text(prediction.peak, prediction.parts(), room)}"]
     if prediction.peak > room:
         lines.append(f"         that is more than there is; {fits(fitting)}")
     return lines
 
 
+def memory_text(peak: float, parts: dict[str, float], room: float) -> str:
+    """Predicted memory of a rank, in words; all in bytes."""
+    named = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size > GIB / 200)
+    return f"{gib(peak)} a rank predicted ({named}), {gib(room)} there"
+
+
 def time_line(step_seconds: float, steps: int, left: int) -> str:
     """The start-up block's line of time."""
+    return f"time     {time_text(step_seconds, steps, left)}"
+
+
+def time_text(step_seconds: float, steps: int, left: int) -> str:
+    """Predicted time of a step, of an epoch's steps and of the steps that are left, in words."""
     epoch, run = duration(step_seconds * steps), duration(step_seconds * left)
-    return f"time     {duration(step_seconds)} a step predicted, {epoch} an epoch, {run} for {left} {_steps(left)}"
+    return f"{duration(step_seconds)} a step predicted, {epoch} an epoch, {run} for {left} {_steps(left)}"
 
 
 def _steps(count: int) -> str:

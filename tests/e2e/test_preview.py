@@ -75,6 +75,44 @@ def test_its_figures_are_those_that_training_reports(commands, trained_runs, tmp
     assert re.search(rf"^train +{rows} rows, {int(tokens):,} tokens, {targets} targets ", shown, re.M)
     [steps] = re.findall(r"(\d+) steps in the first epoch, 1 in all", told)
     assert re.search(rf"^steps +{steps} in the first epoch, 1 in all$", shown, re.M)
+    memory = r"^memory +(\d+\.\d\d) GiB a rank predicted"
+    [by_training], [by_preview] = (re.findall(memory, text, re.M) for text in (told, shown))
+    assert float(by_preview) == pytest.approx(float(by_training), rel=0.1)  # its process has made other things too
+    assert re.search(r"^time +\S+ \w+ a step predicted, .*, .* for 1 step$", shown, re.M)
+
+
+def test_memory_time_and_what_they_consist_of(preview, tmp_path):
+    values = {}
+    for backend, rank in (("fsdp", 0), ("zero3", 4)):
+        figures = tmp_path / f"{backend}.json"
+        done = preview(backend=backend, lora_rank=rank, dtype="float32", ranks=2, rows=0, json=figures)
+        assert (done.status, done.err) == (0, "")
+        values[backend] = json.loads(figures.read_text(encoding="utf-8"))["needs"]
+    full, lora = values["fsdp"], values["zero3"]
+    assert (full["backend"], full["ranks"], full["device"], full["dtype"]) == ("fsdp", 2, "cpu", "float32")
+    assert (full["remedies"], lora["remedies"]) == ([], [])
+    assert full["parts_bytes"]["moments"] > 10 * lora["parts_bytes"]["moments"] > 0
+    assert full["memory_bytes"] >= sum(full["parts_bytes"].values()) * 0.999
+    assert 0 < full["seconds_per_step"] <= full["seconds_per_epoch"] <= full["seconds"]
+
+
+@pytest.mark.parametrize(
+    ("more", "fault"),
+    [
+        ({"lora_rank": 4, "target_modules": "q_porj"}, "target_modules: 'q_porj' matches no module"),
+        ({"backend": "zero3", "ds_config": "ds.json"}, "train_batch_size"),
+        ({"max_tokens_per_micro_batch": 100}, "max_tokens_per_micro_batch is 100, but the longest row has"),
+    ],
+)
+def test_flags_that_training_would_refuse(preview, tmp_path, more, fault):
+    if "ds_config" in more:
+        (tmp_path / "ds.json").write_text('{"train_batch_size": 7}', encoding="utf-8")
+        more = more | {"ds_config": tmp_path / "ds.json"}
+    done = preview(rows=0, **more)
+    [line] = [line for line in done.out.splitlines() if line.startswith("refused")]
+    assert line.startswith("refused   run: ")
+    assert fault in line
+    assert (done.status, len(done.errors)) == (1, 1)
 
 
 def test_no_weights_are_read(preview, tiny_model, tmp_path):

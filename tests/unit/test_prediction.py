@@ -1,6 +1,7 @@
 """Predicted memory: parts computed by hand, allocations noted in order, settings that would fit."""
 
 import gc
+import shutil
 
 import pytest
 import torch
@@ -10,10 +11,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dsft.backends import backend_class
 from dsft.backends.base import BackendOptions, HeldMemory
+from dsft.config import PreviewConfig
 from dsft.errors import UserError
 from dsft.model.lora import LoraOptions
 from dsft.model.memory import AllocationTrace
+from dsft.preflight.figures import Batches
 from dsft.preflight.heap import heap_peaks
+from dsft.preflight.needs import Needs, needs_findings
 from dsft.preflight.prediction import (
     Activations,
     Prediction,
@@ -263,3 +267,29 @@ def test_time_follows_from_the_machines_own_rate():
     assert duration(100) == "2 min"
     assert duration(0.31) == "0.3 s"
     assert duration(7200) == "2.0 h"
+
+
+def needed(**changes) -> Needs:
+    values = {
+        "backend": "fsdp", "ranks": 1, "device": "cpu", "dtype": "float32", "memory_bytes": 3.0 * GIB,
+        "parts_bytes": {}, "room_bytes": 2.0 * GIB, "remedies": ["--dtype bfloat16"],
+        "seconds_per_step": 1.0, "seconds_per_epoch": 4.0, "seconds": 8.0,
+    }  # fmt: skip
+    return Needs(**values | changes)
+
+
+def test_a_preview_names_what_will_not_fit(tmp_path):
+    config = PreviewConfig(model="m", train_files=["t"], output_dir=str(tmp_path / "not" / "yet"), save_steps=1)
+    batches = Batches(4, 8, 16.0, 100.0, 10.0, 1, 1.0, 100, 4)
+    enormous = shutil.disk_usage(tmp_path).free // 12 + 1
+    memory, disk = needs_findings(needed(), enormous, batches, config)
+    assert (memory.kind, memory.name) == ("warning", "memory")
+    assert memory.text == (
+        "a rank would need 3.00 GiB by prediction, and has 2.00 GiB; by prediction these fit: --dtype bfloat16"
+    )
+    assert (disk.kind, disk.name) == ("warning", "disk")
+    assert f"{tmp_path} has" in disk.text
+    assert not (tmp_path / "not").exists()
+    assert needs_findings(needed(room_bytes=4.0 * GIB), 100, batches, config) == []
+    without = PreviewConfig(model="m", train_files=["t"], save_steps=1)
+    assert needs_findings(needed(room_bytes=4.0 * GIB), enormous, batches, without) == []
