@@ -375,14 +375,14 @@ class Trainer:
         config, data = self.config, self.train_data
         steps = self.global_batches.first_step(1)
         sizes = [(math.prod(self.backend.shape(p)), p.requires_grad) for p in self.full_model.parameters()]
+        ranks = "1 rank" if self.world.size == 1 else f"{self.world.size} ranks"
         total, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
         lines = [
             f"model    {config.model}, {total / 1e6:.1f} M parameters, {trained / 1e6:.2f} M trained "
             f"({trained / total:.1%}), {self.dtype_name}",
             f"data     {len(data)} rows, {data.counts.tokens} tokens, {data.counts.targets} targets"
             + (f"; {data.counts.losses()}" if data.counts.losses() else ""),
-            f"batch    {config.train_batch_size} rows: {self.world.size} ranks, micro-batches of at most "
-            f"{self.layout.token_budget} tokens; {steps} steps in the first epoch, "
+            f"batch    {config.train_batch_size} rows: {ranks}, micro-batches of at most {self.layout.token_budget} tokens; {steps} steps in the first epoch, "
             f"{self.total_steps} in all",
             f"fold     {self._fold_text()}",
             f"backend  {config.backend} on {self.device.type}, {torch.get_num_threads()} threads a rank",

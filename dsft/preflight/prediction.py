@@ -358,6 +358,8 @@ def gib(size: float) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds in words."""
+    if seconds < 0.05:
+        return f"{1000 * seconds:.0f} ms"
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 90:

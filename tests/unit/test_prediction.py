@@ -266,6 +266,7 @@ def test_time_follows_from_the_machines_own_rate():
     assert seconds_of(59e9, 1e9, torch.float32, CPU) == pytest.approx(100)
     assert duration(100) == "2 min"
     assert duration(0.31) == "0.3 s"
+    assert duration(0.0042) == "4 ms"
     assert duration(7200) == "2.0 h"
 
 
