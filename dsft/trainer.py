@@ -382,8 +382,8 @@ class Trainer:
             f"({trained / total:.1%}), {self.dtype_name}",
             f"data     {len(data)} rows, {data.counts.tokens} tokens, {data.counts.targets} targets"
             + (f"; {data.counts.losses()}" if data.counts.losses() else ""),
-            f"batch    {config.train_batch_size} rows: {ranks}, micro-batches of at most {self.layout.token_budget} tokens; {steps} steps in the first epoch, "
-            f"{self.total_steps} in all",
+            f"batch    {config.train_batch_size} rows: {ranks}, micro-batches of at most {self.layout.token_budget} "
+            f"tokens; {steps} steps in the first epoch, {self.total_steps} in all",
             f"fold     {self._fold_text()}",
             f"backend  {config.backend} on {self.device.type}, {torch.get_num_threads()} threads a rank",
             f"output   {config.output_dir}",
