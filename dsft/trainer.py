@@ -76,9 +76,9 @@ class Trainer:
             "all machines must see the same folder",
         )
         self._load_data()
-        self.process_memory = preflight.process_memory(self.device)
+        self.process_memory = preflight.ProcessMemory.of(self.device)
         self.room = (
-            self.process_memory + runtime.least_over_ranks([free_memory(self.device, self.world)], self.device)[0]
+            self.process_memory.now + runtime.least_over_ranks([free_memory(self.device, self.world)], self.device)[0]
         )
         self._load_model()
         self._fit_memory()

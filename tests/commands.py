@@ -149,7 +149,7 @@ class TrainedRuns:
         rows = self._once("rows.parquet", lambda made: shutil.copy(rows, made))
         self._usual = {
             "model": model, "train_files": rows, "val_files": rows, "train_batch_size": 4, "lora_rank": 4,
-            "total_training_steps": 2, "save_steps": 1, "dtype": "float32", "lr": 1e-3,
+            "total_training_steps": 2, "save_steps": 1, "dtype": "float32", "lr": 1e-3, "on_leak": "ignore",
         }  # fmt: skip
         self._changed: dict[str, dict[str, Any]] = {
             "lora": {},

@@ -28,14 +28,15 @@ class PlannedRun:
     bare: the model on the meta device, without LoRA
     setting: what its memory follows from
     layouts: of its micro-batches
-    process, room: bytes of a rank's process without a model, and bytes that a rank may have
+    process: of a rank without a model
+    room: bytes that a rank may have
     trained: values
     """
 
     bare: Any
     setting: preflight.Setting
     layouts: Layouts
-    process: float
+    process: preflight.ProcessMemory
     room: float
     trained: int
 
@@ -84,13 +85,13 @@ def plan_run(path: str, config: PreviewConfig, longest: int) -> PlannedRun:
         config.backend, options, config.ranks, lora_options(config), copies_state=config.async_save
     )
     model = preflight.shapes(bare, setting)
-    process = preflight.process_memory(device)
+    process = preflight.ProcessMemory.of(device)
     # The processes of the other ranks come out of the same memory as this one.
-    room = process / config.ranks + free_memory(device, runtime.World(0, config.ranks, 0, config.ranks))
+    room = process.now / config.ranks + free_memory(device, runtime.World(0, config.ranks, 0, config.ranks))
     built = backend_class(config.backend).memory(model, options, config.ranks).built
     layers, budget = fit_micro_batches(
         ActivationMemory.of(model, options.dtype),
-        max(0.0, room - process - built),
+        max(0.0, room - process.now - built),
         longest,
         device,
         config.gradient_checkpointing,

@@ -53,6 +53,23 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class ProcessMemory:
+    """Bytes of a process that has loaded libraries and rows but no model."""
+
+    now: float
+    peak: float
+    """So far: to make rows into tokens takes more than to have them."""
+
+    @classmethod
+    def of(cls, device: torch.device) -> "ProcessMemory":
+        """This process's; none of it is on a GPU."""
+        if device.type == "cuda":
+            return cls(0.0, 0.0)
+        now = float(psutil.Process().memory_info().rss)
+        return cls(now, max(now, runtime.peak_memory_gib(device) * GIB))
+
+
+@dataclass(frozen=True)
 class Activations:
     """Bytes that a forward and backward pass takes beside what is held."""
 
@@ -68,7 +85,7 @@ class Activations:
 class Prediction:
     """Bytes of one rank, the one with the longest micro-batch."""
 
-    process: float
+    process: ProcessMemory
     held: HeldMemory
     activations: Activations
     copied: float
@@ -84,7 +101,7 @@ class Prediction:
         held = self.held
         state = held.lasting - (0 if held.moments_from_start else held.moments)
         loading = held.built - held.leftover + held.loading
-        return self.process + max(loading, state + held.gathered + self.activations.first)
+        return max(self.process.peak, self.process.now + max(loading, state + held.gathered + self.activations.first))
 
     @property
     def peak(self) -> float:
@@ -92,13 +109,13 @@ class Prediction:
         held, activations = self.held, self.activations
         running = held.lasting + held.gathered + activations.lasting
         stepping = held.lasting + activations.kept + held.step
-        return max(self.before_first_step, self.process + self.copied + max(running, stepping))
+        return max(self.before_first_step, self.process.now + self.copied + max(running, stepping))
 
     def parts(self) -> dict[str, float]:
         """Bytes by what they are for; they add up to the peak of a forward and backward pass."""
         held = self.held
         parts = {
-            "process": self.process,
+            "process": self.process.now,
             "weights": held.weights + held.masters,
             "gradients": held.gradients,
             "moments": held.moments,
@@ -110,22 +127,20 @@ class Prediction:
         return {name: size for name, size in parts.items() if size}
 
 
-def predict(bare: Any, setting: Setting, batch: MicroBatch, *, process: float | None = None) -> Prediction:
+def predict(bare: Any, setting: Setting, batch: MicroBatch, *, process: ProcessMemory) -> Prediction:
     """Peak memory of a rank.
 
     Args:
         bare: what `ModelSource.empty` gives, before a backend has loaded a model.
         setting: of the run.
         batch: the longest micro-batch, on CPU; see `longest_micro_batch` and `chains`.
-        process: bytes of a process that has loaded libraries and rows but no model. By default this one's.
+        process: of the rank, before it has a model.
 
     Raises:
         UserError: LoRA does not fit the model.
     """
     options = setting.options
     chosen = backend_class(setting.backend)
-    if process is None:
-        process = process_memory(options.device)
     model = shapes(bare, setting)
     held = chosen.memory(model, options, setting.ranks)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -147,11 +162,6 @@ def shapes(bare: Any, setting: Setting) -> Any:
     model = copy.deepcopy(bare).to("meta")
     model.tie_weights()
     return model if setting.lora is None else add_lora(model, setting.lora, "")
-
-
-def process_memory(device: torch.device) -> float:
-    """Bytes of this process as it is now; none of it is on a GPU."""
-    return 0.0 if device.type == "cuda" else float(psutil.Process().memory_info().rss)
 
 
 def trace_activations(model: Any, batch: MicroBatch, setting: Setting) -> Activations:
@@ -245,7 +255,7 @@ def predict_run(
     lengths: np.ndarray,
     batches: GlobalBatches,
     *,
-    process: float,
+    process: ProcessMemory,
     room: float,
 ) -> tuple[Prediction, list[str]]:
     """Peak memory of the rank with the longest micro-batch, and where it does not fit the settings that would.

@@ -2,6 +2,7 @@
 
 import gc
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from dsft.preflight.needs import Needs, needs_findings
 from dsft.preflight.prediction import (
     Activations,
     Prediction,
+    ProcessMemory,
     Setting,
     chains,
     checkpoints_kept,
@@ -36,6 +38,7 @@ from tests.helpers import message
 
 CPU = torch.device("cpu")
 MIB, GIB = 2**20, 2**30
+NO_PROCESS, SMALL_PROCESS = ProcessMemory(0.0, 0.0), ProcessMemory(50.0 * MIB, 50.0 * MIB)
 LORA = LoraOptions(2, 4.0, 0.0, ["all-linear"], False, False)
 # Embedding and tied head 100 x 8. A layer: q and o 8 x 8, k and v 8 x 4, three of 8 x 16, two norms: 592. A norm of 8.
 LAYER, ROOT = 592, 808
@@ -103,14 +106,16 @@ def test_the_peak_is_the_largest_of_loading_computing_and_stepping():
     state = HeldMemory(
         weights=10, masters=0, gradients=20, moments=40, gathered=5, step=3, loading=100, moments_from_start=False
     )
-    prediction = Prediction(1000, state, Activations(7, 9, 8), 0, tokens=1, by_trace=True)
+    prediction = Prediction(ProcessMemory(1000, 1050), state, Activations(7, 9, 8), 0, tokens=1, by_trace=True)
     assert prediction.before_first_step == 1000 + 10 + 100
+    tokenised = replace(prediction, process=ProcessMemory(1000, 3000))
+    assert (tokenised.before_first_step, tokenised.peak) == (3000, 3000)
     assert prediction.peak == 1000 + 110
-    longer = Prediction(1000, state, Activations(700, 900, 2), 0, tokens=1, by_trace=True)
+    longer = Prediction(ProcessMemory(1000, 1050), state, Activations(700, 900, 2), 0, tokens=1, by_trace=True)
     assert longer.before_first_step == 1000 + 30 + 5 + 700
     assert longer.peak == 1000 + 70 + 5 + 900
     assert sum(longer.parts().values()) == longer.peak
-    stepping = Prediction(1000, state, Activations(1, 2, 80), 6, tokens=1, by_trace=True)
+    stepping = Prediction(ProcessMemory(1000, 1050), state, Activations(1, 2, 80), 6, tokens=1, by_trace=True)
     assert stepping.peak == 1000 + 70 + 80 + 3 + 6
 
 
@@ -161,11 +166,11 @@ def test_more_tokens_take_more_and_recomputing_takes_less():
     )  # fmt: skip
     with torch.device("meta"):
         bare = AutoModelForCausalLM.from_config(config)
-    short, long = (predict(bare, setting(), chains([size], 4), process=0.0) for size in (2000, 8000))
+    short, long = (predict(bare, setting(), chains([size], 4), process=NO_PROCESS) for size in (2000, 8000))
     assert short.by_trace
     assert long.by_trace
     assert 2.5 < long.activations.first / short.activations.first < 6
-    recomputed = predict(bare, setting(checkpointed_layers=8), chains([8000], 4), process=0.0)
+    recomputed = predict(bare, setting(checkpointed_layers=8), chains([8000], 4), process=NO_PROCESS)
     assert recomputed.activations.first < 0.7 * long.activations.first
     assert recomputed.held == long.held
 
@@ -176,19 +181,19 @@ def test_the_logits_of_many_targets_are_never_there_at_once():
     )  # fmt: skip
     with torch.device("meta"):
         wide = AutoModelForCausalLM.from_config(config)
-    few, many = (predict(wide, setting(), chains([6000], count), process=0.0) for count in (2048, 5000))
+    few, many = (predict(wide, setting(), chains([6000], count), process=NO_PROCESS) for count in (2048, 5000))
     assert many.activations.first < 1.2 * few.activations.first
 
 
 def test_a_state_that_is_copied_counts(bare):
-    copied = predict(bare, setting(copies_state=True), chains([50], 4), process=0.0)
+    copied = predict(bare, setting(copies_state=True), chains([50], 4), process=NO_PROCESS)
     assert copied.copied == 12 * 2 * ADAPTER
 
 
 @pytest.fixture(scope="module")
 def too_large(bare):
     chosen = setting(lora=None)
-    return predict(bare, chosen, chains([3000, 3000], 4), process=50.0 * MIB), chosen
+    return predict(bare, chosen, chains([3000, 3000], 4), process=SMALL_PROCESS), chosen
 
 
 def test_settings_that_fit_are_told_and_do(bare, too_large):
@@ -201,7 +206,7 @@ def test_settings_that_fit_are_told_and_do(bare, too_large):
     assert any(words.startswith("--lora_rank 16") for words in found)
     tokens = int(next(words for words in found if words.startswith("--max_tokens")).split()[1])
     assert 3000 <= tokens < 6000
-    fewer = predict(bare, chosen, chains([tokens // 2] * 2, 4), process=50.0 * MIB)
+    fewer = predict(bare, chosen, chains([tokens // 2] * 2, 4), process=SMALL_PROCESS)
     assert fewer.peak < prediction.peak
 
 
