@@ -101,7 +101,8 @@ def _charts(runs: Sequence[Run]) -> list[Block]:
             words = "; ".join(f"{c.name}: {_ends(c.points)}" for c in curves)
             svg = draw(title, unit, curves, noisy=noisy)
             blocks.append(Figure(svg, printable(f"{title} ({unit}): {words}")))
-        absent = [run.name for run in runs if run.name not in {curve.name for curve in curves}]
+        drawn = {curve.color for curve in curves}
+        absent = [run.name for color, run in enumerate(runs) if color not in drawn]
         if absent:
             missing.append(f"{title.lower()} (none from {', '.join(absent)})" if len(runs) > 1 else title.lower())
     if missing:
@@ -110,7 +111,7 @@ def _charts(runs: Sequence[Run]) -> list[Block]:
 
 
 def _curve(run: Run, key: str, color: int) -> Curve | None:
-    points = run.metrics.curve(key) or run.metrics.curve(OLDER.get(key, key))
+    points = run.metrics.curve(OLDER.get(key, key), key)
     if not points:
         return None
     best = None
