@@ -1116,14 +1116,14 @@ def a_model_without_a_loss(place: Place) -> None:
 # The pipeline
 
 
-def pipeline(work: Callable[[Any], object], state: str | None = None) -> Case:
+def pipeline(work: Callable[[Any], object], state: str | None = None, more: str = "") -> Case:
     def run(place: Place) -> None:
         from dsft import orchestration
         from dsft.cli import parse
         from dsft.config import PipelineConfig
 
         place.patch.setattr(orchestration, "WAIT_FOR_OTHER", 0)
-        words = f"--model {place.model} --env frozenlake --output_dir {place.folder / 'out'}"
+        words = f"--model {place.model} --env frozenlake --output_dir {place.folder / 'out'} {more}"
         made = orchestration.Pipeline(parse(PipelineConfig, words.split()))
         made.logs.mkdir(parents=True)
         if state is not None:
@@ -1161,6 +1161,7 @@ def step_that_fails(made: Any) -> None:
 cases(
     "pipeline",
     {
+        "nothing to push": pipeline(lambda made: made, more="--merge.push_to_hub me/tuned --train.lora_rank 0"),
         "state": pipeline(lambda made: made.run(), "{"),
         "other flags": pipeline(lambda made: made.run(), '{"generate": {"flags": {"seed": 7}, "done": true}}'),
         "in use": pipeline(run_beside_another),
