@@ -1107,7 +1107,8 @@ def a_model_without_a_loss(place: Place) -> None:
     from dsft.validation.dialogues import judge_dialogues
 
     place.patch.setenv("DSFT_CACHE", str(place.folder / "cache"))
-    config = {"env": None, "data": str(SAMPLE_TRAIN), "episodes": 1, "max_new_tokens": 1, "truncation": "left"}
+    data = write_parquet(place.folder / "row.parquet", [{"prompt": "one plus one?", "response": "two"}])
+    config = {"env": None, "data": str(data), "episodes": 1, "max_new_tokens": 1}
     generator = loaded(place, **config)
     generator.model.model.norm.weight.data.fill_(float("nan"))
     judge_dialogues(validation(place, **config), generator, World(0, 1, 0, 1), torch.device("cpu"))
