@@ -28,7 +28,7 @@ from typing import Any
 import pytest
 
 from tests.commands import Commands, TrainedRuns
-from tests.helpers import ROOT, SAMPLE_TRAIN, save_checkpoint, sign, token_dataset, write_parquet
+from tests.helpers import ROOT, save_checkpoint, sign, token_dataset, write_parquet
 
 
 @dataclass

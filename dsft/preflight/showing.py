@@ -15,7 +15,8 @@ import dsft
 from dsft.files import guard_disk, write_text
 from dsft.preflight.figures import Batches, Bin, Folding, histogram_lines
 from dsft.preflight.preview import Preview
-from dsft.preflight.rows import CLOSE, OPEN, RowView, Span, plain_text, visible_text
+from dsft.preflight.rows import CLOSE, OPEN, RowView, Span, plain_text
+from dsft.text import visible_text
 
 STYLES = {"ok": "green", "warning": "yellow", "refused": "bold red"}
 PAGE = """<!doctype html>

@@ -95,14 +95,20 @@ def _read(path: Path) -> dict[str, Any] | None:
     if not isinstance(report, dict) or not isinstance(report.get("settings"), dict) or "model" not in report:
         return None
     is_game = _is_share(report, "success") and type(report.get("episodes")) is int
+    is_game = is_game and _are_numbers(report.get("invalid_answer_rate", 0), report.get("moves_over_optimum") or 0)
     is_dialogues = _is_share(report, "well_formed") and "val/loss" in report
+    is_dialogues = is_dialogues and _are_numbers(report["val/loss"] or 0, report.get("val/perplexity") or 0)
     return report if is_game or is_dialogues else None
+
+
+def _are_numbers(*values: Any) -> bool:
+    return all(isinstance(value, (int, float)) for value in values)
 
 
 def _is_share(report: dict[str, Any], name: str) -> bool:
     interval = report.get(f"{name}_interval")
     bounds = interval if isinstance(interval, list) and len(interval) == 2 else [None]
-    return all(isinstance(number, (int, float)) for number in [report.get(f"{name}_rate"), *bounds])
+    return _are_numbers(report.get(f"{name}_rate"), *bounds)
 
 
 def _player(report: dict[str, Any], runs: Sequence[Run]) -> str:

@@ -11,11 +11,12 @@ from dsft.config import ReportConfig, TrainConfig
 from dsft.config.report import HTML
 from dsft.files import guard_disk, write_text
 from dsft.reporting.curves import Curve, draw
-from dsft.reporting.document import Block, Document, Figure, Folded, Heading, Lines, Mono, Table, Text, printable
+from dsft.reporting.document import Block, Document, Figure, Folded, Heading, Lines, Mono, Table, Text
 from dsft.reporting.html import as_html
 from dsft.reporting.judgements import Judgement, find_judgements, samples, sources, tables
 from dsft.reporting.markdown import as_markdown
 from dsft.reporting.runs import Run, commands, data_figures, listed, read_runs
+from dsft.text import printable
 
 # key, title, unit, whether it is noisy
 CHARTS = (

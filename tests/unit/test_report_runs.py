@@ -267,7 +267,7 @@ def test_answers_to_dialogues_stand_beside_the_rows_own_response(tmp_path):
     [judgement] = find_judgements([run], [])
     assert (judgement.player, judgement.is_game) == (TUNED, False)
     text = blocks_as_markdown(samples(run, [judgement], 5))
-    assert "### Row 2\n\n```\nquestion 2\n```\n\nfine-tuned model:\n\n```\nanswer 2\ufffd\n```" in text
+    assert "### Row 2\n\n```\nquestion 2\n```\n\nfine-tuned model:\n\n```\nanswer 2\\u2028\n```" in text
     assert "the row's response:\n\n```\nresponse 2\n```" in text
     data.unlink()
     assert "response" not in blocks_as_markdown(samples(run, [judgement], 5))
@@ -275,13 +275,18 @@ def test_answers_to_dialogues_stand_beside_the_rows_own_response(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"settings": None}, {"success_interval": [0.1]}, {"success_rate": "high"}, {"episodes": None}, {"model": ...}],
-)
+    [
+        {"settings": None}, {"success_interval": [0.1]}, {"success_rate": "high"}, {"episodes": None}, {"model": ...},
+        {"invalid_answer_rate": None}, {"moves_over_optimum": "few"},
+    ],
+)  # fmt: skip
 def test_json_files_that_are_no_reports_are_passed_over(pipeline, change):
     path = pipeline / "validate" / "random.json"
     report = json.loads(path.read_text()) | change
     path.write_text(json.dumps({name: value for name, value in report.items() if value is not ...}))
-    found = find_judgements(read_runs([str(pipeline)]), [])
+    [run] = read_runs([str(pipeline)])
+    found = find_judgements([run], [])
+    tell([run], found, 1)
     assert [judgement.player for judgement in found] == ["base model", "fine-tuned model", "expert"]
 
 
