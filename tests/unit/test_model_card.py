@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.repocard import metadata_load, metadata_update
+from huggingface_hub.repocard import metadata_load
 from huggingface_hub.utils import validate_repo_id
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -89,7 +89,6 @@ def test_the_metadata_survives_the_hubs_own_editing(merged, tmp_path):
     edited.save(path)
     assert metadata_load(path) == before | {"license": "mit"}
     assert ModelCard.load(path).text == ModelCard.load(merged / "README.md").text
-    assert callable(metadata_update)  # which does the same to a repository, over the network
 
 
 def test_the_embedded_model_and_one_of_the_hub_are_named_as_bases(tmp_path, monkeypatch):

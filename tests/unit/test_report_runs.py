@@ -11,7 +11,7 @@ import yaml
 
 from dsft.cli import parse
 from dsft.config import GenerateConfig, TrainConfig
-from dsft.reporting.judgements import TUNED, Judgement, find_judgements, game_lines, samples, shortened
+from dsft.reporting.judgements import TUNED, find_judgements, game_lines, samples, shortened
 from dsft.reporting.markdown import blocks_as_markdown
 from dsft.reporting.report import tell
 from dsft.reporting.runs import commands, data_figures, duration, read_metrics, read_run, read_runs
@@ -310,4 +310,3 @@ def test_a_file_of_episodes_that_is_gone_or_damaged(pipeline):
     tuned = next(j for j in find_judgements([run], []) if j.player == TUNED)
     tuned.path.with_suffix(".jsonl").write_text("{")
     assert samples(run, [tuned], 3) == []
-    assert isinstance(tuned, Judgement)
