@@ -33,6 +33,7 @@ from dsft.files import guard_disk, write_text
 from dsft.processes import HeldInterrupt, end_with_parent
 
 STATE, LOCK = "pipeline.json", ".pipeline.lock"
+PUBLISH = "publish"  # a step of its own: the card that is pushed holds what validation has found
 WAIT_FOR_OTHER = 60  # seconds that a step of a killed pipeline may take to end
 PLAYERS = ("base model", "fine-tuned model", "expert", "random")
 
@@ -78,6 +79,11 @@ class Pipeline:
         self.train = self._build("train", TrainConfig, self._training())
         self.merge = self._build("merge", MergeConfig, {"checkpoint": self.run_folder, "output": self.merged})
         self.validate = {player: self._validation(player) for player in PLAYERS}
+        if self.merge.push_to_hub is not None and not self.train.lora_rank:
+            raise UserError(
+                f"--merge.push_to_hub {self.merge.push_to_hub}: full fine-tuning (--train.lora_rank 0) merges nothing "
+                "that could be pushed; drop the flag, or train with LoRA"
+            )
         self._interrupt = HeldInterrupt(signal.SIGTERM)
 
     def _build(self, step: str, config_class: Any, own: dict[str, Any]) -> Any:
@@ -131,7 +137,10 @@ class Pipeline:
             self._step("train", self._train)
             self._step("merge", self._merge)
             self._step("validate", self._validate)
-            return self._report()
+            lines = self._report()
+            if self.merge.push_to_hub is not None:
+                self._step(PUBLISH, self._publish)
+            return lines
 
     @contextmanager
     def _locked(self) -> Iterator[int]:
@@ -177,14 +186,14 @@ class Pipeline:
                     f"{self.root}: {step} was done with other flags: {'; '.join(changed)}; use the same ones, "
                     f"--force {step}, or another --output_dir"
                 )
-        for step in STEPS[forced:]:
+        for step in (*STEPS[forced:], PUBLISH) if self.config.force else ():
             self._steps.pop(step, None)
         self._clear(STEPS[forced:])
         self._write_state()
 
     def _flags(self, step: str) -> dict[str, Any]:
         """The flags on which a step's results depend, as JSON keeps them."""
-        configs = {"generate": self.generate, "train": self.train, "merge": self.merge}
+        configs = {"generate": self.generate, "train": self.train, "merge": self.merge, PUBLISH: self.merge}
         config = configs.get(step) or self.validate["fine-tuned model"]
         values = {k: v for k, v in asdict(config).items() if k not in ("debug", "config", "num_processes")}
         if step == "merge":
@@ -247,7 +256,8 @@ class Pipeline:
         best = best or checkpoints.latest()
         assert best is not None
         if self.train.lora_rank:
-            config = MergeConfig(**asdict(self.merge) | {"checkpoint": str(best)})
+            later = {"push_to_hub": None, "hub_name": self.merge.push_to_hub or self.merge.hub_name}
+            config = MergeConfig(**asdict(self.merge) | {"checkpoint": str(best)} | later)
             self._run(Job("merge", "merge", config))
         else:
             checkpoints.point("best", best)
@@ -290,6 +300,13 @@ class Pipeline:
             guard_disk(lambda: add_results(self.merged, judgements), self.merged)
         written = write_report(ReportConfig(runs=folder))
         return [*(f"report   {path}" for path in written), *game_lines(judgements)]
+
+    def _publish(self) -> None:
+        from dsft.model.publishing import push
+
+        assert self.merge.push_to_hub is not None
+        with self._interrupt.let_through():
+            print(f"pushed   {push(self.merged, self.merge.push_to_hub, private=self.merge.hub_private)}", flush=True)
 
     def _run(self, job: Job, progress: "Callable[[], tuple[int, int] | None] | None" = None) -> None:
         """Run one command to its end, its output in a log.

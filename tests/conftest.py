@@ -55,6 +55,27 @@ def tiny_model(tmp_path_factory, tokenizer) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_tokenizer(tiny_model):
+    from dsft.model.source import load_tokenizer
+
+    return load_tokenizer(str(tiny_model), trust_remote_code=False)
+
+
+@pytest.fixture
+def one_tokenizer(tiny_model, tiny_tokenizer, monkeypatch) -> None:
+    """Previews of the tiny model share its tokenizer: to load it takes half of the time of a small one."""
+    from dsft.preflight import preview
+
+    load = preview.load_tokenizer
+
+    def load_once(path: str, *, trust_remote_code: bool):
+        is_known = Path(path).resolve() == tiny_model.resolve()
+        return tiny_tokenizer if is_known else load(path, trust_remote_code=trust_remote_code)
+
+    monkeypatch.setattr(preview, "load_tokenizer", load_once)
+
+
+@pytest.fixture(scope="session")
 def uneven_rows(tmp_path_factory) -> Path:
     """Ten rows of very different lengths, as parquet."""
     words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]

@@ -28,7 +28,7 @@ from typing import Any
 import pytest
 
 from tests.commands import Commands, TrainedRuns
-from tests.helpers import ROOT, SAMPLE_TRAIN, save_checkpoint, sign, token_dataset, write_parquet
+from tests.helpers import ROOT, save_checkpoint, sign, token_dataset, write_parquet
 
 
 @dataclass
@@ -1099,7 +1099,8 @@ def a_model_without_a_loss(place: Place) -> None:
     from dsft.validation.dialogues import judge_dialogues
 
     place.patch.setenv("DSFT_CACHE", str(place.folder / "cache"))
-    config = {"env": None, "data": str(SAMPLE_TRAIN), "episodes": 1, "max_new_tokens": 1, "truncation": "left"}
+    data = write_parquet(place.folder / "row.parquet", [{"prompt": "one plus one?", "response": "two"}])
+    config = {"env": None, "data": str(data), "episodes": 1, "max_new_tokens": 1}
     generator = loaded(place, **config)
     generator.model.model.norm.weight.data.fill_(float("nan"))
     judge_dialogues(validation(place, **config), generator, World(0, 1, 0, 1), torch.device("cpu"))
@@ -1108,14 +1109,14 @@ def a_model_without_a_loss(place: Place) -> None:
 # The pipeline
 
 
-def pipeline(work: Callable[[Any], object], state: str | None = None) -> Case:
+def pipeline(work: Callable[[Any], object], state: str | None = None, more: str = "") -> Case:
     def run(place: Place) -> None:
         from dsft import orchestration
         from dsft.cli import parse
         from dsft.config import PipelineConfig
 
         place.patch.setattr(orchestration, "WAIT_FOR_OTHER", 0)
-        words = f"--model {place.model} --env frozenlake --output_dir {place.folder / 'out'}"
+        words = f"--model {place.model} --env frozenlake --output_dir {place.folder / 'out'} {more}"
         made = orchestration.Pipeline(parse(PipelineConfig, words.split()))
         made.logs.mkdir(parents=True)
         if state is not None:
@@ -1153,6 +1154,7 @@ def step_that_fails(made: Any) -> None:
 cases(
     "pipeline",
     {
+        "nothing to push": pipeline(lambda made: made, more="--merge.push_to_hub me/tuned --train.lora_rank 0"),
         "state": pipeline(lambda made: made.run(), "{"),
         "other flags": pipeline(lambda made: made.run(), '{"generate": {"flags": {"seed": 7}, "done": true}}'),
         "in use": pipeline(run_beside_another),

@@ -76,6 +76,9 @@ class Hub:
             return 200, {"files": kinds}
         if path.endswith("/info/lfs/objects/batch"):
             return 200, {"transfer": "basic", "objects": [self._place(o) for o in json.loads(body)["objects"]]}
+        if "/tree/" in path:
+            files = self.repositories[name].files.items()
+            return 200, [{"type": "file", "path": p, "size": len(b), "oid": "0" * 40} for p, b in files]
         if "/commit/" in path:
             return self._commit(name, [json.loads(line) for line in body.splitlines()])
         return 200, {"id": name, "sha": "0" * 40, "siblings": [], "private": self.repositories[name].private}
@@ -103,6 +106,8 @@ class Hub:
             if line["key"] == "file":
                 assert value["encoding"] == "base64"
                 self.repositories[name].files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "deletedFile":
+                del self.repositories[name].files[value["path"]]
             elif line["key"] == "lfsFile":
                 content = self._large[value["oid"]]
                 assert hashlib.sha256(content).hexdigest() == value["oid"]

@@ -30,6 +30,9 @@ class MergeConfig(CommonFlags):
     hub_private: bool = flag(True)
     """Make the repository private, where --push_to_hub makes it."""
 
+    hub_name: str | None = flag(None)
+    """Repository that the model's card names, where you push it later; --push_to_hub's by default."""
+
     def check(self) -> None:
         """Raise UserError with every problem that can be seen without reading the model."""
         problems = []

@@ -75,8 +75,9 @@ def merge(config: MergeConfig) -> MergeReport:
             parameter.data = parameter.data.to(dtype)
         merged.save_pretrained(unfinished, max_shard_size=config.max_shard_size)
         tokenizer.save_pretrained(unfinished)
-        place = config.push_to_hub or str(output)
-        name = config.push_to_hub.rpartition("/")[2] if config.push_to_hub else name_of(output)
+        repository = config.push_to_hub or config.hub_name
+        place = repository or output.name  # the card may be published yet, with nothing of where it was made
+        name = repository.rpartition("/")[2] if repository else name_of(output)
         card = model_card(checkpoint, base_name, path, name=name, place=place, dtype=str(dtype))
         card.save(unfinished / "README.md")
         for file in unfinished.iterdir():

@@ -1,9 +1,13 @@
 """A merged model's folder -> a repository of the Hub."""
 
 import shlex
+import sys
 from pathlib import Path
 
 from dsft.errors import UserError
+
+STALE = ["model*.safetensors", "model.safetensors.index.json"]
+"""What an earlier merge may have left in the repository; one whole file would be loaded before several new ones."""
 
 
 def push(folder: Path, name: str, *, private: bool) -> str:
@@ -24,17 +28,23 @@ def push(folder: Path, name: str, *, private: bool) -> str:
     """
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import LocalTokenNotFoundError
+    from huggingface_hub.utils import disable_progress_bars
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     token = get_token()
     try:
         if token is None:
             raise LocalTokenNotFoundError
         api = HfApi()
         repository = api.create_repo(name, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repository.repo_id, folder_path=folder, commit_message="Merged by dsft")
+        api.upload_folder(
+            repo_id=repository.repo_id, folder_path=folder, commit_message="Merged by dsft", delete_patterns=STALE
+        )
         return str(repository)
     except Exception as error:  # any: the work of hours is safe on the disk, and that is what has to be said
-        later = shlex.join(["hf", "upload", name, str(folder), "."]) + (" --private" if private else "")
+        stale = [word for pattern in STALE for word in ("--delete", pattern)]
+        later = shlex.join(["hf", "upload", name, str(folder), ".", *(["--private"] if private else []), *stale])
         told = UserError(
             f"--push_to_hub {name}: {_reason(error, token)}; the merged model is whole in {folder}; to push it: {later}"
         )

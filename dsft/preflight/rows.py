@@ -1,6 +1,5 @@
 """Rows as the model will see them: which rows to show, and their tokens as text with the targets marked."""
 
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
@@ -11,9 +10,9 @@ from transformers import PreTrainedTokenizerBase
 from dsft.dataset.parquet import Cell
 from dsft.dataset.tokens import Counts, DataFormat, count_targets, fit
 from dsft.errors import UserError
+from dsft.text import visible_text
 
 OPEN, CLOSE = "⟦", "⟧"
-TURNS = ("LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI")  # of the direction of writing
 
 
 @dataclass(frozen=True)
@@ -138,17 +137,6 @@ def _decode(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray) -> str:
     text = tokenizer.decode(tokens.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
     return text
-
-
-def visible_text(text: str) -> str:
-    """Text that moves no terminal's cursor and turns no direction: such a character is shown as its code."""
-    return "".join(f"\\u{ord(c):04x}" if _is_control(c) else c for c in text)
-
-
-def _is_control(character: str) -> bool:
-    if character in "\n\t":
-        return False
-    return unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or unicodedata.bidirectional(character) in TURNS
 
 
 def plain_text(view: RowView) -> str:

@@ -17,7 +17,8 @@ from dsft.preflight.figures import Batches, Bin, Folding, histogram_lines
 from dsft.preflight.needs import Needs
 from dsft.preflight.preview import Preview
 from dsft.preflight.report import memory_text, time_text
-from dsft.preflight.rows import CLOSE, OPEN, RowView, Span, plain_text, visible_text
+from dsft.preflight.rows import CLOSE, OPEN, RowView, Span, plain_text
+from dsft.text import visible_text
 
 STYLES = {"ok": "green", "warning": "yellow", "refused": "bold red"}
 PAGE = """<!doctype html>

@@ -4,6 +4,7 @@ import hashlib
 import io
 import math
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,7 +86,9 @@ def draw(title: str, unit: str, curves: Sequence[Curve], *, noisy: bool) -> str:
             axes.legend(loc="best", fontsize=9, frameon=False)
         file = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+        with warnings.catch_warnings():  # letters that its own font lacks; the page's has them
+            warnings.filterwarnings("ignore", "Glyph ", UserWarning)
+            figure.savefig(file, format="svg", transparent=True, metadata=nothing)
     return _embeddable(file.getvalue(), key)
 
 
@@ -131,14 +134,16 @@ def _draw_curve(axes: Any, curve: Curve, *, smooth: bool) -> None:
 def _embeddable(svg: str, key: str) -> str:
     """The element alone, its colours those of the page, its ids unique there."""
     svg = svg[svg.index("<svg") :].strip()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = svg.replace(INK, "var(--ink)").replace(GRID, "var(--grid)")
-    svg = re.sub(r"#0101([0-9a-f]{2})\b", lambda found: f"var(--run-{int(found[1], 16) - 16})", svg)
-    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # its rules would be the whole page's
+    svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)  # rules of style would be the whole page's
     link = r'(url\(#|href="#)([\w.-]+)'
+
+    def own(tag: re.Match[str]) -> str:
+        text = tag[0].replace(INK, "var(--ink)").replace(GRID, "var(--grid)").replace("xlink:href", "href")
+        text = re.sub(r"#0101([0-9a-f]{2})\b", lambda found: f"var(--run-{int(found[1], 16) - 16})", text)
+        text = re.sub(r' id="([\w.-]+)"', lambda found: f' id="{key}-{found[1]}"' if found[1] in used else "", text)
+        return re.sub(link, lambda found: f"{found[1]}{key}-{found[2]}", text)
+
     used = {name for _, name in re.findall(link, svg)}
-    svg = re.sub(r' id="([\w.-]+)"', lambda found: f' id="{key}-{found[1]}"' if found[1] in used else "", svg)
-    svg = re.sub(link, lambda found: f"{found[1]}{key}-{found[2]}", svg)
+    svg = re.sub(r"<[^<>]+>", own, svg)  # tags alone: what stands between them is a run's name
     # The size is the page's business; the namespaces are names, but read like addresses, and HTML needs none.
-    svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r"<svg \1>", svg, count=1)
-    return svg.replace("xlink:href", "href")
+    return re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r"<svg \1>", svg, count=1)

@@ -81,24 +81,6 @@ class Document:
     blocks: Sequence[Block]
 
 
-def printable(text: str) -> str:
-    """Text that every reader can show: what is no character in UTF-8, or steers a terminal, becomes a mark.
-
-    Answers of an untrained model and damaged files hold such things.
-    """
-    text = text.replace("\r\n", "\n").replace("\r", "\n").encode("utf-8", errors="replace").decode("utf-8")
-    return "".join(c if c in "\n\t" or not _is_control(c) else "\ufffd" for c in text)
-
-
-def _is_control(c: str) -> bool:
-    # C0 and C1, the line separators that Markdown or HTML would take for others, direction marks, non-characters
-    n = ord(c)
-    return n < 32 or 127 <= n < 160 or n in _STEERING or n & 0xFFFE == 0xFFFE or 0xFDD0 <= n <= 0xFDEF
-
-
-_STEERING = {0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFEFF}
-
-
 def aligned(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """A Markdown table that is also readable on a console; the cells are escaped already."""
     rows = [head, *rows]

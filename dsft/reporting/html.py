@@ -15,8 +15,8 @@ from dsft.reporting.document import (
     Mono,
     Table,
     Text,
-    printable,
 )
+from dsft.text import printable
 
 # The page forbids itself what it does not need, so that no answer in it could load or run anything.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"

@@ -12,7 +12,8 @@ from dsft.reporting.document import Beside, Block, Folded, Heading, Lines, Mono,
 from dsft.reporting.runs import Run, listed
 
 BASE, TUNED = "base model", "fine-tuned model"
-PLAYERS = (BASE, TUNED, "expert", "random")
+WITHOUT_WEIGHTS = ("expert", "random")
+PLAYERS = (BASE, TUNED, *WITHOUT_WEIGHTS)
 GAME_HEADER = ("player", "success rate (95 % interval)", "moves over optimum", "invalid answers")
 DIALOGUE_HEADER = ("model", "val/loss", "perplexity", "well formed (95 % interval)", "repeated questions", "answers")
 PLACES = (".", "validate")  # in a run's or a pipeline's folder
@@ -49,7 +50,7 @@ class Judgement:
         """All episodes or answered rows, from the file beside the report; none where it cannot be read."""
         try:
             text = self.path.with_suffix(".jsonl").read_text(encoding="utf-8")
-            rows = [json.loads(line) for line in text.splitlines()]
+            rows = [json.loads(line) for line in text.split("\n") if line]  # an answer may hold what splitlines cuts at
         except (OSError, ValueError):
             return []
         return [row for row in rows if isinstance(row, dict)]
@@ -94,14 +95,20 @@ def _read(path: Path) -> dict[str, Any] | None:
     if not isinstance(report, dict) or not isinstance(report.get("settings"), dict) or "model" not in report:
         return None
     is_game = _is_share(report, "success") and type(report.get("episodes")) is int
+    is_game = is_game and _are_numbers(report.get("invalid_answer_rate", 0), report.get("moves_over_optimum") or 0)
     is_dialogues = _is_share(report, "well_formed") and "val/loss" in report
+    is_dialogues = is_dialogues and _are_numbers(report["val/loss"] or 0, report.get("val/perplexity") or 0)
     return report if is_game or is_dialogues else None
+
+
+def _are_numbers(*values: Any) -> bool:
+    return all(isinstance(value, (int, float)) for value in values)
 
 
 def _is_share(report: dict[str, Any], name: str) -> bool:
     interval = report.get(f"{name}_interval")
     bounds = interval if isinstance(interval, list) and len(interval) == 2 else [None]
-    return all(isinstance(number, (int, float)) for number in [report.get(f"{name}_rate"), *bounds])
+    return _are_numbers(report.get(f"{name}_rate"), *bounds)
 
 
 def _player(report: dict[str, Any], runs: Sequence[Run]) -> str:
@@ -113,6 +120,9 @@ def _player(report: dict[str, Any], runs: Sequence[Run]) -> str:
 
 def _is_tuned(report: dict[str, Any], run: Run) -> bool:
     """Whether the model, or its adapter, stands in the run's folder, or did where that stood when it was trained."""
+    # Read from within the run's folder, a name that is no path would be one below it.
+    if report.get("adapter") is None and report["model"] in (*WITHOUT_WEIGHTS, run.flags.get("model")):
+        return False
     path = _absolute(report.get("adapter") or report["model"])
     homes = {_absolute(run.root), _absolute(run.folder)}
     if run.flags.get("output_dir"):
@@ -138,8 +148,8 @@ def tables(judgements: Sequence[Judgement], *, several: bool) -> list[Block]:
     blocks: list[Block] = []
     for task, members in _by_task(judgements).items():
         is_game = members[0].is_game
-        names = [_label(judgement, several) for judgement in members]
-        rows = [_game_row(n, j.report) if is_game else _dialogue_row(n, j.report) for n, j in zip(names, members)]  # noqa: B905
+        make_row = _game_row if is_game else _dialogue_row
+        rows = [make_row(_label(judgement, several), judgement.report) for judgement in members]
         blocks.append(Heading(2, f"Results: {task}"))
         blocks.append(Table(GAME_HEADER if is_game else DIALOGUE_HEADER, rows, right=range(1, len(rows[0]))))
         if is_game:

@@ -15,8 +15,8 @@ from dsft.reporting.document import (
     Table,
     Text,
     aligned,
-    printable,
 )
+from dsft.text import printable
 
 # & begins an entity, $ a formula; within a word an underscore is only itself.
 SPECIAL = re.compile(r"([\\`*\[\]<>|#~&!$]|(?<![^\W_])_|_(?![^\W_]))")

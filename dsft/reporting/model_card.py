@@ -2,10 +2,10 @@
 
 import json
 import math
-import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from dsft.checkpointing.state import TrainerState, read_flags, read_state
 from dsft.errors import UserError
+from dsft.files import write_text
 from dsft.model.embedded import HUB_NAME, LICENSE
 from dsft.model.embedded import NAME as EMBEDDED
 from dsft.reporting.document import Block, Document, Heading, Lines, Mono, Table, Text
@@ -29,6 +30,7 @@ HYPERPARAMETERS = (
     "truncation", "fold", "total_epochs", "seed", "dtype",
 )  # fmt: skip
 PLAYED = "## Results: "
+COMMAND = "The training command, with the names of files and folders where their whole paths were given:"
 
 
 def model_card(checkpoint: Path, base_name: str, base_path: str, *, name: str, place: str, dtype: str) -> ModelCard:
@@ -58,11 +60,9 @@ def model_card(checkpoint: Path, base_name: str, base_path: str, *, name: str, p
         eval_results=losses,
         **fields,
     )
-    trained = str(flags.get("model", base_name))
-    shown_base = Path(trained).name if os.path.exists(os.path.expanduser(trained)) else trained
     blocks: list[Block] = [
         Text(
-            f"{shown_base}, fine-tuned with LoRA by dsft and merged: the adapter of "
+            f"{flags.get('model', _public(base_name))}, fine-tuned with LoRA by dsft and merged: the adapter of "
             f"{checkpoint.name} is added to the base model's weights, which are {dtype.removeprefix('torch.')} here."
         ),
         Text(_licence_words(licence)),
@@ -96,6 +96,10 @@ def add_results(folder: Path, judgements: Sequence[Judgement]) -> None:
     if not path.is_file() or not judgements:
         return
     card = ModelCard.load(path)
+    judgements = [
+        replace(j, player=_public(j.player), report=j.report | {"settings": _public(j.report["settings"])})
+        for j in judgements
+    ]
     own = [result for j in judgements if j.player == TUNED for result in _reached(j)]
     kept = [r for r in card.data.eval_results or [] if r.dataset_type not in {result.dataset_type for result in own}]
     if own:
@@ -103,7 +107,18 @@ def add_results(folder: Path, judgements: Sequence[Judgement]) -> None:
         card.data.model_name = card.data.model_name or name_of(folder)
     text = card.text.partition(f"\n{PLAYED}")[0].rstrip("\n")
     card.text = f"{text}\n\n{blocks_as_markdown(tables(judgements, several=False))}"
-    card.save(path)
+    write_text(path, str(card))
+
+
+def _public(value: Any) -> Any:
+    """A flag's value as others may read it: of paths that tell where this machine keeps its files, the last name."""
+    if isinstance(value, dict):
+        return {name: _public(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_public(inner) for inner in value]
+    if isinstance(value, str) and (value.startswith(("/", "~")) or ".." in Path(value).parts):
+        return Path(value).name or value
+    return value
 
 
 def _lineage(base_name: str, base_path: str) -> tuple[str | None, dict[str, Any]]:
@@ -147,11 +162,11 @@ def _licence_words(licence: dict[str, Any]) -> str:
 
 
 def _origin(checkpoint: Path) -> tuple[dict[str, Any], TrainerState | None]:
-    """Flags and state of the run; an adapter that is no checkpoint of dsft has neither."""
+    """Public flags and state of the run; an adapter that is no checkpoint of dsft has neither."""
     flags: dict[str, Any] = {}
     state = None
     with suppress(UserError):
-        flags = read_flags(checkpoint)
+        flags = _public(read_flags(checkpoint))
     with suppress(UserError):
         state = read_state(checkpoint)
     return flags, state
@@ -170,14 +185,16 @@ def _training(flags: dict[str, Any], state: TrainerState | None) -> list[Block]:
         ]
     if rows:
         blocks.append(Table(("setting", "value"), rows))
-    files = ", ".join(Path(str(file)).name for file in flags.get("train_files") or [])
+    files = listed(flags.get("train_files") or [])
     if state is not None:
         blocks.append(
             Text(f"Rows: {files or 'unknown'}; fingerprint of the tokenised rows: {state.data}. The loss is the mean "
                  "negative log-likelihood of a token of the responses.")
         )  # fmt: skip
     command = training_command(flags, state.world_size if state is not None else 1) if flags else None
-    return [*blocks, *([Lines(command, "bash")] if command else [])]
+    if command:
+        blocks += [Text(COMMAND), Lines(command, "bash")]
+    return blocks
 
 
 def _losses(flags: dict[str, Any], state: TrainerState | None) -> list[EvalResult] | None:

@@ -11,11 +11,12 @@ from dsft.config import ReportConfig, TrainConfig
 from dsft.config.report import HTML
 from dsft.files import guard_disk, write_text
 from dsft.reporting.curves import Curve, draw
-from dsft.reporting.document import Block, Document, Figure, Folded, Heading, Lines, Mono, Table, Text, printable
+from dsft.reporting.document import Block, Document, Figure, Folded, Heading, Lines, Mono, Table, Text
 from dsft.reporting.html import as_html
 from dsft.reporting.judgements import Judgement, find_judgements, samples, sources, tables
 from dsft.reporting.markdown import as_markdown
 from dsft.reporting.runs import Run, commands, data_figures, listed, read_runs
+from dsft.text import printable
 
 # key, title, unit, whether it is noisy
 CHARTS = (
@@ -101,7 +102,8 @@ def _charts(runs: Sequence[Run]) -> list[Block]:
             words = "; ".join(f"{c.name}: {_ends(c.points)}" for c in curves)
             svg = draw(title, unit, curves, noisy=noisy)
             blocks.append(Figure(svg, printable(f"{title} ({unit}): {words}")))
-        absent = [run.name for run in runs if run.name not in {curve.name for curve in curves}]
+        drawn = {curve.color for curve in curves}
+        absent = [run.name for color, run in enumerate(runs) if color not in drawn]
         if absent:
             missing.append(f"{title.lower()} (none from {', '.join(absent)})" if len(runs) > 1 else title.lower())
     if missing:
@@ -110,7 +112,7 @@ def _charts(runs: Sequence[Run]) -> list[Block]:
 
 
 def _curve(run: Run, key: str, color: int) -> Curve | None:
-    points = run.metrics.curve(key) or run.metrics.curve(OLDER.get(key, key))
+    points = run.metrics.curve(OLDER.get(key, key), key)
     if not points:
         return None
     best = None

@@ -20,8 +20,8 @@ from dsft.files import reason
 
 PIPELINE = "pipeline.json"
 AGAIN = "-again"
-OF_ONE_START = ("config", "debug", "resume", "resume_override", "stop_after_steps")
-"""Flags that say how a run was gone on with; the run itself does not depend on them."""
+OF_ONE_START = ("config", "debug", "resume", "resume_override", "stop_after_steps", "push_to_hub", "hub_private")
+"""Flags that say how a run was gone on with, or publish it; the run itself does not depend on them."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,15 @@ class Metrics:
     evaluations: list[dict[str, float]]
     damaged: int = 0
 
-    def curve(self, key: str) -> list[tuple[int, float]]:
-        """(step, value) by rising steps, where there is a finite value."""
-        lines = self.evaluations if key.startswith("val/") else self.steps
-        found = {int(line["step"]): line[key] for line in lines if math.isfinite(line.get(key, math.nan))}
+    def curve(self, *keys: str) -> list[tuple[int, float]]:
+        """(step, value) by rising steps, where there is a finite value under one of the keys; a later key goes first.
+
+        Keys that take turns are those of several versions of dsft, with which a run has been gone on.
+        """
+        found: dict[int, float] = {}
+        for key in keys:
+            lines = self.evaluations if key.startswith("val/") else self.steps
+            found |= {int(line["step"]): line[key] for line in lines if math.isfinite(line.get(key, math.nan))}
         return sorted(found.items())
 
 
@@ -228,20 +233,26 @@ def data_figures(run: Run) -> list[tuple[str, str]]:
         whole = any(line.get("epoch") == 1 for line in lines) and len(per_epoch) == int(per_epoch[-1]["step"])
         read, during = (per_epoch, "in the first epoch") if whole else (lines, f"in the {len(lines)} steps told of")
         for name in ("tokens", "targets"):
-            total = sum(line.get(f"train/{name}", 0.0) for line in read)
+            total = sum(_number(line, name) for line in read)
             if total:
                 figures.append((name, f"{total:,.0f} {during}"))
-        folded = [line for line in lines if line.get("train/fold_ratio", 0) > 0]
-        if folded:
-            computed = sum(line.get("train/tokens", 0.0) / line["train/fold_ratio"] for line in folded)
-            ratio = sum(line.get("train/tokens", 0.0) for line in folded) / computed if computed else 1.0
+        folded = [line for line in lines if 0 < line.get("train/fold_ratio", 0) < math.inf]
+        computed = sum(_number(line, "tokens") / line["train/fold_ratio"] for line in folded)
+        if computed:
+            ratio = sum(_number(line, "tokens") for line in folded) / computed
             figures.append(("fold ratio", f"{ratio:.2f} tokens of rows for each that was computed"))
-        seconds = sum(line.get("train/step_seconds", 0.0) for line in lines)
+        seconds = sum(_number(line, "step_seconds") for line in lines)
         if seconds:
             figures.append(("time in steps", duration(seconds)))
     if run.state is not None:
         figures.append(("fingerprint of the tokenised rows", run.state.data))
     return figures
+
+
+def _number(line: dict[str, float], name: str) -> float:
+    """Of a step's line; 0 where there is none, or a damaged file has something else there."""
+    value = line.get(f"train/{name}", 0.0)
+    return value if math.isfinite(value) else 0.0
 
 
 def _levels(generated: Path) -> list[tuple[str, str]]:

@@ -8,13 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
 
-from tests.helpers import ROOT, Done, flags, hear_interrupts, metrics, run
+from tests.helpers import ROOT, Done, contents, flags, hear_interrupts, metrics, run
+from tests.hub import TOKEN, Hub
 
 pytestmark = pytest.mark.xdist_group("pipeline")  # they share one whole pipeline
 
@@ -190,6 +192,10 @@ WRONG = {
     "value in a step": ({"validate.episodes": 0}, "--validate: episodes must be 1 or more, got 0"),
     "the pipeline's own": ({"train.backend": "zero3"}, "--train.backend is set by the pipeline; give --backend"),
     "no weights": ({"model": "expert"}, "--model expert plays without weights"),
+    "nothing to push": (
+        {"merge.push_to_hub": "me/tuned", "train.lora_rank": 0},
+        "--merge.push_to_hub me/tuned: full fine-tuning (--train.lora_rank 0) merges nothing",
+    ),
     "no ranks": ({"nproc": 0}, "nproc must be 1 or more, got 0"),
 }
 
@@ -235,6 +241,34 @@ def moved(output: Path, to: Path) -> Path:
     state = to / "pipeline.json"
     state.write_text(state.read_text().replace(str(output), str(to)))
     return to
+
+
+@pytest.mark.slow
+def test_the_model_is_pushed_last_and_once_with_a_card_that_holds_the_results(whole, config, tmp_path):
+    output = moved(whole[0], tmp_path / "out")
+    state = json.loads((output / "pipeline.json").read_text())
+    del state["merge"]  # as if it had been killed there; the games, which take long, are played already
+    (output / "pipeline.json").write_text(json.dumps(state))
+    command = words(output, config, **{"merge.push_to_hub": "me/tuned"})
+    with closing(Hub()) as hub:
+        failed = run(command, env=hub.environment(tmp_path / "home", "hf_wrong"))
+        refused(failed, "--push_to_hub me/tuned: the Hub refuses the token (401)")
+        assert "merge    done" in failed.out
+        assert (output / "report.md").is_file()
+        assert hub.repositories == {}
+        pushed = run(command, env=hub.environment(tmp_path / "home", TOKEN))
+        assert (pushed.status, pushed.err) == (0, "")
+        assert pushed.out.count("done before") == 4
+        assert f"pushed   {hub.address}/me/tuned\n" in pushed.out
+        assert hub.repositories["me/tuned"].files == contents(output / "merged")
+        card = hub.repositories["me/tuned"].files["README.md"].decode()
+        assert "\n".join(pushed.out.splitlines()[-6:]) in card
+        assert "model='me/tuned'" in card
+        assert str(tmp_path) not in card
+        requests = len(hub.requests)
+        again = run(command, env=hub.environment(tmp_path / "home", TOKEN))
+        assert again.out.count("done before") == 5
+        assert len(hub.requests) == requests
 
 
 @pytest.mark.slow

@@ -4,12 +4,13 @@ import json
 import math
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.repocard import metadata_load, metadata_update
+from huggingface_hub.repocard import metadata_load
 from huggingface_hub.utils import validate_repo_id
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -88,7 +89,6 @@ def test_the_metadata_survives_the_hubs_own_editing(merged, tmp_path):
     edited.save(path)
     assert metadata_load(path) == before | {"license": "mit"}
     assert ModelCard.load(path).text == ModelCard.load(merged / "README.md").text
-    assert callable(metadata_update)  # which does the same to a repository, over the network
 
 
 def test_the_embedded_model_and_one_of_the_hub_are_named_as_bases(tmp_path, monkeypatch):
@@ -131,10 +131,34 @@ def test_a_bases_card_that_says_nothing_does_not_stop_the_merge(tmp_path, text):
     assert card.data.license == "unknown"
 
 
-def test_no_path_of_the_base_gets_out(tmp_path):
+@pytest.mark.parametrize("home", ["/home/me", "~", "../../me"])
+def test_no_folder_of_this_machine_gets_out(tmp_path, home):
     base = with_card(tmp_path / "secret_place", license="mit")
-    checkpoint = make_checkpoint(tmp_path / "run", model="some/base")
-    assert str(tmp_path) not in str(model_card(checkpoint, base, base, **NAMES))
+    files = {name: [f"{home}/project/{name}.parquet", "data/own.parquet"] for name in ("train_files", "val_files")}
+    own = {name: f"{home}/project/{name}" for name in ("model", "output_dir", "init_from")}
+    checkpoint = make_checkpoint(tmp_path / "run", **files, **own)
+    text = str(model_card(checkpoint, base, base, **NAMES))
+    for secret in (str(tmp_path), "secret_place", "project/", "home", "~", ".."):
+        assert secret not in text
+    [command] = re.findall(r"```bash\npython -m dsft.train (.*)\n```", text)
+    config = parse(TrainConfig, shlex.split(command))
+    assert config.train_files == ["train_files.parquet", "data/own.parquet"]
+    assert (config.model, config.output_dir, config.init_from) == ("model", "output_dir", "init_from")
+
+
+def test_no_folder_gets_out_with_a_local_merge_or_with_results(merged, tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text((merged / "README.md").read_text())
+    played = replace(judgement(0.5), player="/home/me/other")
+    rows = played.report | {"val/loss": 0.5, "well_formed_rate": 1.0, "well_formed_interval": [0.5, 1.0]}
+    del rows["success_rate"]
+    answered = Judgement(TUNED, None, Path("d.json"), rows | {"settings": {"data": "/home/me/rows.parquet"}})
+    add_results(tmp_path, [played, answered])
+    text = path.read_text()
+    assert "/home" not in text
+    assert str(merged.parent) not in text
+    assert str(merged.parent.parent) not in text
+    assert "## Results: rows.parquet" in text
 
 
 foul = st.one_of(

@@ -42,7 +42,7 @@ STRICT = (
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tokenizer, tmp_path, monkeypatch):
+def own_cache(one_tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("DSFT_CACHE", str(tmp_path / "cache"))
 
 

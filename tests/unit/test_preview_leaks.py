@@ -27,7 +27,7 @@ VAL = [*turns("petal", 2), *turns("roots", 3)]  # two copies, and a later turn o
 
 
 @pytest.fixture
-def look(tiny_model, tokenizer, tmp_path, monkeypatch):
+def look(tiny_model, one_tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("DSFT_CACHE", str(tmp_path / "cache"))
 
     def look(train: list[dict], val: list[dict] | None, **flags: object) -> Preview:

@@ -15,8 +15,9 @@ from dsft.dataset.chat_format import ChatFormat
 from dsft.dataset.parquet import Cell
 from dsft.dataset.tokens import DataFormat, load_dataset
 from dsft.preflight.preview import Preview
-from dsft.preflight.rows import RowView, Span, choose_rows, make_spans, plain_text, view_row, visible_text
+from dsft.preflight.rows import RowView, Span, choose_rows, make_spans, plain_text, view_row
 from dsft.preflight.showing import as_page, coloured, show
+from dsft.text import visible_text
 from tests.helpers import MEDICAL, SAMPLE_TRAIN, SAMPLE_VAL, message, write_parquet
 
 CELL = Cell("f.parquet", 7)
@@ -196,6 +197,7 @@ def test_rows_by_their_numbers():
         ("a\x1b[2Jb", "a\\u001b[2Jb"),
         ("a\r\nb\tc", "a\\u000d\nb\tc"),
         ("\u202eabc", "\\u202eabc"),
+        ("\ud800\ufeff\uffff\u2028", "\\ud800\\ufeff\\uffff\\u2028"),
         ("我 é 👩‍⚕️\u00a0x", "我 é 👩‍⚕️\u00a0x"),
     ],
 )

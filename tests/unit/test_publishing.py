@@ -62,11 +62,15 @@ def test_a_folder_arrives_whole_in_a_repository_of_its_own(hub, model, name, pri
 
 
 def test_a_repository_that_is_there_is_filled_and_stays_as_public_as_it_was(hub, model):
+    """Its old weights go: from_pretrained loads one whole file before several that an index names."""
     assert push(hub, model, private=False).returncode == 0
+    hub.repositories["me/tuned"].files["LICENSE"] = b"mine"
+    (model / "model.safetensors").rename(model / "model-00001-of-00001.safetensors")
+    (model / "model.safetensors.index.json").write_text("{}")
     (model / "config.json").write_text('{"a": 1}')
     assert push(hub, model, private=True).returncode == 0
     assert not hub.repositories["me/tuned"].private
-    assert hub.repositories["me/tuned"].files["config.json"] == b'{"a": 1}'
+    assert hub.repositories["me/tuned"].files == contents(model) | {"LICENSE": b"mine"}
 
 
 @pytest.mark.parametrize("debug", [False, True])
@@ -87,7 +91,10 @@ def test_a_failure_is_one_line_that_says_how_to_push_later(hub, model, what, mor
     assert done.returncode == 1
     assert hub.repositories == {}
     assert contents(model) == before
-    later = f"; the merged model is whole in {model}; to push it: hf upload me/tuned {model} . --private"
+    later = (
+        f"; the merged model is whole in {model}; to push it: hf upload me/tuned {model} . --private "
+        "--delete 'model*.safetensors' --delete model.safetensors.index.json"
+    )
     [line] = [line for line in done.stderr.splitlines() if "to push it" in line]
     assert told in line
     assert line.endswith(later)

@@ -1,6 +1,7 @@
 """The charts' drawing: what is kept of many points, and that the drawing can stand in a page."""
 
 import re
+import warnings
 import xml.etree.ElementTree as ET
 
 from hypothesis import given, settings
@@ -90,3 +91,12 @@ def test_wide_spans_are_logarithmic_and_narrow_ones_are_not():
     assert max(wide) / min(wide) >= 1000
     assert min(labels(0.01, False)) == 0
     assert min(labels(2.0, True)) >= 1
+
+
+def test_a_runs_name_is_shown_letter_for_letter():
+    """Also one that looks like what the drawing is made fit for a page by, or that the drawing's font has not."""
+    name = '#010203 #010110 id="x" url(#y) xlink:href="#z" <script>&amp; $x^2$ 中文'
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a user would see it on standard error
+        svg = draw("Loss", "", [Curve(name, 0, [(1, 2.0)]), Curve("b", 1, [(1, 2.0)])], noisy=False)
+    assert f"\u200b{name}" in [element.text for element in parts(svg).iter("text")]

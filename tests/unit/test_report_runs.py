@@ -11,7 +11,7 @@ import yaml
 
 from dsft.cli import parse
 from dsft.config import GenerateConfig, TrainConfig
-from dsft.reporting.judgements import TUNED, Judgement, find_judgements, game_lines, samples, shortened
+from dsft.reporting.judgements import TUNED, find_judgements, game_lines, samples, shortened
 from dsft.reporting.markdown import blocks_as_markdown
 from dsft.reporting.report import tell
 from dsft.reporting.runs import commands, data_figures, duration, read_metrics, read_run, read_runs
@@ -72,6 +72,29 @@ def test_data_figures_by_hand(tmp_path):
     run = read_run(make_run(tmp_path / "begun", lines[:2]), "begun")
     figures = dict(data_figures(run))
     assert (figures["tokens"], "rows" in figures) == ("200 in the 2 steps told of", False)
+
+
+def test_values_that_are_no_numbers_do_not_count(tmp_path):
+    """A damaged file, or one of another program, may hold them."""
+    lines = [step(1), step(2, tokens=math.nan, step_seconds=math.inf), step(3, fold_ratio=math.inf, targets=math.nan)]
+    figures = dict(data_figures(read_run(make_run(tmp_path / "run", lines), "run")))
+    assert figures["tokens"] == "200 in the 3 steps told of"
+    assert figures["targets"] == "20 in the 3 steps told of"
+    assert figures["fold ratio"].startswith("2.00 ")
+    assert figures["time in steps"] == "1 min 0 s"
+
+
+def test_a_run_that_a_newer_version_went_on_with_has_one_curve(tmp_path):
+    older = [step(i) | {"train/tokens_per_second": 10.0 * i} for i in (1, 2)]
+    newer = [step(3) | {"train/tokens_per_second": 1.0, "train/effective_tokens_per_second": 30.0}]
+    text = blocks_as_markdown(tell([read_run(make_run(tmp_path / "run", older + newer), "run")], [], 0).blocks)
+    assert "Throughput (tokens of rows a second): run: 10 at step 1, 30 at step 3" in text
+
+
+def test_a_run_with_a_strange_name_is_not_said_to_have_no_values(tmp_path):
+    runs = read_runs([str(make_run(tmp_path / name, [step(1)])) for name in ("bell\x07", "other")])
+    text = blocks_as_markdown(tell(runs, [], 0).blocks)
+    assert "training loss" not in text
 
 
 @pytest.mark.parametrize(
@@ -195,6 +218,22 @@ def test_the_players_of_a_pipeline(pipeline):
     assert "\n".join(lines) in text
 
 
+def test_read_from_within_its_folder_a_pipeline_has_the_same_players(pipeline, monkeypatch):
+    """There the name of a player, or of a model of the Hub, would be a path below it."""
+    monkeypatch.chdir(pipeline)
+    [run] = read_runs(["."])
+    players = [judgement.player for judgement in find_judgements([run], [])]
+    assert players == ["base model", "fine-tuned model", "expert", "random"]
+
+
+def test_doing_it_again_publishes_nothing(pipeline):
+    state = json.loads((pipeline / "pipeline.json").read_text())
+    flags = {"checkpoint": "pipe/train", "output": "pipe/merged", "push_to_hub": "me/model", "hub_private": False}
+    (pipeline / "pipeline.json").write_text(json.dumps(state | {"merge": {"flags": flags, "done": True}}))
+    [run] = read_runs([str(pipeline)])
+    assert commands(run)[-1] == "python -m dsft.merge --checkpoint pipe-again/train --output pipe-again/merged"
+
+
 def test_a_solved_and_a_failed_level_come_first_with_the_base_models_answers(pipeline):
     [run] = read_runs([str(pipeline)])
     found = find_judgements([run], [])
@@ -212,6 +251,7 @@ def test_a_solved_and_a_failed_level_come_first_with_the_base_models_answers(pip
 
 
 def test_answers_to_dialogues_stand_beside_the_rows_own_response(tmp_path):
+    """Whatever letters they hold: U+2028 ends a line for some readers, and is no end of one in JSON."""
     root = make_run(tmp_path / "run", [step(1)])
     rows = [{"p": [{"role": "user", "content": f"question {i}"}], "r": {"content": f"response {i}"}} for i in range(3)]
     data = write_parquet(tmp_path / "rows.parquet", rows)
@@ -221,12 +261,13 @@ def test_answers_to_dialogues_stand_beside_the_rows_own_response(tmp_path):
         "well_formed_rate": 1.0, "well_formed_interval": [0.3, 1.0], "settings": settings,
     }  # fmt: skip
     (root / "r.json").write_text(json.dumps(report))
-    (root / "r.jsonl").write_text("".join(json.dumps({"row": i, "answer": f"answer {i}"}) + "\n" for i in (0, 2)))
+    answered = [json.dumps({"row": i, "answer": f"answer {i}\u2028"}, ensure_ascii=False) + "\n" for i in (0, 2)]
+    (root / "r.jsonl").write_text("".join(answered), encoding="utf-8")
     [run] = read_runs([str(root)])
     [judgement] = find_judgements([run], [])
     assert (judgement.player, judgement.is_game) == (TUNED, False)
     text = blocks_as_markdown(samples(run, [judgement], 5))
-    assert "### Row 2\n\n```\nquestion 2\n```\n\nfine-tuned model:\n\n```\nanswer 2\n```" in text
+    assert "### Row 2\n\n```\nquestion 2\n```\n\nfine-tuned model:\n\n```\nanswer 2\\u2028\n```" in text
     assert "the row's response:\n\n```\nresponse 2\n```" in text
     data.unlink()
     assert "response" not in blocks_as_markdown(samples(run, [judgement], 5))
@@ -234,13 +275,18 @@ def test_answers_to_dialogues_stand_beside_the_rows_own_response(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"settings": None}, {"success_interval": [0.1]}, {"success_rate": "high"}, {"episodes": None}, {"model": ...}],
-)
+    [
+        {"settings": None}, {"success_interval": [0.1]}, {"success_rate": "high"}, {"episodes": None}, {"model": ...},
+        {"invalid_answer_rate": None}, {"moves_over_optimum": "few"},
+    ],
+)  # fmt: skip
 def test_json_files_that_are_no_reports_are_passed_over(pipeline, change):
     path = pipeline / "validate" / "random.json"
     report = json.loads(path.read_text()) | change
     path.write_text(json.dumps({name: value for name, value in report.items() if value is not ...}))
-    found = find_judgements(read_runs([str(pipeline)]), [])
+    [run] = read_runs([str(pipeline)])
+    found = find_judgements([run], [])
+    tell([run], found, 1)
     assert [judgement.player for judgement in found] == ["base model", "fine-tuned model", "expert"]
 
 
@@ -264,4 +310,3 @@ def test_a_file_of_episodes_that_is_gone_or_damaged(pipeline):
     tuned = next(j for j in find_judgements([run], []) if j.player == TUNED)
     tuned.path.with_suffix(".jsonl").write_text("{")
     assert samples(run, [tuned], 3) == []
-    assert isinstance(tuned, Judgement)

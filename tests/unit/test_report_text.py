@@ -19,11 +19,11 @@ from dsft.reporting.document import (
     Table,
     Text,
     aligned,
-    printable,
 )
 from dsft.reporting.html import as_html, escape
 from dsft.reporting.markdown import as_markdown, code, fenced
 from dsft.reporting.markdown import escape as markdown_escape
+from dsft.text import printable
 
 FOUL = [
     "<script>alert(1)</script>", "</pre></body>", "a|b", "`a` ``b``", "\\|", "**x** _y_ [z](u) ![i](j)", "# no heading",
