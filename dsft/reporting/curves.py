@@ -22,6 +22,7 @@ RUN_COLORS = [
 ]
 DASHES = ("-", "--", ":", "-.")
 INK, GRID = "#010203", "#010204"  # stand for the page's own colours, which the drawing library cannot name
+WIDER = 2.2  # points
 POINTS = 1000  # of a line; a chart of that many is as wide as a screen
 SMOOTHED = 50  # from so many points on, a line of neighbours' means is drawn over the pale values
 LOGARITHMIC = 20  # a wider span of values than this factor is shown on a logarithmic axis
@@ -65,8 +66,8 @@ def draw(title: str, unit: str, curves: Sequence[Curve], *, noisy: bool) -> str:
         mpl.rcParams.update(settings)
         figure = Figure(figsize=(6.4, 3.4), layout="constrained")
         axes = figure.add_subplot()
-        for curve in curves:
-            _draw_curve(axes, curve, smooth=noisy)
+        for place, curve in enumerate(curves, start=1):
+            _draw_curve(axes, curve, smooth=noisy, later=len(curves) - place)
         axes.set_title(title, loc="left", fontsize=11)
         axes.set_xlabel("step")
         axes.set_ylabel(unit)
@@ -117,7 +118,9 @@ def smoothed(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     return result
 
 
-def _draw_curve(axes: Any, curve: Curve, *, smooth: bool) -> None:
+def _draw_curve(axes: Any, curve: Curve, *, smooth: bool, later: int) -> None:
+    """Wider where others are drawn over it later: equal runs, such as on two backends, would hide each other."""
+    wider = WIDER * min(later, 2)
     color = f"#0101{16 + curve.color % len(RUN_COLORS):02x}"
     dashes = DASHES[curve.color // len(RUN_COLORS) % len(DASHES)]
     name = f"\u200b{curve.name}"  # the library leaves names out that begin with _
@@ -126,7 +129,8 @@ def _draw_curve(axes: Any, curve: Curve, *, smooth: bool) -> None:
     if pale:
         axes.plot(*zip(*thin(curve.points), strict=True), color=color, alpha=0.3, linewidth=1)
     line = thin(smoothed(curve.points) if pale else curve.points)
-    axes.plot(*zip(*line, strict=True), dashes, color=color, linewidth=1.8, marker=marker, markersize=4, label=name)
+    style: Any = {"color": color, "linewidth": 1.8 + wider, "marker": marker, "markersize": 4 + wider}
+    axes.plot(*zip(*line, strict=True), dashes, label=name, **style)
     if curve.best is not None:
         axes.plot(*curve.best, "*", color=color, markeredgecolor=INK, markersize=13, label=f"{name}, best")
 
