@@ -39,7 +39,7 @@ def measure(flags: str, processes: int | None, train_size: int, test_size: int) 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default="", help="a pattern: only cases in whose names it is found")
     parser.add_argument("--levels", default="1000,100", help="how many of train and of test")
     parser.add_argument("--repeats", type=int, default=3)

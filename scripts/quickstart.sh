@@ -60,6 +60,7 @@ python scripts/quickstart_report.py "$OUT" "$MODEL"
 cat <<EOF
 
 == next: your own rows, a parquet file with the columns prompt and response (docs/data.md has other forms)
-    .venv/bin/python -m dsft.train --model $MODEL --train_files my_rows.parquet --output_dir out/mine
+    .venv/bin/python -m dsft.train --model $MODEL --train_files my_rows.parquet --output_dir out/mine \\
+        --train_batch_size 8 --total_epochs 3
     .venv/bin/python -m dsft.merge --checkpoint out/mine
 EOF

@@ -103,7 +103,10 @@ SMALL |= {
     "scripts/profile_step.py": TRAIN,
     "scripts/run_pipeline.sh": PIPELINE,
 }  # fmt: skip
-SLOW = ("dsft.pipeline", "scripts/run_pipeline.sh", *(name for name in SMALL if name.startswith("scripts/bench_")))
+SLOW = (
+    "scripts/run_pipeline.sh",
+    *(name for name in SMALL if name.startswith("scripts/bench_") and "kernels" not in name),
+)
 NOT_WITH = {"max_turns": "data", "max_val_rows": "val_fraction"}  # flags of a small form that another flag excludes
 
 # Commands, by how they begin, that a test runs in its own way: the test or fixture, and what its code must name.
@@ -113,6 +116,7 @@ RUN_BY = {
     "cd dsft": (f"{HERE}::newcomer", "path_of_a_newcomer"),
     "bash scripts/quickstart.sh": (f"{HERE}::newcomer", "path_of_a_newcomer"),
     "source .venv/bin/activate": (f"{HERE}::newcomer", "source .venv/bin/activate"),
+    "python -m dsft.pipeline": (f"{HERE}::test_a_script_runs_in_the_clone", "its small form is what the script starts"),
     "cd out/": (f"{HERE}::test_checksums_are_checked_without_dsft", "sha256sum"),
     "sha256sum -c COMPLETE": (f"{HERE}::test_checksums_are_checked_without_dsft", "sha256sum"),
     "python scripts/make_flag_docs.py": (f"{HERE}::test_the_flag_tables_are_those_of_the_config", "make_flag_docs.py"),
@@ -176,17 +180,24 @@ def split(text: str) -> Iterator[tuple[str, ...]]:
             words.append(word)
 
 
+def shell_lines(block: str) -> Iterator[tuple[int, str]]:
+    """(line, text) of what a shell reads as one line, without comments; what srun starts keeps its line breaks."""
+    line = 0
+    for logical in re.sub(r"\\\n", "\0", block).splitlines():
+        text = logical.replace("\0", "\\\n" if "srun" in logical else " ").strip()
+        if not text.startswith("#"):
+            yield line, text
+        line += 1 + logical.count("\0")
+
+
 def commands_of(pages: list[Path]) -> list[Command]:
     """All of them, each once."""
     found: dict[tuple[str, ...], str] = {}
     for page in pages:
         for first, block in code_blocks(page.read_text(encoding="utf-8")):
-            line = first
-            for logical in re.sub(r"\\\n", "\0", block).splitlines():
-                text = logical.replace("\0", "\\\n" if "srun" in logical else " ").strip()
-                for words in [] if text.startswith("#") else split(text):
-                    found.setdefault(words, f"{page.name}:{line}")
-                line += 1 + logical.count("\0")
+            for line, text in shell_lines(block):
+                for words in split(text):
+                    found.setdefault(words, f"{page.name}:{first + line}")
     return [Command(place, words) for words, place in found.items()]
 
 
@@ -262,7 +273,7 @@ def small_commands() -> dict[str, tuple[str, list[str]]]:
     forms: dict[tuple[str, ...], str] = {}
     for command in COMMANDS:
         found = parts(command.words)
-        if found and found[1] in SMALL:
+        if found and not begins(command, RUN_BY):
             words = small_form(found[1], found[2])
             forms.setdefault((found[1], *words), command.place)
     return {f"{place} {form[0]}": (form[0], list(form[1:])) for form, place in forms.items()}
@@ -353,7 +364,7 @@ in_the_clone = pytest.mark.xdist_group("deepspeed's default port")
 def test_a_newcomer_gets_a_merged_model_in_five_commands(newcomer):
     clone, done = newcomer
     assert done.status == 0, done.err
-    assert len([words for line in path_of_a_newcomer().splitlines() for words in split(line)]) <= 5
+    assert len([words for line in shell_lines(path_of_a_newcomer()) for words in split(line[1])]) <= 5
     assert "installing" not in done.out
     for answered in ("base model:", "merged model:", "== next: "):
         assert answered in done.out
@@ -366,6 +377,7 @@ def test_a_newcomer_gets_a_merged_model_in_five_commands(newcomer):
 @in_the_clone
 @pytest.mark.parametrize("name", [name for name in RUN if name.endswith(".sh")])
 def test_a_script_runs_in_the_clone(name, newcomer, tiny_model, tmp_path):
+    """For the pipeline, its small form is what the script starts."""
     script, words = RUN[name]
     words = [word.format(model=tiny_model, out=tmp_path / "out") for word in words]
     done = run(["bash", newcomer[0] / script, *words], env={"DSFT_TORCH": "cpu", "PYTHON": sys.executable})
