@@ -74,7 +74,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "dsft.train": TRAIN,
     "dsft.preview": {name: TRAIN[name] for name in ("model", "train_files", "val_files")},
     "dsft.report": {
-        "": lambda given: given.replace("out/fsdp", "{run}").replace("out/zero3", "{other}"),
+        "": lambda given: re.sub(r"out/(?!zero3)\w+", "{run}", given).replace("out/zero3", "{other}"),
         "output": "{out}.html",
     },
     "dsft.pipeline": PIPELINE,
@@ -116,7 +116,7 @@ RUN_BY = {
     "cd dsft": (f"{HERE}::newcomer", "path_of_a_newcomer"),
     "bash scripts/quickstart.sh": (f"{HERE}::newcomer", "path_of_a_newcomer"),
     "source .venv/bin/activate": (f"{HERE}::newcomer", "source .venv/bin/activate"),
-    "python -m dsft.pipeline": (f"{HERE}::test_a_script_runs_in_the_clone", "its small form is what the script starts"),
+    "python -m dsft.pipeline": (f"{HERE}::test_a_script_runs_in_the_clone", "dsft.pipeline"),
     "cd out/": (f"{HERE}::test_checksums_are_checked_without_dsft", "sha256sum"),
     "sha256sum -c COMPLETE": (f"{HERE}::test_checksums_are_checked_without_dsft", "sha256sum"),
     "python scripts/make_flag_docs.py": (f"{HERE}::test_the_flag_tables_are_those_of_the_config", "make_flag_docs.py"),
@@ -134,7 +134,7 @@ RUN_BY = {
     ),
     "python -m pytest -s tests/distributed/test_folding.py -k medical": (
         "tests/distributed/test_folding.py::test_the_medical_set_folds",
-        "MEDICAL",
+        "def test_the_medical_set_folds",
     ),
 }
 # Commands that are not run, by how they begin, and why.
@@ -156,12 +156,16 @@ class Command:
 
 
 def code_blocks(text: str) -> Iterator[tuple[int, str]]:
-    """(line, text) of the fenced blocks in bash, and of indented ones that begin with a program."""
+    """(line, text) of the fenced blocks in bash, of indented ones that begin with a program, and of what stands within
+    a sentence: there, a name without any flag is no command.
+    """
     for found in re.finditer(r"^```(?:bash|sh)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         yield text[: found.start()].count("\n") + 2, found[1]
     for found in re.finditer(r"(?<=\n\n)(?:    \S.*\n(?:     .*\n)*)+", text):
         if re.match(PROGRAMS, found[0].strip()):
             yield text[: found.start()].count("\n") + 1, found[0]
+    for found in re.finditer(r"`((?:python -m dsft\.|python scripts/|bash scripts/)[^`\s]+ [^`\n]+)`", text):
+        yield text[: found.start()].count("\n") + 1, found[1]
 
 
 def split(text: str) -> Iterator[tuple[str, ...]]:
@@ -243,7 +247,8 @@ def small_form(module: str, flags: tuple[str, ...]) -> list[str]:
             changed[name] = new
     kept = {name: value for name, value in given.items() if name not in changed}
     words = str(changed.get("", given.get("", ""))).split()
-    for name, value in kept.items() | {n: v for n, v in changed.items() if v is not None}.items():
+    kept |= {name: value for name, value in changed.items() if value is not None}
+    for name, value in sorted(kept.items(), key=lambda item: item[0]):  # like forms of two commands are one test
         if name:
             words += [f"--{name}", *([] if value is None else [value])]
     return words
@@ -377,8 +382,11 @@ def test_a_newcomer_gets_a_merged_model_in_five_commands(newcomer):
 @in_the_clone
 @pytest.mark.parametrize("name", [name for name in RUN if name.endswith(".sh")])
 def test_a_script_runs_in_the_clone(name, newcomer, tiny_model, tmp_path):
-    """For the pipeline, its small form is what the script starts."""
     script, words = RUN[name]
+    starts = {"config": f"scripts/pipeline_{words[0]}_cpu.yaml", "env": words[0]} | flag_values(tuple(words[1:]))
+    pipelines = [command.words for command in COMMANDS if "dsft.pipeline" in command.words]
+    assert pipelines
+    assert all(flag_values(tuple(small_form("dsft.pipeline", words[3:]))) == starts for words in pipelines)
     words = [word.format(model=tiny_model, out=tmp_path / "out") for word in words]
     done = run(["bash", newcomer[0] / script, *words], env={"DSFT_TORCH": "cpu", "PYTHON": sys.executable})
     assert done.status == 0, done.err
