@@ -1,12 +1,13 @@
 #!/usr/bin/env python
 """What saving a LoRA checkpoint costs, and what travels between the ranks for it.
 
-    python scripts/bench_checkpoint.py [--rows 91] [--steps 9] [--backends fsdp,zero3] [--json table.json]
+    python scripts/bench_checkpoint.py [--rows 91] [--steps 9] [--backends fsdp,zero3] [--saves waiting,background]
+        [--model smollm2-135m] [--json table.json]
 
-Two ranks train the embedded model with the default LoRA on one batch again and again, and save after every second step:
-once waiting, once in the background. The cost of a save is what it keeps the training waiting, and how much longer the
-next step takes than the others of the same run. The bytes are what the system counts on the loopback interface from
-before a waiting save to its end, beside the sizes of what is trained and of what is frozen; run nothing else meanwhile.
+Two ranks train a model with the default LoRA on one batch again and again, and save after every second step: once
+waiting, once in the background. The cost of a save is what it keeps the training waiting, and how much longer the next
+step takes than the others of the same run. The bytes are what the system counts on the loopback interface from before a
+waiting save to its end, beside the sizes of what is trained and of what is frozen; run nothing else meanwhile.
 """
 
 import argparse
@@ -65,7 +66,7 @@ def measure(backend: str, in_background: bool, options: argparse.Namespace) -> d
     """One run of two ranks."""
     with tempfile.TemporaryDirectory(prefix="dsft-bench-") as folder:
         words = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2", __file__]
-        words += ["--worker", "--backend", backend, "--model", "smollm2-135m", "--output_dir", f"{folder}/out"]
+        words += ["--worker", "--backend", backend, "--model", options.model, "--output_dir", f"{folder}/out"]
         words += ["--train_files", options.train_files, "--max_train_rows", str(options.rows), "--fold", "batch"]
         words += ["--train_batch_size", str(options.rows), "--total_training_steps", str(options.steps)]
         words += ["--save_steps", "2", "--max_checkpoints", "1", "--async_save", str(in_background)]
@@ -106,6 +107,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=91)
     parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--backends", default="fsdp,zero3")
+    parser.add_argument("--saves", default="waiting,background")
+    parser.add_argument("--model", default="smollm2-135m", help="as for dsft.train")
     parser.add_argument("--train_files", default="data/sample_train.parquet")
     parser.add_argument("--json")
     options = parser.parse_args()
@@ -115,12 +118,12 @@ def main() -> None:
     )
     table = []
     for backend in options.backends.split(","):
-        for in_background in (False, True):
-            row = measure(backend, in_background, options)
+        for saves in options.saves.split(","):
+            row = measure(backend, saves == "background", options)
             table.append(row)
             travelled = row["travelled_bytes"]
             print(
-                f"{backend:>8} {'background' if in_background else 'waiting':>12} {row['step_seconds']:>7.2f} "
+                f"{backend:>8} {saves:>12} {row['step_seconds']:>7.2f} "
                 f"{row['waits_seconds']:>8.3f} {row['next_step_longer_seconds']:>+12.3f} "
                 f"{row['cost_of_a_step']:>15.1%} {row['written_bytes'] / 1e6:>11.1f} "
                 f"{'-' if travelled is None else f'{travelled / 1e6:.1f}':>13} {row['trained_bytes'] / 1e6:>11.1f} "

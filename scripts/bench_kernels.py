@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What a layer's pieces cost on CPU, one thread: attention of one block in two ways, a linear layer and its LoRA.
 
-    python scripts/bench_kernels.py [--json table.json]
+    python scripts/bench_kernels.py [--tokens 300,634,1400] [--json table.json]
 
 Milliseconds, forward + backward, the best of five; the shapes are those of the embedded model.
 """
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from dsft.model.flops import measure_matmul
 from dsft.model.tree_attention import Block, BlockAttention
 
-HEADS, SIZE, HIDDEN, INNER, LORA, TOKENS = 9, 64, 576, 1536, 16, 2048
+HEADS, SIZE, HIDDEN, INNER, LORA, ROWS = 9, 64, 576, 1536, 16, 2048
 
 
 def milliseconds(work: Callable[[], object]) -> float:
@@ -50,7 +50,7 @@ def linear(dtype: torch.dtype) -> dict[str, float]:
     weight, lora_a, lora_b = (
         torch.randn(rows, columns).to(dtype) for rows, columns in ((INNER, HIDDEN), (LORA, HIDDEN), (INNER, LORA))
     )
-    source, low, slope = (torch.randn(TOKENS, width).to(dtype) for width in (HIDDEN, LORA, INNER))
+    source, low, slope = (torch.randn(ROWS, width).to(dtype) for width in (HIDDEN, LORA, INNER))
 
     def lora() -> None:
         output = source @ lora_a.t() @ lora_b.t() * 2.0
@@ -70,6 +70,7 @@ def linear(dtype: torch.dtype) -> dict[str, float]:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", default="300,634,1400", help="of the attended dialogues")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -77,7 +78,9 @@ def main() -> None:
     print("| dtype | piece | way | ms |\n| --- | --- | --- | --- |")
     for dtype in (torch.bfloat16, torch.float32):
         name = str(dtype).removeprefix("torch.")
-        pieces = {f"attention, {tokens} tokens": attention(tokens, dtype) for tokens in (300, 634, 1400)}
+        pieces = {
+            f"attention, {tokens} tokens": attention(tokens, dtype) for tokens in map(int, options.tokens.split(","))
+        }
         pieces["up projection, 2048 tokens"] = linear(dtype)
         for piece, ways in pieces.items():
             for way, took in ways.items():

@@ -4,10 +4,10 @@
     python scripts/bench_prediction.py [--cases fsdp:1:lora:float32:100,zero3:2:full:bfloat16:100] [--json table.json]
 
 A case is backend:ranks:lora or full:dtype:tokens of a row, with ":recompute" behind it where activations are computed
-again. Each is a training of the embedded model on made-up rows: three steps of two micro-batches of two rows for each
-rank, LoRA 16. Predicted is what the start of the run prints, measured the highest `memory` in metrics.jsonl. One case
-runs after the other, so that they do not take each other's memory. This script loads no torch: a process's highest
-resident memory counts that of the process which started it.
+again. Each is a training of --model (the embedded one) on made-up rows: three steps of two micro-batches of two rows
+for each rank, LoRA 16. Predicted is what the start of the run prints, measured the highest `memory` in metrics.jsonl.
+One case runs after the other, so that they do not take each other's memory. This script loads no torch: a process's
+highest resident memory counts that of the process which started it.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def write_rows(path: Path, count: int, length: int) -> None:
     pq.write_table(pa.Table.from_pylist(rows), path)
 
 
-def run(case: str, folder: Path) -> dict:
+def run(case: str, model: str, folder: Path) -> dict:
     """Train, and compare."""
     backend, ranks, kind, dtype, length, *recompute = case.split(":")
     rows, out = folder / "rows.parquet", folder / case.replace(":", "_")
@@ -74,7 +74,7 @@ def run(case: str, folder: Path) -> dict:
     }
     start = [sys.executable, "-m", "dsft.train"] if ranks == "1" else starts[backend]
     flags = {
-        "backend": backend, "model": "smollm2-135m", "train_files": rows, "output_dir": out, "dtype": dtype,
+        "backend": backend, "model": model, "train_files": rows, "output_dir": out, "dtype": dtype,
         "lora_rank": 16 if kind == "lora" else 0, "train_batch_size": batch, "fold": "off", "save_steps": 0,
         "max_tokens_per_micro_batch": int(int(length) * ROWS * 1.08), "total_training_steps": STEPS, "lr": 1e-5,
         "gradient_checkpointing": bool(recompute),
@@ -100,13 +100,14 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument("--model", default="smollm2-135m", help="as for dsft.train")
     parser.add_argument("--json")
     options = parser.parse_args()
     table = []
     print("| backend:ranks:trained:dtype:tokens | predicted GiB | measured GiB | error |\n| --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as folder:
         for case in options.cases.split(","):
-            row = run(case, Path(folder))
+            row = run(case, options.model, Path(folder))
             table.append(row)
             numbers = f"{row['predicted_gib']:.2f} | {row['measured_gib']:.2f} | {row['error']:+.1%}"
             print(f"| {case} | {numbers} |", flush=True)

@@ -1,21 +1,24 @@
 #!/usr/bin/env bash
-# From nothing to a merged model: set-up, LoRA training on two processes with each backend, merge, one answer.
+# From nothing to a merged model: set-up, LoRA training with each backend, merge, one answer.
 set -euo pipefail
 
 OUT=${OUT:-out/quickstart}
+MODEL=${MODEL:-smollm2-135m}
 
 if [[ "${1:-}" == "--help" || "${1:-}" == "-h" ]]; then
     cat <<EOF
 bash scripts/quickstart.sh
 
 Makes .venv, installs the pinned requirements and dsft, gets the embedded 135 M model, then on data/sample_*.parquet:
-  1. trains LoRA on two processes with --backend fsdp      -> $OUT/fsdp
-  2. trains the same on two processes with --backend zero3 -> $OUT/zero3
-  3. merges the best checkpoint of the first               -> $OUT/fsdp/merged
+  1. trains LoRA with --backend fsdp           -> $OUT/fsdp
+  2. trains the same with --backend zero3      -> $OUT/zero3
+  3. merges the best checkpoint of the first   -> $OUT/fsdp/merged
   4. prints the validation losses before and after, and one prompt answered by the base and by the merged model.
 What is there already is used again; delete $OUT to start over.
 
   OUT=folder             where the runs go (default out/quickstart)
+  MODEL=folder           another model (a folder with safetensors, or a name of the Hugging Face Hub)
+  NPROC=number           processes (default: 2, or 1 where there is one GPU)
   PYTHON=python3.12      which interpreter makes .venv
   DSFT_TORCH=cpu|cuda    which build of torch (default: cuda where nvidia-smi lists a GPU)
 EOF
@@ -29,19 +32,22 @@ fi
 cd "$(dirname "$0")/.."
 source scripts/setup_env.sh
 setup_env requirements.txt
+gpus=$(nvidia-smi -L 2>/dev/null | grep -c GPU || true)
+nproc=${NPROC:-$((gpus == 1 ? 1 : 2))}
 
 flags=(
-    --model smollm2-135m
+    --model "$MODEL"
     --train_files data/sample_train.parquet --val_files data/sample_val.parquet
     --lora_rank 16 --lora_alpha 32 --train_batch_size 8 --lr 1e-3
     --validate_before_training
 )
 
-echo "== training with fsdp on two processes"
-torchrun --standalone --nproc_per_node 2 dsft/train.py --backend fsdp "${flags[@]}" --output_dir "$OUT/fsdp"
+echo "== training with fsdp, processes: $nproc"
+# One thread a process is torchrun's default too; it warns where nobody has set it.
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} torchrun --standalone --nproc_per_node "$nproc" dsft/train.py --backend fsdp "${flags[@]}" --output_dir "$OUT/fsdp"
 
-echo "== training with zero3 on two processes"
-deepspeed --num_accelerators 2 dsft/train.py --backend zero3 "${flags[@]}" --output_dir "$OUT/zero3"
+echo "== training with zero3, processes: $nproc"
+deepspeed --num_accelerators "$nproc" dsft/train.py --backend zero3 "${flags[@]}" --output_dir "$OUT/zero3"
 
 if [[ ! -d "$OUT/fsdp/merged" ]]; then
     echo "== merging the best checkpoint"
@@ -49,4 +55,12 @@ if [[ ! -d "$OUT/fsdp/merged" ]]; then
 fi
 
 echo "== result"
-python scripts/quickstart_report.py "$OUT"
+python scripts/quickstart_report.py "$OUT" "$MODEL"
+
+cat <<EOF
+
+== next: your own rows, a parquet file with the columns prompt and response (docs/data.md has other forms)
+    .venv/bin/python -m dsft.train --model $MODEL --train_files my_rows.parquet --output_dir out/mine \\
+        --train_batch_size 8 --total_epochs 3
+    .venv/bin/python -m dsft.merge --checkpoint out/mine
+EOF

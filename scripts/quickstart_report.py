@@ -1,6 +1,6 @@
 """Print what the quickstart has shown: validation losses of both backends, one prompt before and after.
 
-python scripts/quickstart_report.py out/quickstart
+python scripts/quickstart_report.py out/quickstart smollm2-135m
 """
 
 import json
@@ -35,7 +35,7 @@ def answer(model_folder: str, messages: list[dict]) -> str:
 def main() -> None:
     """Print the report; exit with 1 where a run did not lower its validation loss."""
     from dsft import runtime
-    from dsft.model.embedded import embedded_model
+    from dsft.model.source import resolve_model
 
     runtime.silence_libraries()
     out = Path(sys.argv[1])
@@ -47,7 +47,7 @@ def main() -> None:
             worse.append(backend)
     messages = pq.read_table(ROOT / "data/sample_val.parquet", columns=["prompt"])["prompt"][0].as_py()
     print(f"\nprompt: {messages[-1]['content']}")
-    for name, folder in (("base model", str(embedded_model())), ("merged model", str(out / "fsdp/merged"))):
+    for name, folder in (("base model", resolve_model(sys.argv[2])), ("merged model", str(out / "fsdp/merged"))):
         print(f"\n{name}:\n{answer(folder, messages)}")
     if worse:
         sys.exit(f"error: the validation loss did not fall with {', '.join(worse)}")

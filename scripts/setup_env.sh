@@ -5,6 +5,11 @@
 #
 # Usage: setup_env requirements.txt [more requirement files]
 
+# What an environment with these requirement files has in .venv/installed.txt, as a line.
+environment_stamp() {
+    cat setup.py "$@" | sha256sum | cut -d' ' -f1
+}
+
 setup_env() {
     local root python torch_build stamp wanted
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -24,7 +29,7 @@ setup_env() {
         "$python" -m venv .venv || return 1
     fi
     stamp=.venv/installed.txt
-    wanted=$(cat setup.py "requirements-$torch_build.txt" "$@" | sha256sum | cut -d' ' -f1)
+    wanted=$(environment_stamp "requirements-$torch_build.txt" "$@")
     if ! grep -qsx "$wanted" "$stamp"; then
         echo "== installing the pinned requirements ($torch_build build of torch); this can take some minutes"
         # torch first and by its exact version: any other order lets a package choose another build.

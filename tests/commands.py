@@ -24,6 +24,7 @@ import importlib, json, os, socket, sys, traceback
 
 from dsft import runtime
 
+sys.path.append("scripts")  # their main functions are commands too
 runtime.silence_libraries()
 names = ("trainer", "backends.fsdp", "backends.zero3", "model.merging", "reporting.report")
 for name in (*names, "validation.judge", "validation.dialogues"):

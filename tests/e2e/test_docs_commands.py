@@ -1,15 +1,17 @@
 """Every command of README.md and docs/ is run, in a small form; those that cannot be run here are named, and why.
 
-A command of dsft keeps its flags; model, files, folders and sizes become small ones. What stands before it (torchrun,
-deepspeed) is read by the launcher's own parser. A command that nobody has a place for fails the test: give it a small
-form in SMALL, or a reason in NOT_RUN.
+A command of dsft or of a script keeps its flags; model, files, folders and sizes become small ones. What stands before
+it (torchrun, deepspeed) is read by the launcher's own parser. A command that nobody has a place for fails the test:
+give it a small form in SMALL, the test that runs it in RUN_BY, or a reason in NOT_RUN.
 """
 
+import ast
 import re
 import shlex
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,7 +21,7 @@ import pytest
 
 from dsft import cli
 from dsft.config import PipelineConfig, TrainConfig
-from tests.helpers import BIN, ROOT, SAMPLE_TRAIN, SAMPLE_VAL, run
+from tests.helpers import BIN, ROOT, SAMPLE_TRAIN, SAMPLE_VAL, Done, run
 from tests.hub import TOKEN, Hub
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -72,7 +74,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "dsft.train": TRAIN,
     "dsft.preview": {name: TRAIN[name] for name in ("model", "train_files", "val_files")},
     "dsft.report": {
-        "": lambda given: given.replace("out/fsdp", "{run}").replace("out/zero3", "{other}"),
+        "": lambda given: re.sub(r"out/(?!zero3)\w+", "{run}", given).replace("out/zero3", "{other}"),
         "output": "{out}.html",
     },
     "dsft.pipeline": PIPELINE,
@@ -81,23 +83,64 @@ SMALL: dict[str, dict[str, Any]] = {
     "dsft.generate": {"output_dir": "{out}", "train_size": "3", "test_size": "2", "num_processes": "1"},
     "dsft.validate": VALIDATE,
 }
+SMALL |= {
+    "scripts/bench_checkpoint.py": {
+        "model": "{model}", "rows": "4", "steps": "4", "backends": "fsdp", "saves": "waiting",
+    },
+    "scripts/bench_generate.py": {"cases": "frozenlake 4x4$", "levels": "3,2", "repeats": "1"},
+    "scripts/bench_gpu.py": {
+        "cases": "turns", "arms": "dsft:fsdp:batch", "dialogues": "1", "turns": "2", "length": "120", "epochs": "1",
+        "json": "{out}.json", "work_dir": "{out}",
+    },
+    "scripts/bench_kernels.py": {"tokens": "30"},
+    "scripts/bench_memory.py": {"model": "{model}", "lengths": "100", "rows": "1", "repeats": "1"},
+    "scripts/bench_prediction.py": {"model": "{model}", "cases": "fsdp:1:lora:float32:100", "json": "{out}.json"},
+    "scripts/bench_throughput.py": {
+        "model": "{model}", "train_files": str(SAMPLE_TRAIN), "rows": "4", "epochs": "1", "ranks": "1",
+        "arms": "dsft:fsdp:batch", "dsft_tokens": None, "trl_micro_batch": "1", "json": "{out}.json",
+        "work_dir": "{out}",
+    },
+    "scripts/profile_step.py": TRAIN,
+    "scripts/run_pipeline.sh": PIPELINE,
+}  # fmt: skip
+SLOW = (
+    "scripts/run_pipeline.sh",
+    *(name for name in SMALL if name.startswith("scripts/bench_") and "kernels" not in name),
+)
 NOT_WITH = {"max_turns": "data", "max_val_rows": "val_fraction"}  # flags of a small form that another flag excludes
 
+# Commands, by how they begin, that a test runs in its own way: the test or fixture, and what its code must name.
+HERE = "tests/e2e/test_docs_commands.py"
+RUN_BY = {
+    "git clone ADDRESS dsft": (f"{HERE}::newcomer", "path_of_a_newcomer"),
+    "cd dsft": (f"{HERE}::newcomer", "path_of_a_newcomer"),
+    "bash scripts/quickstart.sh": (f"{HERE}::newcomer", "path_of_a_newcomer"),
+    "source .venv/bin/activate": (f"{HERE}::newcomer", "source .venv/bin/activate"),
+    "python -m dsft.pipeline": (f"{HERE}::test_a_script_runs_in_the_clone", "dsft.pipeline"),
+    "cd out/": (f"{HERE}::test_checksums_are_checked_without_dsft", "sha256sum"),
+    "sha256sum -c COMPLETE": (f"{HERE}::test_checksums_are_checked_without_dsft", "sha256sum"),
+    "python scripts/make_flag_docs.py": (f"{HERE}::test_the_flag_tables_are_those_of_the_config", "make_flag_docs.py"),
+    "bash scripts/finetune_lora_med.sh": (
+        "tests/e2e/test_command_lines.py::test_medical_script_trains_merges_and_keeps_the_exit_status",
+        "scripts/finetune_lora_med.sh",
+    ),
+    "python scripts/compare_backends.py": (
+        "tests/distributed/test_backends_agree.py::test_compare_script_finds_the_arms_equal",
+        "scripts/compare_backends.py",
+    ),
+    "python scripts/fault_drills.py": (
+        "tests/distributed/test_fault_drills.py::test_some_drills",
+        "scripts/fault_drills.py",
+    ),
+    "python -m pytest -s tests/distributed/test_folding.py -k medical": (
+        "tests/distributed/test_folding.py::test_the_medical_set_folds",
+        "def test_the_medical_set_folds",
+    ),
+}
 # Commands that are not run, by how they begin, and why.
 NOT_RUN = {
-    "git clone ADDRESS": "no network, and no address",
-    "cd dsft": "after the clone",
-    "source .venv/bin/activate": "the tests run in an environment",
-    "bash scripts/quickstart.sh": "makes .venv and installs the requirements from the network; its --help is run",
-    "bash scripts/test.sh": "makes .venv, then runs all tests, this one too; its --help is run",
-    "bash scripts/finetune_lora_med.sh": "tests/e2e/test_command_lines.py runs it; its flags are parsed here",
-    "bash scripts/run_pipeline.sh": "installs from the network; the pipeline that it starts is run, and its --help",
-    "python -m pytest": "is run as a test already: the folding of the medical rows on two ranks",
+    "bash scripts/test.sh": "would run all tests, this one too; its --help is run",
     "sbatch": "needs Slurm; what the script itself starts is read",
-    "python scripts/bench_": "measures for minutes; tests/unit/test_benchmarks.py runs its --help, flags are read",
-    "python scripts/compare_backends.py": "tests/distributed/test_backends_agree.py runs it small, flags are read",
-    "python scripts/fault_drills.py": "tests/distributed/test_fault_drills.py runs some drills, flags are read",
-    "torchrun --standalone --nproc_per_node 2 scripts/profile_step.py": "profiles for minutes; flags are read",
 }
 
 
@@ -113,12 +156,16 @@ class Command:
 
 
 def code_blocks(text: str) -> Iterator[tuple[int, str]]:
-    """(line, text) of the fenced blocks in bash, and of indented ones that begin with a program."""
+    """(line, text) of the fenced blocks in bash, of indented ones that begin with a program, and of what stands within
+    a sentence: there, a name without any flag is no command.
+    """
     for found in re.finditer(r"^```(?:bash|sh)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         yield text[: found.start()].count("\n") + 2, found[1]
     for found in re.finditer(r"(?<=\n\n)(?:    \S.*\n(?:     .*\n)*)+", text):
         if re.match(PROGRAMS, found[0].strip()):
             yield text[: found.start()].count("\n") + 1, found[0]
+    for found in re.finditer(r"`((?:python -m dsft\.|python scripts/|bash scripts/)[^`\s]+ [^`\n]+)`", text):
+        yield text[: found.start()].count("\n") + 1, found[1]
 
 
 def split(text: str) -> Iterator[tuple[str, ...]]:
@@ -137,17 +184,24 @@ def split(text: str) -> Iterator[tuple[str, ...]]:
             words.append(word)
 
 
+def shell_lines(block: str) -> Iterator[tuple[int, str]]:
+    """(line, text) of what a shell reads as one line, without comments; what srun starts keeps its line breaks."""
+    line = 0
+    for logical in re.sub(r"\\\n", "\0", block).splitlines():
+        text = logical.replace("\0", "\\\n" if "srun" in logical else " ").strip()
+        if not text.startswith("#"):
+            yield line, text
+        line += 1 + logical.count("\0")
+
+
 def commands_of(pages: list[Path]) -> list[Command]:
     """All of them, each once."""
     found: dict[tuple[str, ...], str] = {}
     for page in pages:
         for first, block in code_blocks(page.read_text(encoding="utf-8")):
-            line = first
-            for logical in re.sub(r"\\\n", "\0", block).splitlines():
-                text = logical.replace("\0", "\\\n" if "srun" in logical else " ").strip()
-                for words in [] if text.startswith("#") else split(text):
-                    found.setdefault(words, f"{page.name}:{line}")
-                line += 1 + logical.count("\0")
+            for line, text in shell_lines(block):
+                for words in split(text):
+                    found.setdefault(words, f"{page.name}:{first + line}")
     return [Command(place, words) for words, place in found.items()]
 
 
@@ -155,13 +209,15 @@ COMMANDS = commands_of(PAGES)
 
 
 def parts(words: tuple[str, ...]) -> tuple[tuple[str, ...], str, tuple[str, ...]] | None:
-    """(launcher and its options, module, flags) of a command of dsft."""
+    """(launcher and its options, module or script, flags) of a command of dsft, or of a script with a small form."""
     words = words[2:] if words[:2] == ("/usr/bin/time", "-v") else words
     for index, word in enumerate(words):
         if word == "dsft/train.py":
             return words[:index], "dsft.train", words[index + 1 :]
         if word == "-m" and words[index + 1].startswith("dsft."):
             return words[:index], words[index + 1], words[index + 2 :]
+        if word.startswith("scripts/") and word in SMALL:
+            return words[:index], word, words[index + 1 :]
     if words[0].startswith("dsft-"):
         return ("python",), words[0].replace("-", ".", 1), words[1:]
     return None
@@ -191,7 +247,8 @@ def small_form(module: str, flags: tuple[str, ...]) -> list[str]:
             changed[name] = new
     kept = {name: value for name, value in given.items() if name not in changed}
     words = str(changed.get("", given.get("", ""))).split()
-    for name, value in kept.items() | {n: v for n, v in changed.items() if v is not None}.items():
+    kept |= {name: value for name, value in changed.items() if value is not None}
+    for name, value in sorted(kept.items(), key=lambda item: item[0]):  # like forms of two commands are one test
         if name:
             words += [f"--{name}", *([] if value is None else [value])]
     return words
@@ -209,19 +266,19 @@ def read_launcher(words: tuple[str, ...], script: str) -> None:
 
         parse_args([*words[1:], script])
     else:
-        assert words in (("python",), ()), words
+        assert words in (("python",), (".venv/bin/python",), ("bash",), ()), words
 
 
-def is_run(command: Command) -> bool:
-    return not any(str(command).startswith(start) for start in NOT_RUN)
+def begins(command: Command, table: Iterable[str]) -> bool:
+    return any(str(command).startswith(start) for start in table)
 
 
 def small_commands() -> dict[str, tuple[str, list[str]]]:
-    """What is run: its name -> (module, words); several commands of the pages may have one small form."""
+    """What is run: its name -> (module or script, words); several commands of the pages may have one small form."""
     forms: dict[tuple[str, ...], str] = {}
     for command in COMMANDS:
         found = parts(command.words)
-        if found and is_run(command) and found[1] in SMALL:
+        if found and not begins(command, RUN_BY):
             words = small_form(found[1], found[2])
             forms.setdefault((found[1], *words), command.place)
     return {f"{place} {form[0]}": (form[0], list(form[1:])) for form, place in forms.items()}
@@ -232,23 +289,30 @@ RUN = small_commands()
 
 def test_the_pages_have_commands_and_all_have_a_place():
     assert len(COMMANDS) > 30
-    homeless = [f"{c.place}: {c}" for c in COMMANDS if is_run(c) and not (has_form(c) or c.words[0] in OTHERS)]
-    assert not homeless, "give them a small form in SMALL, or a reason in NOT_RUN:\n" + "\n".join(homeless)
+    homeless = [f"{c.place}: {c}" for c in COMMANDS if not (parts(c.words) or begins(c, [*RUN_BY, *NOT_RUN]))]
+    assert not homeless, "give them a small form in SMALL, a test in RUN_BY, or a reason in NOT_RUN:\n" + "\n".join(
+        homeless
+    )
 
 
 def test_every_reason_not_to_run_a_command_is_still_needed():
-    assert not [start for start in NOT_RUN if not any(str(command).startswith(start) for command in COMMANDS)]
+    assert not [start for start in (*RUN_BY, *NOT_RUN) if not any(begins(command, [start]) for command in COMMANDS)]
 
 
-def has_form(command: Command) -> bool:
-    found = parts(command.words)
-    return (found is not None and found[1] in SMALL) or command.words[:2] == ("python", "scripts/make_flag_docs.py")
+@pytest.mark.parametrize("start", RUN_BY)
+def test_the_test_that_runs_a_command_exists(start):
+    place, names = RUN_BY[start]
+    file, function = place.split("::")
+    source = (ROOT / file).read_text(encoding="utf-8")
+    [found] = [n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == function]
+    assert names in (ast.get_source_segment(source, found) or "")
 
 
-OTHERS = {"cd", "sha256sum"}
+def of_run(name: str) -> Any:
+    return pytest.param(name, marks=pytest.mark.slow) if RUN[name][0] in SLOW else name
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if "pipeline" in n else n for n in RUN])
+@pytest.mark.parametrize("name", map(of_run, [name for name in RUN if not name.endswith(".sh")]))
 def test_a_command_runs(name, commands, tiny_model, trained_runs, tmp_path):
     module, words = RUN[name]
     text = " ".join(words)
@@ -260,8 +324,73 @@ def test_a_command_runs(name, commands, tiny_model, trained_runs, tmp_path):
             done = run([sys.executable, "-m", module, *words], env=hub.environment(tmp_path / "home", TOKEN))
             assert hub.repositories
     else:
-        done = commands.run(module, words)
+        done = commands.run(Path(module).stem if module.endswith(".py") else module, words)
     assert done.status == 0, (words, done.err)
+    assert (tmp_path / "out.json").exists() == ("--json" in words)
+
+
+def path_of_a_newcomer() -> str:
+    """The commands of the first block of the first page, as they stand there."""
+    _, block = next(code_blocks((ROOT / "docs" / "first_run.md").read_text(encoding="utf-8")))
+    return block
+
+
+@pytest.fixture(scope="module")
+def newcomer(tiny_model, uneven_rows, tmp_path_factory) -> tuple[Path, Done]:
+    """A folder in which someone has followed the first page, in a shell, with a tiny model and the rows of a file.
+
+    What is cloned are this project's files as they stand. Nothing is installed: the environment is this one, which says
+    of itself that it is complete.
+    """
+    folder = tmp_path_factory.mktemp("newcomer")
+    address, environment = folder / "address", folder / "environment"
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "--git-dir", address / ".git", "--work-tree", ROOT]
+    for words in (["git", "init", address], [*git, "add", "--all"], [*git, "commit", "--message", "all"]):
+        assert run(words).status == 0
+    environment.mkdir()
+    for path in BIN.parent.iterdir():
+        if path.name != "installed.txt":
+            (environment / path.name).symlink_to(path)
+    stamp = "source scripts/setup_env.sh && environment_stamp requirements-cpu.txt requirements.txt"
+    (environment / "installed.txt").write_text(run(["bash", "-c", stamp]).out)
+    shutil.copy(uneven_rows, folder / "my_rows.parquet")
+    path = path_of_a_newcomer().replace("ADDRESS", str(address)).replace("smollm2-135m", str(tiny_model))
+    path = path.replace("cd dsft\n", f"cd dsft\nln -s {environment} .venv\n")
+    script = f"set -e\ncd {folder}\n{path}\nsource .venv/bin/activate\ncommand -v python"
+    small = {"MODEL": str(tiny_model), "NPROC": "1", "DSFT_TORCH": "cpu", "PYTHON": sys.executable}
+    return folder / "dsft", run(["bash", "-c", script], env=small)
+
+
+in_the_clone = pytest.mark.xdist_group("deepspeed's default port")
+
+
+@pytest.mark.slow
+@in_the_clone
+def test_a_newcomer_gets_a_merged_model_in_five_commands(newcomer):
+    clone, done = newcomer
+    assert done.status == 0, done.err
+    assert len([words for line in shell_lines(path_of_a_newcomer()) for words in split(line[1])]) <= 5
+    assert "installing" not in done.out
+    for answered in ("base model:", "merged model:", "== next: "):
+        assert answered in done.out
+    for out in ("out/quickstart/fsdp", "out/mine"):
+        assert (clone / out / "merged" / "model.safetensors").is_file()
+    assert done.out.splitlines()[-1] == str(BIN / "python")
+
+
+@pytest.mark.slow
+@in_the_clone
+@pytest.mark.parametrize("name", [name for name in RUN if name.endswith(".sh")])
+def test_a_script_runs_in_the_clone(name, newcomer, tiny_model, tmp_path):
+    script, words = RUN[name]
+    starts = {"config": f"scripts/pipeline_{words[0]}_cpu.yaml", "env": words[0]} | flag_values(tuple(words[1:]))
+    pipelines = [command.words for command in COMMANDS if "dsft.pipeline" in command.words]
+    assert pipelines
+    assert all(flag_values(tuple(small_form("dsft.pipeline", words[3:]))) == starts for words in pipelines)
+    words = [word.format(model=tiny_model, out=tmp_path / "out") for word in words]
+    done = run(["bash", newcomer[0] / script, *words], env={"DSFT_TORCH": "cpu", "PYTHON": sys.executable})
+    assert done.status == 0, done.err
+    assert (tmp_path / "out" / "report.html").is_file()
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if parts(c.words)], ids=lambda c: c.place)
