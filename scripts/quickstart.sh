@@ -61,6 +61,6 @@ cat <<EOF
 
 == next: your own rows, a parquet file with the columns prompt and response (docs/data.md has other forms)
     .venv/bin/python -m dsft.train --model $MODEL --train_files my_rows.parquet --output_dir out/mine \\
-        --train_batch_size 8 --total_epochs 3
+        --train_batch_size 8 --total_epochs 3 --lr 1e-3
     .venv/bin/python -m dsft.merge --checkpoint out/mine
 EOF

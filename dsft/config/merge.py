@@ -22,7 +22,7 @@ class MergeConfig(CommonFlags):
     max_shard_size: str = flag("5GB")
     """Largest safetensors file."""
     tolerance: float | None = flag(None)
-    """Largest difference of logits, relative to their spread; by default 1e-3 (float32) or 0.25 (16 bit)."""
+    """Largest difference of logits, relative to their spread; by default 1e-3 (float32) or 1 (16 bit)."""
     trust_remote_code: bool = flag(False)
     """Run Python code that comes with the base model."""
     push_to_hub: str | None = flag(None, section="Publishing")
