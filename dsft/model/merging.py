@@ -71,7 +71,8 @@ def merge(config: MergeConfig) -> MergeReport:
         model = _with_adapter(source.pretrained(torch.float32), checkpoint, base_name)
         expected = _logits(model, prompts)
         merged, targets = _merge_layers(model)
-        _accept(*_difference(_logits(merged, prompts), expected), FLOAT32_TOLERANCE, base_name)
+        unmerged = "the sum itself is wrong; use the checkpoint unmerged, by --adapter"
+        _accept(*_difference(_logits(merged, prompts), expected), FLOAT32_TOLERANCE, unmerged)
         for parameter in merged.parameters():
             parameter.data = parameter.data.to(dtype)
         merged.save_pretrained(unfinished, max_shard_size=config.max_shard_size)
@@ -88,7 +89,10 @@ def merge(config: MergeConfig) -> MergeReport:
         default = FLOAT32_TOLERANCE if dtype == torch.float32 else ROUNDED_TOLERANCE
         tolerance = default if config.tolerance is None else config.tolerance
         largest, relative = _difference(_logits(reloaded.float(), prompts), expected)
-        _accept(largest, relative, tolerance, base_name)
+        name_of_dtype = str(dtype).removeprefix("torch.")
+        _accept(
+            largest, relative, tolerance, f"rounding to {name_of_dtype} moves them so far; merge with --dtype float32"
+        )
         unfinished.rename(output)
     except Exception as error:
         if isinstance(error, UserError) or not is_refusal(error):
@@ -99,11 +103,11 @@ def merge(config: MergeConfig) -> MergeReport:
     return MergeReport(output, checkpoint, len(targets), largest, relative, tolerance)
 
 
-def _accept(largest: float, relative: float, tolerance: float, base_name: str) -> None:
+def _accept(largest: float, relative: float, tolerance: float, remedy: str) -> None:
     if not relative <= tolerance:
         raise UserError(
-            f"the merged model's logits differ from base + adapter by {largest:.3g}, {relative:.3g} of their "
-            f"spread, tolerance {tolerance:g}; is {base_name} the adapter's base? Or merge with --dtype float32"
+            f"the merged model's logits differ from base + adapter by {largest:.3g}, {relative:.3g} of their spread, "
+            f"tolerance {tolerance:g}, so nothing was written; {remedy}"
         )
 
 
