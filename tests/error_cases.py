@@ -1290,12 +1290,14 @@ def a_dry_run_with_less_memory_than_predicted(place: Place) -> None:
 
     from dsft.backends.base import BackendOptions
     from dsft.model.source import ModelSource
-    from dsft.preflight.prediction import Setting, chains, predict
+    from dsft.preflight.prediction import ProcessMemory, Setting, chains, predict
     from dsft.preflight.report import refuse
 
     options = BackendOptions(torch.device("cpu"), torch.float32, trains_base=True, clip_grad=1.0)
     bare = ModelSource(str(place.model)).empty(torch.float32)
-    prediction = predict(bare, Setting("fsdp", options, 1, None), chains([50], 4))
+    prediction = predict(
+        bare, Setting("fsdp", options, 1, None), chains([50], 4), process=ProcessMemory.of(options.device)
+    )
     refuse(prediction, prediction.peak / 2, [])
 
 

@@ -248,7 +248,7 @@ def test_some_drills(tmp_path):
     report = tmp_path / "drills.json"
     done = run(
         [
-            sys.executable, "scripts/fault_drills.py", "--drills", 8, "--jobs", 1, "--mixes", "/none/",
+            sys.executable, "scripts/fault_drills.py", "--drills", 4, "--jobs", 1, "--mixes", "/none/",
             "--kinds", "kill-in-save,kill-before-marker,corrupt,disk-full", "--output", report,
         ],
         timeout=800,

@@ -39,14 +39,22 @@ def reference(folder, rows_file, tokenizer, lora_rank):
     return loss.item(), norm.item(), gradients
 
 
-@pytest.mark.parametrize("lora_rank", [4, pytest.param(0, marks=pytest.mark.slow)], ids=["lora", "full"])
 @pytest.mark.parametrize(
-    ("backend", "ranks", "tokens"),
+    ("backend", "ranks", "tokens", "lora_rank"),
     [
-        ("fsdp", 2, LONGEST),
-        ("zero3", 2, LONGEST),
-        *(pytest.param(*arm, marks=pytest.mark.slow) for arm in [("fsdp", 1, 2000), ("zero3", 1, 300)]),
-        *(pytest.param(*arm, marks=pytest.mark.slow) for arm in [("fsdp", 3, 300), ("zero3", 3, 200)]),
+        ("fsdp", 2, LONGEST, 4),
+        ("zero3", 2, LONGEST, 4),
+        *(
+            pytest.param(*arm, marks=pytest.mark.slow)
+            for arm in [
+                ("fsdp", 2, LONGEST, 0),
+                ("zero3", 2, LONGEST, 0),
+                ("fsdp", 1, 2000, 4),
+                ("zero3", 1, 300, 0),
+                ("fsdp", 3, 300, 0),
+                ("zero3", 3, 200, 4),
+            ]
+        ),
     ],
 )
 def test_gradients_equal_a_plain_loop(backend, ranks, tokens, lora_rank, tiny_model, uneven_rows, tokenizer, tmp_path):
