@@ -89,14 +89,14 @@ def test_merge_of_the_embedded_model(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"use_rslora": True}, {"use_dora": True}], ids=["lora", "rslora", "dora"])
-def test_merge_of_a_numbered_checkpoint_in_shards(more, tiny_model, tmp_path):
+def test_merge_of_a_numbered_checkpoint_in_shards(more, commands, tiny_model, tmp_path):
     out = tmp_path / "out"
     words = flags(model=tiny_model, train_files=SAMPLE_TRAIN, max_train_rows=4, lora_rank=4, lr=1e-2, output_dir=out)
-    done = run([*start_words("fsdp", 1), *words, *flags(**more)])
+    done = commands([*start_words("fsdp", 1), *words, *flags(**more)])
     assert done.status == 0, done.err
     target = tmp_path / "merged"
     words = flags(checkpoint=out / "checkpoint-000001", output=target, max_shard_size="2MB")
-    done = run([BIN / "python", "-m", "dsft.merge", *words])
+    done = commands.run("dsft.merge", words)
     assert done.status == 0, done.err
     assert (target / "model.safetensors.index.json").is_file()
     from peft import PeftModel
@@ -110,50 +110,54 @@ def test_merge_of_a_numbered_checkpoint_in_shards(more, tiny_model, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_model, tmp_path_factory):
+def trained(commands, tiny_model, tmp_path_factory):
     out = tmp_path_factory.mktemp("trained") / "out"
     words = flags(model=tiny_model, train_files=SAMPLE_TRAIN, max_train_rows=4, lora_rank=4, lr=1e-2, output_dir=out)
-    assert run([*start_words("fsdp", 1), *words]).status == 0
+    assert commands([*start_words("fsdp", 1), *words]).status == 0
     return out
 
 
-def merge_errors(*words):
-    done = run([BIN / "python", "-m", "dsft.merge", *words])
-    assert done.status == 1
-    assert "Traceback" not in done.err
-    assert done.seconds < 30
-    return done.errors
+@pytest.fixture
+def merge_errors(commands):
+    def merge_errors(*words):
+        done = commands.run("dsft.merge", words)
+        assert done.status == 1
+        assert "Traceback" not in done.err
+        assert done.seconds < 30
+        return done.errors
+
+    return merge_errors
 
 
-def test_merge_refuses_a_folder_without_checkpoints(tmp_path):
+def test_merge_refuses_a_folder_without_checkpoints(merge_errors, tmp_path):
     (error,) = merge_errors("--checkpoint", tmp_path)
     assert "holds no complete checkpoint" in error
 
 
 @pytest.mark.slow
-def test_merge_refuses_another_base(trained, embedded, tmp_path):
+def test_merge_refuses_another_base(merge_errors, trained, embedded, tmp_path):
     (error,) = merge_errors("--checkpoint", trained, "--base", embedded, "--output", tmp_path / "merged")
     assert "does not fit" in error
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
-def test_merge_refuses_a_full_model(trained, tmp_path, tiny_model):
+def test_merge_refuses_a_full_model(merge_errors, commands, tmp_path, tiny_model):
     out = tmp_path / "full"
     words = flags(model=tiny_model, train_files=SAMPLE_TRAIN, max_train_rows=4, lora_rank=0, output_dir=out)
-    assert run([*start_words("fsdp", 1), *words]).status == 0
+    assert commands([*start_words("fsdp", 1), *words]).status == 0
     (error,) = merge_errors("--checkpoint", out)
     assert "needs no merge" in error
 
 
 @pytest.mark.slow
-def test_merge_leaves_nothing_when_the_proof_fails(trained, tmp_path):
+def test_merge_leaves_nothing_when_the_proof_fails(merge_errors, trained, tmp_path):
     (error,) = merge_errors("--checkpoint", trained, "--output", tmp_path / "merged", "--tolerance", 0)
     assert "logits differ from base + adapter by" in error
     assert not list(tmp_path.iterdir())
 
 
-def test_merge_names_an_adapter_that_changes_nothing(trained, tmp_path):
+def test_merge_names_an_adapter_that_changes_nothing(merge_errors, trained, tmp_path):
     from safetensors.torch import load_file, save_file
 
     from dsft.checkpointing.integrity import checksum, mark_complete

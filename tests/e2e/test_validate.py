@@ -49,13 +49,13 @@ def test_two_ranks_report_what_one_does(tiny_model, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_adapter_plays_as_its_merged_model(tiny_model, tmp_path):
+def test_an_adapter_plays_as_its_merged_model(commands, tiny_model, tmp_path):
     game = {"env": "frozenlake", "rows": "episodes", "train_size": 16, "test_size": 2, "output_dir": tmp_path / "data"}
-    made = run([sys.executable, "-m", "dsft.generate", *flags(**game)])
+    made = commands.run("dsft.generate", flags(**game))
     training = {"model": tiny_model, "train_files": tmp_path / "data" / "train.parquet", "messages_key": "messages"}
     training |= {"lora_rank": 4, "lr": 0.02, "train_batch_size": 8, "total_epochs": 2, "dtype": "float32"}
-    trained = run([sys.executable, "-m", "dsft.train", *flags(**training, output_dir=tmp_path / "run")])
-    merged = run([sys.executable, "-m", "dsft.merge", "--checkpoint", tmp_path / "run", "--dtype", "float32"])
+    trained = commands.run("dsft.train", flags(**training, output_dir=tmp_path / "run"))
+    merged = commands.run("dsft.merge", flags(checkpoint=tmp_path / "run", dtype="float32"))
     assert (made.status, trained.status, merged.status) == (0, 0, 0), made.err + trained.err + merged.err
     values = {"env": "frozenlake", "episodes": 4, "max_turns": 2, "max_new_tokens": 8, "dtype": "float32"}
     assert validate(tmp_path / "a.json", model=tiny_model, adapter=tmp_path / "run", **values).status == 0
