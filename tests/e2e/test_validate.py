@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,15 +15,20 @@ from tests.helpers import BIN, ROOT, SAMPLE_VAL, Done, flags, hear_interrupts, r
 ALONE = [sys.executable, "-m", "dsft.validate"]
 
 
-def validate(output, *start: str, **values) -> Done:
-    return run([*(start or ALONE), *flags(output=output, **values)])
+@pytest.fixture
+def validate(commands) -> Callable[..., Done]:
+    def validate(output, *launcher: str, **values) -> Done:
+        words = flags(output=output, **values)
+        return run([*launcher, *words]) if launcher else commands.run("dsft.validate", words)
+
+    return validate
 
 
 def report(output) -> dict:
     return json.loads(output.read_text(encoding="utf-8"))
 
 
-def test_the_expert_is_the_ceiling(tmp_path):
+def test_the_expert_is_the_ceiling(validate, tmp_path):
     done = validate(tmp_path / "new" / "r.json", model="expert", env="sokoban", episodes=25)
     assert done.status == 0, done.err
     assert done.out.splitlines()[:3] == [
@@ -36,7 +42,7 @@ def test_the_expert_is_the_ceiling(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks_report_what_one_does(tiny_model, tmp_path):
+def test_two_ranks_report_what_one_does(validate, tiny_model, tmp_path):
     values = {"model": tiny_model, "env": "frozenlake", "episodes": 5, "max_turns": 3, "max_new_tokens": 5}
     values |= {"dtype": "float32", "batch_size": 2}
     one = validate(tmp_path / "one.json", **values)
@@ -49,7 +55,7 @@ def test_two_ranks_report_what_one_does(tiny_model, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_adapter_plays_as_its_merged_model(commands, tiny_model, tmp_path):
+def test_an_adapter_plays_as_its_merged_model(validate, commands, tiny_model, tmp_path):
     game = {"env": "frozenlake", "rows": "episodes", "train_size": 16, "test_size": 2, "output_dir": tmp_path / "data"}
     made = commands.run("dsft.generate", flags(**game))
     training = {"model": tiny_model, "train_files": tmp_path / "data" / "train.parquet", "messages_key": "messages"}
@@ -66,7 +72,7 @@ def test_an_adapter_plays_as_its_merged_model(commands, tiny_model, tmp_path):
 
 
 @pytest.mark.slow
-def test_dialogues_are_judged_by_loss_and_form(tiny_model, tmp_path):
+def test_dialogues_are_judged_by_loss_and_form(validate, tiny_model, tmp_path):
     done = validate(tmp_path / "r.json", model=tiny_model, data=SAMPLE_VAL, episodes=3, max_new_tokens=4)
     assert done.status == 0, done.err
     told = report(tmp_path / "r.json")
@@ -111,10 +117,10 @@ FOUND_LATE = (
 
 
 @pytest.mark.parametrize("what", [pytest.param(w, marks=[pytest.mark.slow] * (w in FOUND_LATE)) for w in WRONG])
-def test_wrong_use_is_one_clear_line(tmp_path, what):
+def test_wrong_use_is_one_clear_line(commands, tmp_path, what):
     values, told = WRONG[what]
     values = {"model": "random", "env": "frozenlake", "output": tmp_path / "r.json"} | values
-    done = run([*ALONE, *flags(**{name: value for name, value in values.items() if value is not None})])
+    done = commands.run("dsft.validate", flags(**{name: value for name, value in values.items() if value is not None}))
     assert done.status == 1
     assert len(done.errors) == 1, done.err
     assert told in done.errors[0]
@@ -123,7 +129,7 @@ def test_wrong_use_is_one_clear_line(tmp_path, what):
     assert done.seconds < 15
 
 
-def test_a_report_that_cannot_be_written_is_one_line(tmp_path):
+def test_a_report_that_cannot_be_written_is_one_line(validate, tmp_path):
     (tmp_path / "file").write_text("")
     done = validate(tmp_path / "file" / "r.json", model="random", env="frozenlake", episodes=2)
     assert done.status == 1
@@ -131,7 +137,7 @@ def test_a_report_that_cannot_be_written_is_one_line(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_level_file_of_another_game_ends_all_ranks(tmp_path):
+def test_a_level_file_of_another_game_ends_all_ranks(validate, tmp_path):
     levels = write_parquet(tmp_path / "l.parquet", [{"extra_info": {"seed": s, "level": f"{s}"}} for s in range(4)])
     launcher = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2", "-m", "dsft.validate"]
     done = validate(tmp_path / "r.json", *launcher, model="random", env="frozenlake", levels=levels, episodes=4)
