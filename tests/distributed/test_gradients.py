@@ -43,11 +43,11 @@ def reference(folder, rows_file, tokenizer, lora_rank):
     ("backend", "ranks", "tokens", "lora_rank"),
     [
         ("fsdp", 2, LONGEST, 4),
-        ("zero3", 2, LONGEST, 4),
         *(
             pytest.param(*arm, marks=pytest.mark.slow)
             for arm in [
                 ("fsdp", 2, LONGEST, 0),
+                ("zero3", 2, LONGEST, 4),
                 ("zero3", 2, LONGEST, 0),
                 ("fsdp", 1, 2000, 4),
                 ("zero3", 1, 300, 0),

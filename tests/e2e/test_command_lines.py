@@ -173,6 +173,7 @@ def test_merge_names_an_adapter_that_changes_nothing(merge_errors, trained, tmp_
     assert "layers.1.mlp.up_proj.weight is a target of the adapter but did not change" in error
 
 
+@pytest.mark.slow
 def test_a_config_file_gives_defaults_and_flags_win(tiny_model, tmp_path):
     config = tmp_path / "run.yaml"
     values = {

@@ -72,7 +72,7 @@ PIPELINE = {
 }
 SMALL: dict[str, dict[str, Any]] = {
     "dsft.train": TRAIN,
-    "dsft.preview": {name: TRAIN[name] for name in ("model", "train_files", "val_files")},
+    "dsft.preview": {name: TRAIN[name] for name in ("model", "train_files", "val_files")} | {"json": "{out}.json"},
     "dsft.report": {
         "": lambda given: re.sub(r"out/(?!zero3)\w+", "{run}", given).replace("out/zero3", "{other}"),
         "output": "{out}.html",
@@ -103,10 +103,6 @@ SMALL |= {
     "scripts/profile_step.py": TRAIN,
     "scripts/run_pipeline.sh": PIPELINE,
 }  # fmt: skip
-SLOW = (
-    "scripts/run_pipeline.sh",
-    *(name for name in SMALL if name.startswith("scripts/bench_") and "kernels" not in name),
-)
 NOT_WITH = {"max_turns": "data", "max_val_rows": "val_fraction"}  # flags of a small form that another flag excludes
 
 # Commands, by how they begin, that a test runs in its own way: the test or fixture, and what its code must name.
@@ -309,7 +305,9 @@ def test_the_test_that_runs_a_command_exists(start):
 
 
 def of_run(name: str) -> Any:
-    return pytest.param(name, marks=pytest.mark.slow) if RUN[name][0] in SLOW else name
+    """Slow unless it stands in the README and starts no script."""
+    is_fast = name.startswith("README") and not RUN[name][0].startswith("scripts/")
+    return name if is_fast else pytest.param(name, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("name", map(of_run, [name for name in RUN if not name.endswith(".sh")]))

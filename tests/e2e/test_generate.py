@@ -213,6 +213,7 @@ def test_the_files_do_not_depend_on_the_number_of_processes(made, game):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_another_seed_makes_other_levels(made):
     words = GAMES["lake"] | {"train_size": 4}
     one, other = made(**words), made(**words, seed=5)
@@ -256,6 +257,7 @@ def targets(tokenizer, row) -> str:
     return tokenizer.decode([token for token, is_target in zip(*row, strict=True) if is_target])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("game", ["lake", "sokoban"])
 def test_training_reads_turns_and_episodes_alike(made, load, tokenizer, game):
     turns, episodes = made(**GAMES[game]), made(**GAMES[game], rows="episodes")
@@ -278,6 +280,7 @@ def plan(row: dict[str, Any]) -> list[str]:
     return row["reward_model"]["ground_truth"]["plan"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("game", ["lake", "sokoban"])
 def test_chatml_and_messages_train_the_same_tokens(made, load, game):
     messages, chatml = made(**GAMES[game]), made(**GAMES[game], style="chatml")

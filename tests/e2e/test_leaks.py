@@ -8,6 +8,8 @@ import pytest
 
 from tests.helpers import Done, flags, metrics, write_parquet
 
+pytestmark = pytest.mark.slow
+
 
 def turns(topic: str, count: int) -> list[dict]:
     """The rows of a dialogue."""

@@ -11,6 +11,8 @@ import pytest
 from tests.helpers import SAMPLE_TRAIN, SAMPLE_VAL, flags, write_parquet
 from tests.unit.test_preview_faults import ENDLESS, FORGETFUL
 
+pytestmark = pytest.mark.slow
+
 Rows = list[dict]
 ROLES = {"user": "用户", "assistant": "助手"}
 LEVEL = {"level": "0123456789abcdef"}

@@ -291,6 +291,7 @@ def test_a_wrong_model(command, tiny_model, tmp_path, out, kind, parts):
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_a_hub_name_without_the_hub(command, out):
     done = run(command(model="nobody/such-model"), env={"HF_HUB_OFFLINE": "1"})
     refused_alone(done, "--model nobody/such-model: the tokenizer cannot be loaded")

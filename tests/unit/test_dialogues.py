@@ -428,6 +428,7 @@ def test_a_loss_that_is_no_number_ends_the_run(tiny_model, uneven_rows):
     assert told == f"the loss on --data {uneven_rows} is nan; look at the weights of the model"
 
 
+@pytest.mark.slow
 def test_the_loss_is_what_training_logs_before_its_first_step_and_with_its_adapter(tiny_model, uneven_rows, tmp_path):
     limits = {"max_length": 70, "truncation": "left", "with_thinking": True}
     words = flags(

@@ -14,6 +14,8 @@ from dsft.config import MergeConfig
 from tests.helpers import BIN, ROOT, contents, message, run
 from tests.hub import READ_ONLY, TOKEN, Hub
 
+pytestmark = pytest.mark.slow
+
 PUSH = """
 import sys
 from pathlib import Path
@@ -136,7 +138,6 @@ def test_a_name_that_no_repository_can_have_is_refused_before_the_merge(name, to
     assert line.endswith("; write owner/name, or name")
 
 
-@pytest.mark.slow
 def test_merged_and_pushed_in_one_command(hub, trained_runs, tmp_path):
     """And where the push fails, the merge stays."""
     words = [sys.executable, "-m", "dsft.merge", "--checkpoint", trained_runs.folder("lora")]
