@@ -135,15 +135,15 @@ def large(tmp_path_factory, tokenizer):
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    rows = write_parquet(folder / "rows.parquet", [{"prompt": "one two " * 1200, "response": "three"}])
+    rows = write_parquet(folder / "rows.parquet", [{"prompt": "one two " * 2000, "response": "three"}])
     return {"model": folder / "model", "train_files": rows, "max_length": 8192, "gradient_checkpointing": False}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dry", [True, False], ids=["dry run", "training"])
 def test_memory_that_runs_out_is_one_line_with_settings_that_fit(large, words, out, dry):
-    """The system lets the process map 2.2 GB more than at its start; a third of that its threads take."""
-    done = run([sys.executable, "-c", LIMITED, 2200, *words(**large, dry_run=dry)])
+    """The system lets the process map 2.6 GB more than at its start, threads included; the run needs 3.7."""
+    done = run([sys.executable, "-c", LIMITED, 2600, *words(**large, dry_run=dry)])
     assert done.status == 1
     assert len(done.errors) == 1, done.err
     assert done.seconds < SECONDS
