@@ -38,13 +38,15 @@ class MergeConfig(CommonFlags):
         problems = []
         if self.tolerance is not None and self.tolerance < 0:
             problems.append(f"tolerance must be 0 or more, got {self.tolerance}")
-        if self.push_to_hub is not None:
-            problems += _name_problems(self.push_to_hub)
+        for flag_name in ("push_to_hub", "hub_name"):
+            name = getattr(self, flag_name)
+            if name is not None:
+                problems += _name_problems(flag_name, name)
         if problems:
             raise UserError("\n".join(problems))
 
 
-def _name_problems(name: str) -> list[str]:
+def _name_problems(flag_name: str, name: str) -> list[str]:
     """What the Hub's own library finds wrong with a repository's name."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -52,5 +54,5 @@ def _name_problems(name: str) -> list[str]:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        return [f"push_to_hub {name}: {' '.join(str(error).split()).rstrip('.')}; write owner/name, or name"]
+        return [f"{flag_name} {name}: {' '.join(str(error).split()).rstrip('.')}; write owner/name, or name"]
     return []

@@ -120,7 +120,7 @@ class Prediction:
             "gradients": held.gradients,
             "moments": held.moments,
             "gathered": held.gathered,
-            "activations": self.activations.lasting,
+            "activations" if self.by_trace else "activations by a formula": self.activations.lasting,
             "loading": held.leftover,
             "checkpoint": self.copied,
         }
@@ -151,7 +151,7 @@ def predict(bare: Any, setting: Setting, batch: MicroBatch, *, process: ProcessM
         process=process,
         held=held,
         activations=activations or estimate_activations(model, batch, setting),
-        copied=trained * 12 / setting.ranks if setting.copies_state else 0.0,
+        copied=checkpoint_bytes(trained) / setting.ranks if setting.copies_state else 0.0,
         tokens=batch.input_ids.numel(),
         by_trace=activations is not None,
     )
@@ -364,19 +364,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 def gib(size: float) -> str:
     """Bytes in words."""
     return f"{size / GIB:.2f} GiB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words."""
-    if seconds < 0.05:
-        return f"{1000 * seconds:.0f} ms"
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
 
 
 def checkpoint_bytes(trained: int) -> int:

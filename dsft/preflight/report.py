@@ -16,10 +16,10 @@ from dsft.preflight.prediction import (
     Prediction,
     checkpoint_bytes,
     checkpoints_kept,
-    duration,
     gib,
     is_out_of_memory,
 )
+from dsft.text import duration
 
 REPORT = "dry_run.json"
 

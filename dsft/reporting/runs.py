@@ -17,6 +17,7 @@ from dsft.cli import as_words, build
 from dsft.config import GenerateConfig, MergeConfig, TrainConfig, ValidateConfig
 from dsft.errors import UserError
 from dsft.files import reason
+from dsft.text import duration
 
 PIPELINE = "pipeline.json"
 AGAIN = "-again"
@@ -281,15 +282,6 @@ def _rows(names: Any, at_most: Any) -> int | None:
 def listed(value: Any) -> str:
     """A flag's value as it is typed."""
     return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(whole, 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def commands(run: Run) -> list[str]:

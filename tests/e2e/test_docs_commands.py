@@ -317,6 +317,7 @@ def test_a_command_runs(name, commands, tiny_model, trained_runs, tmp_path):
     places = {"model": tiny_model, "out": tmp_path / "out"}
     places |= {name: trained_runs.folder(kind) for name, kind in (("run", "lora"), ("other", "full")) if name in text}
     words = [word.format(**places) if re.search(r"\{(model|run|other|out)\}", word) else word for word in words]
+    before = {path.name for path in ROOT.iterdir()}
     if "--push_to_hub" in words:  # the Hub's address is read when its library is imported
         with closing(Hub()) as hub:
             done = run([sys.executable, "-m", module, *words], env=hub.environment(tmp_path / "home", TOKEN))
@@ -325,6 +326,7 @@ def test_a_command_runs(name, commands, tiny_model, trained_runs, tmp_path):
         done = commands.run(Path(module).stem if module.endswith(".py") else module, words)
     assert done.status == 0, (words, done.err)
     assert (tmp_path / "out.json").exists() == ("--json" in words)
+    assert not [path for path in ROOT.iterdir() if path.name not in before and not path.name.startswith(".")]
 
 
 def path_of_a_newcomer() -> str:

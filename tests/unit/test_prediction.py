@@ -26,7 +26,6 @@ from dsft.preflight.prediction import (
     Setting,
     chains,
     checkpoints_kept,
-    duration,
     is_out_of_memory,
     predict,
     remedies,
@@ -108,6 +107,8 @@ def test_the_peak_is_the_largest_of_loading_computing_and_stepping():
     )
     prediction = Prediction(ProcessMemory(1000, 1050), state, Activations(7, 9, 8), 0, tokens=1, by_trace=True)
     assert prediction.before_first_step == 1000 + 10 + 100
+    assert prediction.parts()["activations"] == 9
+    assert replace(prediction, by_trace=False).parts()["activations by a formula"] == 9
     tokenised = replace(prediction, process=ProcessMemory(1000, 3000))
     assert (tokenised.before_first_step, tokenised.peak) == (3000, 3000)
     assert prediction.peak == 1000 + 110
@@ -269,10 +270,6 @@ def test_checkpoints_on_the_disk_at_once(total, steps, save_steps, most, expecte
 
 def test_time_follows_from_the_machines_own_rate():
     assert seconds_of(59e9, 1e9, torch.float32, CPU) == pytest.approx(100)
-    assert duration(100) == "2 min"
-    assert duration(0.31) == "0.3 s"
-    assert duration(0.0042) == "4 ms"
-    assert duration(7200) == "2.0 h"
 
 
 def needed(**changes) -> Needs:

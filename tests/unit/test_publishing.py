@@ -11,7 +11,7 @@ import pytest
 
 from dsft.cli import parse
 from dsft.config import MergeConfig
-from tests.helpers import BIN, ROOT, contents, message, run
+from tests.helpers import BIN, ROOT, contents, flags, message, run
 from tests.hub import READ_ONLY, TOKEN, Hub
 
 pytestmark = pytest.mark.slow
@@ -122,20 +122,29 @@ def test_the_command_for_later_works(hub, model):
     assert hub.repositories["me/tuned"].files == contents(model)
 
 
+@pytest.mark.parametrize("flag_name", ["push_to_hub", "hub_name"])
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("a/b/c", "push_to_hub a/b/c: Repo id must be in the form 'repo_name' or 'namespace/repo_name'"),
-        ("me/a b", "push_to_hub me/a b: Repo id must use alphanumeric chars"),
-        ("me/a--b", "push_to_hub me/a--b: Cannot have -- or .. in repo_id"),
+        ("a/b/c", "a/b/c: Repo id must be in the form 'repo_name' or 'namespace/repo_name'"),
+        ("me/a b", "me/a b: Repo id must use alphanumeric chars"),
+        ("me/a--b", "me/a--b: Cannot have -- or .. in repo_id"),
         ("me/" + "a" * 97, "maximum length is 96"),
-        ("/tmp/out", "push_to_hub /tmp/out: "),
+        ("/no/path", "/no/path: "),
     ],
 )
-def test_a_name_that_no_repository_can_have_is_refused_before_the_merge(name, told):
-    line = message(parse, MergeConfig, ["--checkpoint", "/no/such", "--push_to_hub", name])
+def test_a_name_that_no_repository_can_have_is_refused_before_the_merge(flag_name, name, told):
+    line = message(parse, MergeConfig, ["--checkpoint", "/no/such", f"--{flag_name}", name])
+    assert line.startswith(f"{flag_name} {name}: ")
     assert told in line
     assert line.endswith("; write owner/name, or name")
+
+
+def test_a_card_names_the_repository_that_it_is_meant_for(commands, trained_runs, tmp_path):
+    words = flags(checkpoint=trained_runs.folder("lora"), output=tmp_path / "merged", hub_name="me/tuned")
+    done = commands.run("dsft.merge", words)
+    assert done.status == 0, done.err
+    assert "me/tuned" in (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
 
 
 def test_merged_and_pushed_in_one_command(hub, trained_runs, tmp_path):

@@ -100,3 +100,14 @@ def test_a_runs_name_is_shown_letter_for_letter():
         warnings.simplefilter("error")  # a user would see it on standard error
         svg = draw("Loss", "", [Curve(name, 0, [(1, 2.0)]), Curve("b", 1, [(1, 2.0)])], noisy=False)
     assert f"\u200b{name}" in [element.text for element in parts(svg).iter("text")]
+
+
+def test_equal_curves_are_all_seen():
+    """Two backends draw the same line: the one below is wider."""
+    equal = [(1, 2.0), (2, 1.0), (3, 1.5)]
+    svg = draw("Loss", "", [Curve("a", 0, equal), Curve("b", 1, equal)], noisy=False)
+    width = {
+        name: max(map(float, re.findall(rf"stroke: var\(--run-{color}\); stroke-width: ([\d.]+)", svg)))
+        for color, name in enumerate("ab")
+    }
+    assert width["a"] > width["b"]

@@ -14,7 +14,8 @@ from dsft.config import GenerateConfig, TrainConfig
 from dsft.reporting.judgements import TUNED, find_judgements, game_lines, samples, shortened
 from dsft.reporting.markdown import blocks_as_markdown
 from dsft.reporting.report import tell
-from dsft.reporting.runs import commands, data_figures, duration, read_metrics, read_run, read_runs
+from dsft.reporting.runs import commands, data_figures, read_metrics, read_run, read_runs
+from dsft.text import duration
 from tests.helpers import message, save_checkpoint, write_parquet
 
 FLAGS = {"model": "some/model", "train_files": ["no/such.parquet"], "output_dir": "out/run", "lr": 0.001}
@@ -66,7 +67,7 @@ def test_data_figures_by_hand(tmp_path):
         "tokens": "400 in the first epoch",
         "targets": "100 in the first epoch",  # 10 + 20 + 30 + 40
         "fold ratio": f"{600 / (50 + 50 + 25 + 25 + 100 + 100):.2f} tokens of rows for each that was computed",
-        "time in steps": "3 min 0 s",
+        "time in steps": "3 min",
     }
     rows.unlink()
     run = read_run(make_run(tmp_path / "begun", lines[:2]), "begun")
@@ -81,7 +82,7 @@ def test_values_that_are_no_numbers_do_not_count(tmp_path):
     assert figures["tokens"] == "200 in the 3 steps told of"
     assert figures["targets"] == "20 in the 3 steps told of"
     assert figures["fold ratio"].startswith("2.00 ")
-    assert figures["time in steps"] == "1 min 0 s"
+    assert figures["time in steps"] == "60 s"
 
 
 def test_a_run_that_a_newer_version_went_on_with_has_one_curve(tmp_path):
@@ -98,7 +99,7 @@ def test_a_run_with_a_strange_name_is_not_said_to_have_no_values(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.04, "0.0 s"), (59.7, "1 min 0 s"), (3600, "1 h 0 min"), (7322, "2 h 2 min")]
+    ("seconds", "text"), [(0.0042, "4 ms"), (0.31, "0.3 s"), (59.7, "60 s"), (100, "2 min"), (7322, "2.0 h")]
 )
 def test_durations(seconds, text):
     assert duration(seconds) == text
