@@ -4,9 +4,8 @@ import os
 import sys
 
 from dsft.cli import main as command_line
-from dsft.cli import run_and_report
 from dsft.config import CheckpointConfig
-from dsft.errors import UserError
+from dsft.errors import UserError, run_and_report
 
 
 def run(config: CheckpointConfig) -> None:

@@ -3,15 +3,15 @@
 import sys
 
 from dsft.cli import main as command_line
-from dsft.cli import run_and_report
 from dsft.config import GenerateConfig
+from dsft.errors import run_and_report
 
 
 def run(config: GenerateConfig) -> None:
     """Generate and print what was made."""
 
     def work() -> None:
-        from dsft.expert_data import generate
+        from dsft.envs.expert_data import generate
 
         for line in generate(config).lines():
             print(line)

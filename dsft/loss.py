@@ -1,13 +1,17 @@
 """The masked-response loss, computed inside the model's output head, a part of the targets at a time."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
-from dsft.dataset.micro_batches import MicroBatch
+from dsft.dataset.micro_batches import MicroBatch, MicroBatches
+from dsft.distributed import runtime
 
 LOGITS_AT_ONCE = 2**25  # float32 elements: 128 MiB, whatever the vocabulary
 SCALED_LOGITS = (
@@ -159,3 +163,31 @@ class LossInParts(torch.autograd.Function):
             for present, dtype in zip(ctx.present, ctx.dtypes, strict=True)
         ]
         return (*gradients, None, None)
+
+
+@torch.no_grad()
+def mean_loss(
+    model: Any,
+    head: TargetHead,
+    micro_batches: MicroBatches,
+    world: runtime.World,
+    device: torch.device,
+    *,
+    show_progress: bool = False,
+) -> float:
+    """Sum over sum, over every row, whatever the micro-batches and the number of ranks. Called on every rank.
+
+    Returns:
+        Mean negative log-likelihood of a target, the same on all ranks; it may be infinite or no number.
+    """
+    plan = micro_batches.plan(np.arange(micro_batches.rows))
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    for part in tqdm(plan.parts[world.rank], desc="loss", unit=" batches", disable=None if show_progress else True):
+        loss_sum += summed_loss(model, head, micro_batches.make(part).to(device))
+    (total,) = runtime.sum_over_ranks([loss_sum.item()], device)
+    return total / plan.targets
+
+
+def loss_metrics(loss: float) -> dict[str, float]:
+    """The loss and its perplexity, under the names that metrics and reports have."""
+    return {"val/loss": loss, "val/perplexity": math.exp(loss) if loss < 700 else math.inf}

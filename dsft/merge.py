@@ -6,12 +6,12 @@ from dsft.config import MergeConfig
 
 def run(config: MergeConfig) -> None:
     """Merge, print what the proof measured, and publish the result where that is asked for."""
-    from dsft import runtime
+    from dsft.distributed import runtime
 
     def work() -> None:
         if not config.debug:
             runtime.silence_libraries()
-        from dsft.model.merging import merge
+        from dsft.export.merging import merge
 
         report = merge(config)
         print(f"merged   {report.checkpoint} into {report.output}: {report.merged_weights} weights changed, no other")
@@ -20,7 +20,7 @@ def run(config: MergeConfig) -> None:
             f"{report.relative_difference:.3g} of their spread (tolerance {report.tolerance:g})"
         )
         if config.push_to_hub is not None:
-            from dsft.model.publishing import push
+            from dsft.export.hub import push
 
             print(f"pushed   {push(report.output, config.push_to_hub, private=config.hub_private)}")
 

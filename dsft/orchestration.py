@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 from dsft.checkpointing.layout import CheckpointFolder
 from dsft.checkpointing.state import read_state
-from dsft.cli import as_words, build
 from dsft.config import GenerateConfig, MergeConfig, PipelineConfig, ReportConfig, TrainConfig, ValidateConfig
 from dsft.config.pipeline import SHARED, STEPS
+from dsft.config.values import as_words, build
 from dsft.envs import make_environment
 from dsft.errors import UserError
 from dsft.files import guard_disk, write_text
@@ -289,8 +289,8 @@ class Pipeline:
                 self._run(Job(f"validate-{player.replace(' ', '-')}", "validate", config, ranks))
 
     def _report(self) -> list[str]:
-        from dsft.reporting.judgements import find_judgements, game_lines
-        from dsft.reporting.model_card import add_results
+        from dsft.export.model_card import add_results
+        from dsft.reporting.eval_reports import find_judgements, game_lines
         from dsft.reporting.report import write_report
         from dsft.reporting.runs import read_runs
 
@@ -302,7 +302,7 @@ class Pipeline:
         return [*(f"report   {path}" for path in written), *game_lines(judgements)]
 
     def _publish(self) -> None:
-        from dsft.model.publishing import push
+        from dsft.export.hub import push
 
         assert self.merge.push_to_hub is not None
         with self._interrupt.let_through():

@@ -3,8 +3,8 @@
 import sys
 
 from dsft.cli import main as command_line
-from dsft.cli import run_and_report
 from dsft.config import PipelineConfig
+from dsft.errors import run_and_report
 
 
 def run(config: PipelineConfig) -> None:

@@ -5,17 +5,16 @@ import os
 import sys
 
 from dsft.cli import main as command_line
-from dsft.cli import run_and_report
 from dsft.config import PreviewConfig
-from dsft.errors import UserError
+from dsft.errors import UserError, run_and_report
 
 
 def run(config: PreviewConfig) -> None:
     """Show it all, then say in one line what training would refuse, if anything."""
 
     def work() -> None:
-        from dsft.preflight.preview import make_preview
-        from dsft.preflight.showing import show, write_files
+        from dsft.previewing.preview import make_preview
+        from dsft.previewing.render import show, write_files
 
         preview = make_preview(config)
         if isinstance(sys.stdout, io.TextIOWrapper):

@@ -14,10 +14,10 @@ from dsft.config import TrainConfig
 
 def run(config: TrainConfig) -> None:
     """Train; torch is imported only here, when the flags are known to be good."""
-    from dsft import runtime
+    from dsft.distributed import runtime
 
     def work() -> None:
-        from dsft.trainer import Trainer
+        from dsft.training.trainer import Trainer
 
         Trainer(config).train()
 

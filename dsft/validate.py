@@ -6,10 +6,10 @@ from dsft.config import ValidateConfig
 
 def run(config: ValidateConfig) -> None:
     """Validate and print the figures."""
-    from dsft import runtime
+    from dsft.distributed import runtime
 
     def work() -> None:
-        from dsft.validation.judge import validate
+        from dsft.validation.evaluate import validate
 
         for line in validate(config):
             print(line)

@@ -33,7 +33,7 @@ def train(words: list[str]) -> None:
     from dsft.checkpointing.saving import Checkpointer
     from dsft.cli import parse
     from dsft.config import TrainConfig
-    from dsft.trainer import Trainer
+    from dsft.training.trainer import Trainer
 
     save = Checkpointer.save
 

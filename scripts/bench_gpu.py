@@ -93,7 +93,7 @@ def write_model(name: str, folder: Path) -> None:
     import torch
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-    from dsft import runtime
+    from dsft.distributed import runtime
     from dsft.model.embedded import embedded_model
 
     runtime.silence_libraries()
@@ -299,7 +299,7 @@ def main() -> None:
     work_dir = Path(options.work_dir or tempfile.mkdtemp(prefix="dsft-bench-")).resolve()
     say(f"runs and results stand in {work_dir}")
     gpu = gpu_name()
-    from dsft import runtime
+    from dsft.distributed import runtime
 
     runtime.silence_libraries()
     print(f"GPU: {gpu or 'none found; a tiny model on CPU'}\n")

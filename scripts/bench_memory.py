@@ -23,9 +23,9 @@ def measure(name: str, length: int, rows: int, returns: bool) -> dict:
     import numpy as np
     import torch
 
-    from dsft import runtime
     from dsft.dataset.folding import fold
     from dsft.dataset.micro_batches import padded
+    from dsft.distributed import runtime
     from dsft.loss import TargetHead, summed_loss
     from dsft.model.lora import LoraOptions, add_lora
     from dsft.model.source import ModelSource, resolve_model

@@ -78,7 +78,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Run all arms, compare losses, print times."""
     options = parse()
-    from dsft import runtime
+    from dsft.distributed import runtime
 
     arms = parse_arms(options.arms, options.trl_micro_batch)
     case = Case(

@@ -405,7 +405,7 @@ def make_inputs(folder: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from dsft.runtime import silence_libraries
+    from dsft.distributed.runtime import silence_libraries
 
     silence_libraries()
     special = ["<|end|>", "<|user|>", "<|assistant|>"]

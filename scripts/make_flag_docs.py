@@ -11,7 +11,6 @@ import typing
 from dataclasses import fields
 from pathlib import Path
 
-from dsft.cli import default_text, meanings, type_text
 from dsft.config import (
     CheckpointConfig,
     GenerateConfig,
@@ -22,6 +21,7 @@ from dsft.config import (
     TrainConfig,
     ValidateConfig,
 )
+from dsft.config.values import default_text, meanings, type_text
 
 COMMANDS = {
     "train": TrainConfig,

@@ -13,9 +13,9 @@ import time
 
 from torch.profiler import ProfilerActivity, profile
 
-from dsft import runtime
 from dsft.cli import parse
 from dsft.config import TrainConfig
+from dsft.distributed import runtime
 
 STEPS = 3
 
@@ -25,7 +25,7 @@ def main() -> None:
     if "--help" in sys.argv:
         print(__doc__)
         return
-    from dsft.trainer import Trainer
+    from dsft.training.trainer import Trainer
 
     trainer = Trainer(parse(TrainConfig, sys.argv[1:]))
     with runtime.StopSignals() as stop:

@@ -34,7 +34,7 @@ def answer(model_folder: str, messages: list[dict]) -> str:
 
 def main() -> None:
     """Print the report; exit with 1 where a run did not lower its validation loss."""
-    from dsft import runtime
+    from dsft.distributed import runtime
     from dsft.model.source import resolve_model
 
     runtime.silence_libraries()

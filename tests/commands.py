@@ -22,12 +22,12 @@ from tests.helpers import ROOT, Done, flags, write_parquet
 SERVER = """
 import importlib, json, os, socket, sys, traceback
 
-from dsft import runtime
+from dsft.distributed import runtime
 
 sys.path.append("scripts")  # their main functions are commands too
 runtime.silence_libraries()
-names = ("trainer", "backends.fsdp", "backends.zero3", "model.merging", "reporting.report")
-for name in (*names, "validation.judge", "validation.dialogues"):
+names = ("training.trainer", "backends.fsdp", "backends.zero3", "export.merging", "reporting.report")
+for name in (*names, "validation.evaluate", "validation.dialogues"):
     importlib.import_module(f"dsft.{name}")
 import matplotlib.backends.backend_svg, peft.tuners.lora, transformers.models.llama.modeling_llama
 print("ready", flush=True)

@@ -64,7 +64,7 @@ def tiny_tokenizer(tiny_model):
 @pytest.fixture
 def one_tokenizer(tiny_model, tiny_tokenizer, monkeypatch) -> None:
     """Previews of the tiny model share its tokenizer: to load it takes half of the time of a small one."""
-    from dsft.preflight import preview
+    from dsft.previewing import preview
 
     load = preview.load_tokenizer
 

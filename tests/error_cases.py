@@ -143,7 +143,7 @@ cases("--config", {text: config_file(text) for text in ("lr: [1", "just text", "
 
 @case
 def what_nobody_foresaw(place: Place) -> list[str]:
-    from dsft.cli import run_and_report
+    from dsft.errors import run_and_report
 
     with contextlib.redirect_stderr(io.StringIO()) as told:
         assert run_and_report(lambda: json.loads("{"), debug=False) == 1
@@ -256,7 +256,7 @@ def parting(on_leak: str = "warn", val_fraction: float | None = None) -> Case:
 
     def part(place: Place) -> None:
         from dsft.config import TrainConfig
-        from dsft.preflight.leaks import separate
+        from dsft.dataset.leaks import separate
 
         data = token_dataset([([1, 2], [False, True])])
         flags = TrainConfig(model="m", train_files=["t"], output_dir="o", on_leak=on_leak, val_fraction=val_fraction)  # type: ignore[arg-type]
@@ -275,7 +275,7 @@ cases(
 def a_row_to_show_that_is_not_there(place: Place) -> None:
     import numpy as np
 
-    from dsft.preflight.rows import choose_rows
+    from dsft.previewing.rows import choose_rows
 
     choose_rows(np.array([7]), 3, [5])
 
@@ -730,7 +730,7 @@ cases(
 @case
 def another_run_meanwhile(place: Place) -> None:
     from dsft.checkpointing.layout import CheckpointFolder
-    from dsft.checkpointing.resuming import open_output
+    from dsft.training.resuming import open_output
     from tests.unit.test_resuming import train
 
     train(place.folder / "out", 1)
@@ -739,7 +739,7 @@ def another_run_meanwhile(place: Place) -> None:
 
 @case
 def a_history_that_is_no_text(place: Place) -> None:
-    from dsft.checkpointing.resuming import read_history
+    from dsft.training.resuming import read_history
 
     (place.folder / "metrics.jsonl").write_bytes(b"\xff")
     read_history(place.folder)
@@ -815,7 +815,7 @@ cases(
 def merging(files: "dict[str, bytes | str]", **flags: Any) -> Case:
     def merge_(place: Place) -> None:
         from dsft.config import MergeConfig
-        from dsft.model.merging import merge
+        from dsft.export.merging import merge
 
         saved = save_checkpoint(place.folder, 1, files)
         merge(MergeConfig(checkpoint=str(saved), **{k: v.format(place.folder) for k, v in flags.items()}))
@@ -837,7 +837,7 @@ cases(
 @case
 def merge_that_cannot_be_written(place: Place) -> None:
     from dsft.config import MergeConfig
-    from dsft.model.merging import merge
+    from dsft.export.merging import merge
 
     merge(MergeConfig(checkpoint=str(place.runs.folder("lora")), output="/proc/dsft/merged"))
 
@@ -845,7 +845,7 @@ def merge_that_cannot_be_written(place: Place) -> None:
 @case
 def merge_that_differs(place: Place) -> None:
     from dsft.config import MergeConfig
-    from dsft.model.merging import merge
+    from dsft.export.merging import merge
 
     output = str(place.folder / "merged")
     merge(MergeConfig(checkpoint=str(place.runs.folder("lora")), output=output, dtype="bfloat16", tolerance=0))
@@ -864,7 +864,7 @@ def other_adapter(place: Place) -> Path:
 
 @case
 def merge_of_another_adapter(place: Place) -> None:
-    from dsft.model.merging import _with_adapter
+    from dsft.export.merging import _with_adapter
     from dsft.model.source import ModelSource
 
     _with_adapter(ModelSource(str(place.model)).pretrained("auto"), other_adapter(place), str(place.model))
@@ -874,7 +874,7 @@ def weights(reloaded: float, merged: float, original: float, *targets: str) -> C
     def check(place: Place) -> None:
         import torch
 
-        from dsft.model.merging import _check_weights
+        from dsft.export.merging import _check_weights
 
         models = [torch.nn.Linear(1, 1, bias=False) for _ in range(3)]
         for model, value in zip(models, (reloaded, merged, original), strict=True):
@@ -896,7 +896,7 @@ cases(
 
 @case
 def a_push_without_a_login(place: Place) -> None:
-    from dsft.model.publishing import push
+    from dsft.export.hub import push
 
     place.patch.delenv("HF_TOKEN", raising=False)
     place.patch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
@@ -937,7 +937,7 @@ cases(
 
 @case
 def a_judgement_that_is_none(place: Place) -> None:
-    from dsft.reporting.judgements import find_judgements
+    from dsft.reporting.eval_reports import find_judgements
 
     find_judgements([], [str(place.file("report.json", "{}"))])
 
@@ -949,7 +949,7 @@ def generating(words: str, *, made: str = "") -> Case:
     def make(place: Place) -> None:
         from dsft.cli import parse
         from dsft.config import GenerateConfig
-        from dsft.expert_data import generate
+        from dsft.envs.expert_data import generate
 
         if made:
             place.file(made)
@@ -989,7 +989,7 @@ def no_short_level(place: Place) -> None:
 
 @case
 def a_searching_process_that_dies(place: Place) -> None:
-    from dsft.expert_data import _received
+    from dsft.envs.expert_data import _received
     from dsft.processes import HeldInterrupt
 
     reader, writer = multiprocessing.Pipe(duplex=False)
@@ -1095,7 +1095,7 @@ cases(
 def a_model_without_a_loss(place: Place) -> None:
     import torch
 
-    from dsft.runtime import World
+    from dsft.distributed.runtime import World
     from dsft.validation.dialogues import judge_dialogues
 
     place.patch.setenv("DSFT_CACHE", str(place.folder / "cache"))
@@ -1171,7 +1171,7 @@ cases(
 def more_ranks_than_gpus(place: Place) -> None:
     import torch
 
-    from dsft.runtime import World, pick_device
+    from dsft.distributed.runtime import World, pick_device
 
     place.patch.setattr(torch.cuda, "is_available", lambda: True)
     place.patch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -1182,7 +1182,7 @@ TWO_RANKS = """
 import os, sys
 
 import torch
-from dsft import runtime
+from dsft.distributed import runtime
 
 rank = 0 if os.fork() else 1
 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
@@ -1219,7 +1219,7 @@ def watching(happens: Callable[[Any, Any], object]) -> Case:
     def watch(place: Place) -> list[str]:
         import psutil
 
-        from dsft import liveness
+        from dsft.distributed import liveness
 
         class EndedError(BaseException):
             pass
@@ -1251,7 +1251,7 @@ def watching(happens: Callable[[Any, Any], object]) -> Case:
 
 
 def machine_that_is_silent(watch: Any, child: Any) -> None:
-    from dsft.liveness import Peer
+    from dsft.distributed.liveness import Peer
     from tests.unit.test_liveness import Store
 
     store = Store(watch)
@@ -1290,8 +1290,8 @@ def a_dry_run_with_less_memory_than_predicted(place: Place) -> None:
 
     from dsft.backends.base import BackendOptions
     from dsft.model.source import ModelSource
-    from dsft.preflight.prediction import ProcessMemory, Setting, chains, predict
-    from dsft.preflight.report import refuse
+    from dsft.planning.prediction import ProcessMemory, Setting, chains, predict
+    from dsft.planning.report import refuse
 
     options = BackendOptions(torch.device("cpu"), torch.float32, trains_base=True, clip_grad=1.0)
     bare = ModelSource(str(place.model)).empty(torch.float32)
@@ -1306,7 +1306,7 @@ def memory_that_runs_out(place: Place) -> None:
     import torch
 
     from dsft.config import TrainConfig
-    from dsft.preflight.report import out_of_memory
+    from dsft.planning.report import out_of_memory
 
     config = TrainConfig(model="m", train_files=["t"], output_dir="o")
     with out_of_memory(config, list):

@@ -12,7 +12,6 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from dsft import runtime
 from dsft.backends.base import (
     MOMENTS,
     PARAMETER,
@@ -25,6 +24,7 @@ from dsft.backends.base import (
     set_schedule,
     trainable,
 )
+from dsft.distributed import runtime
 
 
 class FsdpBackend(Backend):

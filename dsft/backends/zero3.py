@@ -14,7 +14,6 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from dsft import runtime
 from dsft.backends.base import (
     MOMENTS,
     PARAMETER,
@@ -28,6 +27,7 @@ from dsft.backends.base import (
     trainable,
 )
 from dsft.backends.ds_config import AUTO, read_ds_config
+from dsft.distributed import runtime
 from dsft.errors import UserError
 
 

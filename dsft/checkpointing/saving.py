@@ -21,9 +21,9 @@ from dsft.checkpointing.integrity import checksum
 from dsft.checkpointing.layout import ADAPTER, METRICS, CheckpointFolder
 from dsft.checkpointing.state import STATE, TrainerState
 from dsft.checkpointing.tensor_files import TensorFile, TensorWriter, index_text, plan_files
+from dsft.distributed.runtime import World
 from dsft.errors import UserError
 from dsft.files import is_refusal, reason
-from dsft.runtime import World
 
 Result = TypeVar("Result")
 MESSAGE_BYTES = 16 * 2**20  # small tensors travel together up to this size

@@ -12,6 +12,7 @@ import torch
 from dsft.dataset.folding import Folded, common_prefix, fold, pack
 from dsft.dataset.tokens import TokenDataset
 from dsft.errors import UserError
+from dsft.model.flops import Cost
 
 if TYPE_CHECKING:
     from dsft.model.tree_attention import Tree
@@ -20,22 +21,6 @@ SLACKS = (1.02, 1.1, 1.3, math.inf)  # how much more than the most even cut a pi
 MOST_SEARCHED = 50_000  # rows times pieces of a batch; beyond that only the most even cut is looked at
 Sequences = list[np.ndarray]
 """What one micro-batch holds: for each sequence the rows (int64) that are folded into it."""
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Floating-point operations of a forward and backward pass; see dsft.model.flops."""
-
-    token: float
-    """For each token that is computed."""
-    pair: float
-    """For each token that a token attends to."""
-    target: float
-    """For each target, in the head."""
-
-    def of(self, tokens: np.ndarray | float, pairs: np.ndarray | float, targets: np.ndarray | float) -> np.ndarray:
-        """The sum."""
-        return np.asarray(self.token * tokens + self.pair * pairs + self.target * targets)
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,30 @@ mixture-of-experts model, whose experts are no linear layers to torch, the exper
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from dsft.dataset.micro_batches import Cost
+
+@dataclass(frozen=True)
+class Cost:
+    """Floating-point operations of a forward and backward pass."""
+
+    token: float
+    """For each token that is computed."""
+    pair: float
+    """For each token that a token attends to."""
+    target: float
+    """For each target, in the head."""
+
+    def of(self, tokens: np.ndarray | float, pairs: np.ndarray | float, targets: np.ndarray | float) -> np.ndarray:
+        """The sum."""
+        return np.asarray(self.token * tokens + self.pair * pairs + self.target * targets)
 
 
 def count_flops(model: nn.Module, shape: Callable[[nn.Parameter], tuple[int, ...]]) -> Cost:

@@ -12,7 +12,6 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from dsft.checkpointing.layout import find_checkpoint, is_checkpoint
 from dsft.errors import UserError, did_you_mean_path
 from dsft.model.embedded import NAME as EMBEDDED
 from dsft.model.embedded import embedded_model
@@ -21,12 +20,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 
-def resolve_model(name: str, *, check: bool = True) -> str:
+def resolve_model(name: str) -> str:
     """What from_pretrained takes for --model: the embedded model's folder, a checked folder, or a Hub name.
-
-    Args:
-        name: value of the flag.
-        check: where it is a checkpoint of full fine-tuning, compare its checksums; see `find_checkpoint`.
 
     Raises:
         UserError: a folder that is no model, or without safetensors weights.
@@ -39,8 +34,6 @@ def resolve_model(name: str, *, check: bool = True) -> str:
         if looks_like_path:
             raise UserError(f"--model {name}: no such folder{did_you_mean_path(name, [EMBEDDED])}")
         return name
-    if is_checkpoint(folder):
-        find_checkpoint(name, "model", check=check)
     if not (folder / "config.json").is_file():
         within = [str(path) for path in sorted(folder.iterdir()) if (path / "config.json").is_file()]
         meant = f" (did you mean '{within[0]}'?)" if within else ""

@@ -6,14 +6,14 @@ from dataclasses import fields
 from pathlib import Path
 
 from dsft.checkpointing.inspection import Line
-from dsft.cli import default_text
 from dsft.config import ReportConfig, TrainConfig
 from dsft.config.report import HTML
+from dsft.config.values import default_text
 from dsft.files import guard_disk, write_text
 from dsft.reporting.curves import Curve, draw
 from dsft.reporting.document import Block, Document, Figure, Folded, Heading, Lines, Mono, Table, Text
+from dsft.reporting.eval_reports import Judgement, find_judgements, samples, sources, tables
 from dsft.reporting.html import as_html
-from dsft.reporting.judgements import Judgement, find_judgements, samples, sources, tables
 from dsft.reporting.markdown import as_markdown
 from dsft.reporting.runs import Run, commands, data_figures, listed, read_runs
 from dsft.text import printable

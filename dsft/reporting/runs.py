@@ -13,8 +13,8 @@ from typing import Any
 from dsft.checkpointing.inspection import Line, checkpoints_of
 from dsft.checkpointing.layout import METRICS, is_checkpoint
 from dsft.checkpointing.state import CONFIG, TrainerState, read_flags
-from dsft.cli import as_words, build
 from dsft.config import GenerateConfig, MergeConfig, TrainConfig, ValidateConfig
+from dsft.config.values import as_words, build
 from dsft.errors import UserError
 from dsft.files import reason
 from dsft.text import duration

@@ -11,18 +11,17 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dsft import runtime
 from dsft.config import ValidateConfig
 from dsft.dataset.chat_format import THINK, ChatFormat
 from dsft.dataset.micro_batches import Layout, MicroBatches
 from dsft.dataset.parquet import find_files, read_columns, walk
 from dsft.dataset.tokens import DataFormat, TokenDataset, load_dataset
+from dsft.distributed import runtime
 from dsft.errors import UserError
-from dsft.loss import TargetHead
+from dsft.loss import TargetHead, loss_metrics, mean_loss
 from dsft.model.flops import count_flops
-from dsft.model.memory import ActivationMemory, free_memory, token_budget
+from dsft.planning.activations import ActivationMemory, free_memory, token_budget
 from dsft.validation.generation import TransformersGenerator, VllmGenerator
-from dsft.validation.loss import loss_metrics, mean_loss
 from dsft.validation.statistics import wilson_interval
 
 UNTAGGED = r"(?:(?!</?(?:think|answer)>).)*"

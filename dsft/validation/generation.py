@@ -9,13 +9,14 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dsft import runtime
 from dsft.checkpointing.layout import ADAPTER, find_checkpoint, is_checkpoint
+from dsft.checkpointing.models import resolve_model
 from dsft.checkpointing.tensor_files import TensorReader
 from dsft.config import ValidateConfig
 from dsft.dataset.chat_format import ChatFormat
+from dsft.distributed import runtime
 from dsft.errors import UserError
-from dsft.model.source import ModelSource, load_tokenizer, resolve_model
+from dsft.model.source import ModelSource, load_tokenizer
 
 
 class Generator(Protocol):

@@ -11,11 +11,11 @@ from tqdm import tqdm
 from dsft.config import ValidateConfig
 from dsft.dataset.chat_format import ChatFormat
 from dsft.dataset.parquet import Cell, find_files, read_columns
+from dsft.distributed.runtime import World
 from dsft.envs import make_environment
 from dsft.envs.base import ACTIONS, SEEDS_WITHOUT_NEW_LEVEL, Environment
 from dsft.envs.conversation import NOT_UNDERSTOOD, Conversation, format_answer, instruction, parse_answer
 from dsft.errors import UserError
-from dsft.runtime import World
 from dsft.validation.generation import Generator
 from dsft.validation.statistics import wilson_interval
 

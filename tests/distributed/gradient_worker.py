@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from dsft.backends.base import PARAMETER, trainable
 from dsft.cli import parse
 from dsft.config import TrainConfig
-from dsft.runtime import StopSignals, run_to_exit
-from dsft.trainer import Trainer
+from dsft.distributed.runtime import StopSignals, run_to_exit
+from dsft.training.trainer import Trainer
 from tests.helpers import seeded_tensor
 
 RATE = 1024.0  # a power of two, large against rounding of the weights

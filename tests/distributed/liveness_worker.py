@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from dsft import runtime
+from dsft.distributed import runtime
+from dsft.distributed.liveness import Liveness
 from dsft.errors import UserError
-from dsft.liveness import Liveness
 from dsft.processes import launch_command
 
 REMEDY = "the same command goes on"

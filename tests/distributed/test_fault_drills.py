@@ -217,7 +217,7 @@ def test_every_damage_is_seen(tmp_path, damage, name):
 
 
 def test_tracebacks_of_the_launcher_are_not_ours():
-    ours = f'Traceback (most recent call last):\n  File "{ROOT}/dsft/trainer.py", line 1, in x\nKeyError: 1\n'
+    ours = f'Traceback (most recent call last):\n  File "{ROOT}/dsft/training/trainer.py", line 1, in x\nKeyError: 1\n'
     theirs = 'Traceback (most recent call last):\n  File "/lib/torch/run.py", line 1, in x\nChildFailedError\n'
     assert drills.own_traceback(theirs)[0]
     assert not drills.own_traceback(theirs + ours)[0]

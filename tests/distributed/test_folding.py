@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from dsft.dataset.batches import GlobalBatches
-from dsft.dataset.micro_batches import Cost, Layout, MicroBatches
+from dsft.dataset.micro_batches import Layout, MicroBatches
 from dsft.dataset.tokens import DataFormat, TokenDataset, load_dataset
-from dsft.model.memory import MOST_TOKENS
+from dsft.model.flops import Cost
+from dsft.planning.activations import MOST_TOKENS
 from tests.helpers import MEDICAL, SAMPLE_TRAIN, flags, metrics, start_words, write_parquet
 
 STEPS, ROWS_A_STEP, RATE = 5, 6, 1e-4

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dsft import liveness
+from dsft.distributed import liveness
 from tests.distributed.liveness_worker import REMEDY
 from tests.helpers import BIN, ROOT
 

@@ -462,7 +462,7 @@ def test_links_outside_the_site_resolve(page):
 
 def test_the_game_of_the_page_is_one():
     """The example that a reader would copy plays as the page says."""
-    from dsft.expert_data import play_expert
+    from dsft.envs.expert_data import play_expert
 
     text = (ROOT / "docs" / "adding_environment.md").read_text(encoding="utf-8")
     [source] = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)

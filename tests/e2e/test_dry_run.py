@@ -15,7 +15,9 @@ import resource, sys
 
 import psutil
 
-from dsft import runtime, trainer, train
+from dsft import train
+from dsft.distributed import runtime
+from dsft.training import trainer
 from dsft.backends import fsdp
 
 limit = psutil.Process().memory_info().vms + int(sys.argv.pop(1)) * 2**20

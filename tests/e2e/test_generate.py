@@ -365,7 +365,7 @@ def test_control_c_at_any_moment_ends_it_and_leaves_nothing(tmp_path):
         "import multiprocessing, os, random, signal, sys\n"
         "from dsft.config import GenerateConfig\n"
         "from dsft.envs import frozen_lake\n"
-        "from dsft.expert_data import generate\n"
+        "from dsft.envs.expert_data import generate\n"
         "signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))\n"
         "big = dict(env='frozenlake', train_size=100000, test_size=20, num_processes=2)\n"
         "for number in range(50):\n"
@@ -434,7 +434,7 @@ def test_memory_does_not_grow_with_the_number_of_levels(tmp_path):
     code = (
         "import resource, sys\n"
         "from dsft.config import GenerateConfig\n"
-        "from dsft.expert_data import generate\n"
+        "from dsft.envs.expert_data import generate\n"
         "generate(GenerateConfig(env='frozenlake', size=8, train_size=int(sys.argv[1]), test_size=0,\n"
         "                        num_processes=1, output_dir=sys.argv[2]))\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)\n"

@@ -287,8 +287,9 @@ def test_an_unfinished_validation_goes_on_unless_its_flags_changed(whole, config
 
 
 def test_shared_flags_reach_every_step_that_has_them(config, tmp_path):
-    from dsft.cli import as_words, parse
+    from dsft.cli import parse
     from dsft.config import PipelineConfig
+    from dsft.config.values import as_words
     from dsft.orchestration import Pipeline
 
     shared = {"dtype": "bfloat16", "attn_implementation": "eager", "trust_remote_code": True, "debug": True}

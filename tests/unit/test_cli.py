@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsft import cli
-from dsft.cli import as_yaml, parse, read_value
+from dsft.cli import parse
 from dsft.config import (
     CheckpointConfig,
     GenerateConfig,
@@ -20,7 +20,9 @@ from dsft.config import (
     ReportConfig,
     TrainConfig,
     ValidateConfig,
+    values,
 )
+from dsft.config.values import as_yaml, read_value
 from dsft.errors import UserError
 from tests.helpers import COMMANDS, ROOT
 
@@ -72,7 +74,7 @@ def test_help_lists_every_flag_with_type_default_and_meaning():
     lines = help_of_train().stdout.splitlines()
     for f in dataclasses.fields(TrainConfig):
         [at] = [i for i, line in enumerate(lines) if line.startswith(f"  --{f.name} ")]
-        assert lines[at + 1].strip() == cli.meanings(TrainConfig)[f.name] != ""
+        assert lines[at + 1].strip() == values.meanings(TrainConfig)[f.name] != ""
     assert "  --backend  (one of fsdp, zero3; fsdp)" in lines
     assert "  --model  (text; required)" in lines
     assert "  --lr  (a number; 0.0001)" in lines
@@ -110,9 +112,9 @@ def test_all_that_cannot_be_read_is_told_at_once(tmp_path):
         "--output_dir needs a value: text",
         "unknown flag --bogus; --help lists all flags",
         f"{tmp_path}/c.yaml: unknown flag 'lora_rankk' (did you mean 'lora_rank'?)",
-        f"--model is required: {cli.meanings(TrainConfig)['model']}",
+        f"--model is required: {values.meanings(TrainConfig)['model']}",
         "max_length must be a whole number, got None",
-        f"--train_files is required: {cli.meanings(TrainConfig)['train_files']}",
+        f"--train_files is required: {values.meanings(TrainConfig)['train_files']}",
         "lr must be a number, got 'fast'",
         "seed must be a whole number, got '1.5'",
     ]
@@ -356,7 +358,7 @@ def test_a_bad_command_line_prints_its_lines_and_exits_with_one(capsys):
     with pytest.raises(SystemExit) as exited:
         cli.main(TrainConfig, lambda config: pytest.fail("must not run"), ["--model", "m", "--train_files", "t"])
     assert exited.value.code == 1
-    meaning = cli.meanings(TrainConfig)["output_dir"]
+    meaning = values.meanings(TrainConfig)["output_dir"]
     assert capsys.readouterr().err == f"error: --output_dir is required: {meaning}\n"
 
 
@@ -368,7 +370,7 @@ def test_a_good_command_line_runs_with_its_config():
 
 @pytest.mark.parametrize("config_class", [TrainConfig, MergeConfig])
 def test_every_flag_has_a_meaning_of_one_line(config_class):
-    meaning = cli.meanings(config_class)
+    meaning = values.meanings(config_class)
     assert list(meaning) == list(typing.get_type_hints(config_class))
     assert all(text.strip() and "\n" not in text for text in meaning.values())
 
@@ -407,14 +409,14 @@ def test_wrong_flags_of_sections_are_told_at_once(tmp_path):
     [TrainConfig, MergeConfig, CheckpointConfig, ReportConfig, GenerateConfig, ValidateConfig, PipelineConfig],
 )
 def test_every_flag_has_a_meaning_wherever_it_is_declared(config_class):
-    meanings = cli.meanings(config_class)
+    meanings = values.meanings(config_class)
     assert all(meanings[f.name].strip() for f in dataclasses.fields(config_class))
 
 
 def test_a_config_as_words_reads_back_to_itself():
     config = TrainConfig(model="m", train_files=["a", "b"], output_dir="o", lr=3e-4, use_dora=True, eval_steps=7)
-    assert parse(TrainConfig, cli.as_words(config)) == config
-    assert cli.as_words(TrainConfig(model="m", train_files=["a"], output_dir="o")) == [
+    assert parse(TrainConfig, values.as_words(config)) == config
+    assert values.as_words(TrainConfig(model="m", train_files=["a"], output_dir="o")) == [
         *("--model", "m", "--train_files", "a", "--output_dir", "o")
     ]
 

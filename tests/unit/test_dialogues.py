@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsft.config import ValidateConfig
+from dsft.distributed.runtime import World
 from dsft.errors import UserError
-from dsft.runtime import World
 from dsft.validation.dialogues import Answer, earlier_questions, judge_dialogues, normalize, parse_answer, summarize
 from dsft.validation.generation import load_generator
 from dsft.validation.statistics import Z, wilson_interval
@@ -451,7 +451,7 @@ def test_the_loss_is_what_training_logs_before_its_first_step_and_with_its_adapt
 
 TWO_RANKS = """
 import json, sys
-from dsft import runtime
+from dsft.distributed import runtime
 from dsft.config import ValidateConfig
 from dsft.validation.dialogues import judge_dialogues
 from dsft.validation.generation import load_generator

@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dsft.model.flops import count_flops, measure_matmul
 from dsft.model.lora import LoraOptions, add_lora
-from dsft.model.memory import MOST_TOKENS, SHARE, ActivationMemory, checkpointed_layers, token_budget
+from dsft.planning.activations import MOST_TOKENS, SHARE, ActivationMemory, checkpointed_layers, token_budget
 
 CPU = torch.device("cpu")
 TOKENS = 96

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from dsft.envs import frozen_lake
 from dsft.envs.base import ACTIONS
+from dsft.envs.expert_data import play_expert
 from dsft.envs.frozen_lake import FrozenLake, from_flags
 from dsft.errors import UserError
-from dsft.expert_data import play_expert
 from tests.helpers import outputs_elsewhere
 
 NUMBERS = {"Left": 0, "Down": 1, "Right": 2, "Up": 3}

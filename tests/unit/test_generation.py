@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from dsft.config import GenerateConfig, ValidateConfig
+from dsft.envs.expert_data import generate
 from dsft.errors import UserError
-from dsft.expert_data import generate
+from dsft.validation.evaluate import validate
 from dsft.validation.generation import load_generator
-from dsft.validation.judge import validate
 from tests.helpers import SAMPLE_VAL
 
 POSITIONS = 2048  # of the tiny model

@@ -17,8 +17,8 @@ from dsft.checkpointing.inspection import Report, inspect
 from dsft.checkpointing.integrity import COMPLETE
 from dsft.checkpointing.layout import CheckpointFolder
 from dsft.checkpointing.state import CONFIG, STATE, TrainerState
-from dsft.cli import as_yaml
 from dsft.config import TrainConfig
+from dsft.config.values import as_yaml
 from tests.helpers import ROOT, contents, message, save_checkpoint
 
 WEIGHTS = save({"a": torch.ones(3, 4), "b": torch.ones(5)})

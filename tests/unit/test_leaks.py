@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsft.config import GenerateConfig
+from dsft.dataset.leaks import find_leaks, rows_to_drop
 from dsft.dataset.tokens import DataFormat, load_dataset
-from dsft.expert_data import generate
-from dsft.preflight.leaks import find_leaks, rows_to_drop
+from dsft.envs.expert_data import generate
 from tests.helpers import MEDICAL, ROOT, SAMPLE_TRAIN, SAMPLE_VAL, message, token_dataset, write_parquet
 
 PROPERTY = settings(deadline=None, database=None)
@@ -382,5 +382,5 @@ def test_all_validation_rows_of_the_medical_set_stand_in_its_training_half(token
 
 
 def test_the_search_loads_no_torch():
-    code = "import dsft.preflight.leaks, sys; assert not {'torch', 'transformers'} & set(sys.modules)"
+    code = "import dsft.dataset.leaks, sys; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

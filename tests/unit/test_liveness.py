@@ -8,8 +8,9 @@ import time
 import psutil
 import pytest
 
-from dsft import liveness, processes
-from dsft.liveness import (
+from dsft import processes
+from dsft.distributed import liveness
+from dsft.distributed.liveness import (
     TICKS_GONE,
     TICKS_ORPHANED,
     TICKS_SILENT,

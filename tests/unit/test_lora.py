@@ -8,7 +8,8 @@ from peft import PeftModel
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from dsft.errors import UserError
-from dsft.model.lora import LoraOptions, LoraStart, adapter_tensors, add_lora
+from dsft.model.initial_weights import LoraInitializer
+from dsft.model.lora import LoraOptions, adapter_tensors, add_lora
 from dsft.model.source import ModelSource
 
 PLAIN = LoraOptions(rank=4, alpha=8.0, dropout=0.0, target_modules=["all-linear"], use_rslora=False, use_dora=False)
@@ -37,14 +38,14 @@ def lora_tensors(model) -> dict[str, torch.Tensor]:
 
 def built_whole(path: str, options: LoraOptions, dtype=torch.float32, seed: int = 1) -> PeftModel:
     model = add_lora(ModelSource(path).pretrained(dtype), options, "base")
-    LoraStart(model, seed)(model)
+    LoraInitializer(model, seed)(model)
     return model
 
 
 def built_layer_by_layer(path: str, options: LoraOptions, dtype=torch.float32, seed: int = 1) -> PeftModel:
     source = ModelSource(path)
     model = add_lora(source.skeleton(dtype), options, "base")
-    source.after_fill = LoraStart(model, seed)
+    source.after_fill = LoraInitializer(model, seed)
     source.after_fill(model)
     layers = [layer for m in model.modules() if isinstance(m, torch.nn.ModuleList) for layer in m]
     for layer in reversed(layers):  # the order in which layers come must not matter
@@ -120,13 +121,13 @@ def test_starting_leaves_the_random_state_as_it_was(tiny_model):
     torch.manual_seed(4)
     expected = torch.rand(1)
     torch.manual_seed(4)
-    LoraStart(model, 1)(model)
+    LoraInitializer(model, 1)(model)
     assert torch.equal(torch.rand(1), expected)
 
 
 def test_a_layer_is_started_once(tiny_model):
     model = add_lora(ModelSource(str(tiny_model)).pretrained(torch.float32), PLAIN, "base")
-    start = LoraStart(model, 1)
+    start = LoraInitializer(model, 1)
     start(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

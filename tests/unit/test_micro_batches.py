@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsft.dataset.folding import attention_mask, common_prefix, fold, sort_rows
-from dsft.dataset.micro_batches import Cost, Layout, MicroBatches, Piece, cut, deal, spread, waiting_cost
+from dsft.dataset.micro_batches import Layout, MicroBatches, Piece, cut, deal, spread, waiting_cost
 from dsft.errors import UserError
+from dsft.model.flops import Cost
 from tests.helpers import token_dataset
 
 PROPERTY = settings(deadline=None, database=None, max_examples=60)

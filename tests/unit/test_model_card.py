@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from dsft.checkpointing.state import read_state
 from dsft.cli import parse
 from dsft.config import TrainConfig
-from dsft.reporting.judgements import TUNED, Judgement
-from dsft.reporting.model_card import add_results, model_card, name_of
+from dsft.export.model_card import add_results, model_card, name_of
+from dsft.reporting.eval_reports import TUNED, Judgement
 from tests.helpers import save_checkpoint
 
 NAMES = {"name": "tuned", "place": "me/tuned", "dtype": "torch.bfloat16"}

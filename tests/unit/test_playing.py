@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from dsft.config import ValidateConfig
+from dsft.distributed.runtime import World
 from dsft.envs import make_environment
 from dsft.envs.base import ACTIONS
+from dsft.envs.expert_data import play_expert
 from dsft.errors import UserError
-from dsft.expert_data import play_expert
-from dsft.runtime import World
 from dsft.validation.generation import load_generator
 from dsft.validation.playing import (
     ExpertPlayer,
@@ -199,7 +199,7 @@ def test_prompts_are_the_tokens_that_training_sees(tiny_model, tokenizer, tmp_pa
     """A row that dsft.generate writes, and the prompt that dsft.validate makes at that position."""
     from dsft.config import GenerateConfig
     from dsft.dataset.tokens import DataFormat, load_dataset
-    from dsft.expert_data import generate
+    from dsft.envs.expert_data import generate
 
     for style, history in (("messages", None), ("chatml", 1), ("plain", 0)):
         folder = tmp_path / style

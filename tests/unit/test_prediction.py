@@ -15,11 +15,10 @@ from dsft.backends.base import BackendOptions, HeldMemory
 from dsft.config import PreviewConfig
 from dsft.errors import UserError
 from dsft.model.lora import LoraOptions
-from dsft.model.memory import AllocationTrace
-from dsft.preflight.figures import Batches
-from dsft.preflight.heap import heap_peaks
-from dsft.preflight.needs import Needs, needs_findings
-from dsft.preflight.prediction import (
+from dsft.planning.activations import AllocationTrace
+from dsft.planning.heap import heap_peaks
+from dsft.planning.needs import Needs, needs_findings
+from dsft.planning.prediction import (
     Activations,
     Prediction,
     ProcessMemory,
@@ -32,7 +31,8 @@ from dsft.preflight.prediction import (
     seconds_of,
     shapes,
 )
-from dsft.preflight.report import memory_lines, out_of_memory, refuse
+from dsft.planning.report import memory_lines, out_of_memory, refuse
+from dsft.previewing.statistics import Batches
 from tests.helpers import message
 
 CPU = torch.device("cpu")

@@ -10,8 +10,8 @@ import pytest
 
 from dsft.config import PreviewConfig
 from dsft.dataset.parquet import Cell
-from dsft.preflight.faults import Row, script, visible
-from dsft.preflight.preview import Preview, make_preview
+from dsft.previewing.preview import Preview, make_preview
+from dsft.previewing.row_checks import Row, script, visible
 from tests.helpers import MEDICAL, SAMPLE_TRAIN, SAMPLE_VAL, write_parquet
 
 MEDICAL_SET = pytest.param(MEDICAL, marks=pytest.mark.skipif(not MEDICAL.exists(), reason="the medical set is absent"))

@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsft.dataset.batches import GlobalBatches
-from dsft.dataset.micro_batches import Cost, Layout, MicroBatches
+from dsft.dataset.micro_batches import Layout, MicroBatches
 from dsft.dataset.parquet import Cell
 from dsft.dataset.tokens import Counts, DataFormat, fit, load_dataset
 from dsft.errors import UserError
-from dsft.preflight.figures import (
+from dsft.model.flops import Cost
+from dsft.previewing.statistics import (
     MOST_PLANNED,
     Bin,
     Layouts,

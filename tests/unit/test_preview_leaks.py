@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dsft.config import PreviewConfig
-from dsft.preflight.preview import Preview, make_preview
+from dsft.previewing.preview import Preview, make_preview
 from tests.helpers import MEDICAL, write_parquet
 
 REMEDY = "--on_leak drop_val or drop_train leaves them out"

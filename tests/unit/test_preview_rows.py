@@ -14,9 +14,9 @@ from rich.console import Console
 from dsft.dataset.chat_format import ChatFormat
 from dsft.dataset.parquet import Cell
 from dsft.dataset.tokens import DataFormat, load_dataset
-from dsft.preflight.preview import Preview
-from dsft.preflight.rows import RowView, Span, choose_rows, make_spans, plain_text, view_row
-from dsft.preflight.showing import as_page, coloured, show
+from dsft.previewing.preview import Preview
+from dsft.previewing.render import as_page, coloured, show
+from dsft.previewing.rows import RowView, Span, choose_rows, make_spans, plain_text, view_row
 from dsft.text import visible_text
 from tests.helpers import MEDICAL, SAMPLE_TRAIN, SAMPLE_VAL, message, write_parquet
 

@@ -19,8 +19,8 @@ pytestmark = pytest.mark.slow
 PUSH = """
 import sys
 from pathlib import Path
-from dsft.cli import run_and_report
-from dsft.model.publishing import push
+from dsft.errors import run_and_report
+from dsft.export.hub import push
 
 folder, name, private, debug = sys.argv[1:]
 work = lambda: print("pushed", push(Path(folder), name, private=private == "True"))

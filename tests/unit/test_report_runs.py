@@ -11,7 +11,7 @@ import yaml
 
 from dsft.cli import parse
 from dsft.config import GenerateConfig, TrainConfig
-from dsft.reporting.judgements import TUNED, find_judgements, game_lines, samples, shortened
+from dsft.reporting.eval_reports import TUNED, find_judgements, game_lines, samples, shortened
 from dsft.reporting.markdown import blocks_as_markdown
 from dsft.reporting.report import tell
 from dsft.reporting.runs import commands, data_figures, read_metrics, read_run, read_runs

@@ -17,8 +17,8 @@ from dsft.checkpointing.layout import CheckpointFolder
 from dsft.checkpointing.saving import Checkpointer, Snapshot
 from dsft.checkpointing.state import STATE, TrainerState, read_state
 from dsft.checkpointing.tensor_files import TensorReader
+from dsft.distributed.runtime import World
 from dsft.errors import UserError
-from dsft.runtime import World
 from tests.helpers import contents, message, seeded_tensor
 
 ONE = World(0, 1, 0, 1)

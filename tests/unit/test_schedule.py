@@ -2,7 +2,7 @@
 
 import pytest
 
-from dsft.schedule import learning_rate_factor as factor
+from dsft.training.optimizer import learning_rate_factor as factor
 
 
 def test_the_warmup_rises_linearly_from_the_first_step_to_the_peak():

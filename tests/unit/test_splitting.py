@@ -7,10 +7,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from dsft.dataset.leaks import find_leaks
 from dsft.dataset.splitting import choose_sizes, join_rows, rows_to_split_off, split_off
 from dsft.dataset.tokens import DataFormat, load_dataset
 from dsft.errors import UserError
-from dsft.preflight.leaks import find_leaks
 from tests.helpers import SAMPLE_TRAIN, message, outputs_elsewhere, token_dataset, write_parquet
 
 PROPERTY = settings(deadline=None, database=None)

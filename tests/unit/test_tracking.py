@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from dsft.errors import UserError
-from dsft.tracking import METRICS, WANDB_ID, Tracker
+from dsft.training.tracking import METRICS, WANDB_ID, Tracker
 
 
 def metrics(step: int) -> dict:

@@ -14,10 +14,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from dsft.dataset.folding import attention_mask, fold, pack
-from dsft.dataset.micro_batches import Cost, Layout, MicroBatches, packed
+from dsft.dataset.micro_batches import Layout, MicroBatches, packed
 from dsft.errors import UserError
 from dsft.loss import TargetHead, summed_loss
 from dsft.model import tree_attention as tree_attention_module
+from dsft.model.flops import Cost
 from dsft.model.tree_attention import (
     NAME,
     Tree,

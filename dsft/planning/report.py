@@ -10,7 +10,7 @@ from pathlib import Path
 from dsft.config import TrainConfig
 from dsft.errors import UserError
 from dsft.files import guard_disk, write_text
-from dsft.preflight.prediction import (
+from dsft.planning.prediction import (
     GIB,
     WITHIN,
     Prediction,

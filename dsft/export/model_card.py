@@ -20,7 +20,7 @@ from dsft.files import write_text
 from dsft.model.embedded import HUB_NAME, LICENSE
 from dsft.model.embedded import NAME as EMBEDDED
 from dsft.reporting.document import Block, Document, Heading, Lines, Mono, Table, Text
-from dsft.reporting.judgements import TUNED, Judgement, tables
+from dsft.reporting.eval_reports import TUNED, Judgement, tables
 from dsft.reporting.markdown import as_markdown, blocks_as_markdown
 from dsft.reporting.runs import listed, training_command
 

@@ -13,11 +13,11 @@ from rich.text import Text
 
 import dsft
 from dsft.files import guard_disk, write_text
-from dsft.preflight.figures import Batches, Bin, Folding, histogram_lines
-from dsft.preflight.needs import Needs
-from dsft.preflight.preview import Preview
-from dsft.preflight.report import memory_text, time_text
-from dsft.preflight.rows import CLOSE, OPEN, RowView, Span, plain_text
+from dsft.planning.needs import Needs
+from dsft.planning.report import memory_text, time_text
+from dsft.previewing.preview import Preview
+from dsft.previewing.rows import CLOSE, OPEN, RowView, Span, plain_text
+from dsft.previewing.statistics import Batches, Bin, Folding, histogram_lines
 from dsft.text import visible_text
 
 STYLES = {"ok": "green", "warning": "yellow", "refused": "bold red"}

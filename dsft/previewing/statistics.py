@@ -8,8 +8,9 @@ import numpy as np
 
 from dsft.dataset.batches import GlobalBatches
 from dsft.dataset.folding import common_prefix
-from dsft.dataset.micro_batches import Cost, Layout, MicroBatches
+from dsft.dataset.micro_batches import Layout, MicroBatches
 from dsft.dataset.tokens import TokenDataset
+from dsft.model.flops import Cost
 
 MOST_BINS = 12
 MOST_PLANNED = 64  # batches of the first epoch that are laid out to know their folding; more are sampled

@@ -9,12 +9,12 @@ from typing import Any
 import yaml
 
 from dsft.checkpointing.layout import ADAPTER, LOCK, METRICS, CheckpointFolder, find_checkpoint, is_checkpoint, step_of
+from dsft.checkpointing.models import resolve_model
 from dsft.checkpointing.state import read_flags, read_state
-from dsft.cli import as_yaml
 from dsft.config import TrainConfig
+from dsft.config.values import as_yaml
 from dsft.errors import UserError
 from dsft.files import guard_disk
-from dsft.model.source import resolve_model
 
 
 def find_resume(config: TrainConfig, folder: CheckpointFolder, warn: Callable[[str], None]) -> Path | None:

@@ -4,21 +4,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dsft import runtime
 from dsft.backends import backend_class
 from dsft.config import PreviewConfig
 from dsft.dataset.micro_batches import Layout, MicroBatches
 from dsft.dataset.tokens import TokenDataset
+from dsft.distributed import runtime
 from dsft.model.flops import count_flops, measure_matmul
-from dsft.model.memory import ActivationMemory, fit_micro_batches, free_memory
 from dsft.model.source import ModelSource
 from dsft.model.tree_attention import why_no_trees
-from dsft.options import backend_options, lora_options
-from dsft.preflight import prediction as preflight
-from dsft.preflight.faults import Finding
-from dsft.preflight.figures import Batches, Layouts, order_of_batches
-from dsft.preflight.prediction import gib
-from dsft.preflight.report import disk_warning, fits
+from dsft.planning import prediction as preflight
+from dsft.planning.activations import ActivationMemory, fit_micro_batches, free_memory
+from dsft.planning.options import backend_options, lora_options
+from dsft.planning.prediction import gib
+from dsft.planning.report import disk_warning, fits
+from dsft.previewing.row_checks import Finding
+from dsft.previewing.statistics import Batches, Layouts, order_of_batches
 
 
 @dataclass(frozen=True)

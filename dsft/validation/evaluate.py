@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 import dsft
-from dsft import runtime
 from dsft.config import ValidateConfig
+from dsft.distributed import runtime
 from dsft.files import guard_disk, write_text
 from dsft.validation.generation import load_generator
 from dsft.validation.playing import ExpertPlayer, ModelPlayer, Player, RandomPlayer, choose_levels, play, summarize

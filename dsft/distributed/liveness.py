@@ -27,8 +27,7 @@ import psutil
 import torch.distributed as dist
 
 from dsft import processes
-from dsft.cli import print_error
-from dsft.errors import UserError
+from dsft.errors import UserError, print_error
 
 Result = TypeVar("Result")
 

@@ -16,36 +16,37 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 import dsft
-from dsft import runtime
 from dsft.backends import backend_class
 from dsft.backends.base import MOMENTS, PARAMETER, StateSlice, trainable
 from dsft.checkpointing.layout import ADAPTER, CONFIG, METRICS, MODEL, OPTIMIZER, CheckpointFolder
-from dsft.checkpointing.resuming import find_initial_weights, find_resume, open_output, read_history
+from dsft.checkpointing.models import resolve_model
 from dsft.checkpointing.saving import Checkpointer, Snapshot
 from dsft.checkpointing.state import TrainerState, read_state
 from dsft.checkpointing.tensor_files import TensorReader
-from dsft.cli import as_yaml
 from dsft.config import EVERY_EPOCH, TrainConfig
+from dsft.config.values import as_yaml
 from dsft.dataset.batches import GlobalBatches
+from dsft.dataset.leaks import separate
 from dsft.dataset.micro_batches import Layout, MicroBatches
 from dsft.dataset.tokens import DataFormat, TokenDataset, load_dataset
+from dsft.distributed import runtime
+from dsft.distributed.liveness import Liveness
 from dsft.errors import UserError
 from dsft.files import guard_disk, write_text
-from dsft.liveness import Liveness
-from dsft.loss import TargetHead, summed_loss
+from dsft.loss import TargetHead, loss_metrics, mean_loss, summed_loss
 from dsft.model import tree_attention
 from dsft.model.flops import count_flops, measure_matmul
-from dsft.model.lora import LoraStart, add_lora
-from dsft.model.memory import ActivationMemory, fit_micro_batches, free_memory, recompute_layers
-from dsft.model.source import ModelSource, load_tokenizer, resolve_model
-from dsft.options import backend_options, lora_options
-from dsft.preflight import prediction as preflight
-from dsft.preflight.leaks import separate
-from dsft.preflight.report import DryRun, disk_warning, memory_lines, out_of_memory, refuse, time_line
+from dsft.model.initial_weights import LoraInitializer
+from dsft.model.lora import add_lora
+from dsft.model.source import ModelSource, load_tokenizer
+from dsft.planning import prediction as preflight
+from dsft.planning.activations import ActivationMemory, fit_micro_batches, free_memory, recompute_layers
+from dsft.planning.options import backend_options, lora_options
+from dsft.planning.report import DryRun, disk_warning, memory_lines, out_of_memory, refuse, time_line
 from dsft.processes import launch_command
-from dsft.schedule import learning_rate_factor
-from dsft.tracking import Tracker
-from dsft.validation.loss import loss_metrics, mean_loss
+from dsft.training.optimizer import learning_rate_factor
+from dsft.training.resuming import find_initial_weights, find_resume, open_output, read_history
+from dsft.training.tracking import Tracker
 
 
 class Trainer:
@@ -174,7 +175,7 @@ class Trainer:
         if lora is not None:
             base = model
             model = runtime.together(lambda: add_lora(base, lora, self.base_name))
-            source.after_fill = LoraStart(model, config.seed)
+            source.after_fill = LoraInitializer(model, config.seed)
             source.after_fill(model)
         self.head = TargetHead(model)
         self.full_model = model

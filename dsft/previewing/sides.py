@@ -6,11 +6,11 @@ import numpy as np
 
 from dsft.config import PreviewConfig
 from dsft.dataset.chat_format import ChatFormat
+from dsft.dataset.leaks import find_leaks, separate
 from dsft.dataset.tokens import TokenDataset
 from dsft.errors import UserError
-from dsft.preflight.faults import Finding
-from dsft.preflight.leaks import find_leaks, separate
-from dsft.preflight.loading import Loaded
+from dsft.previewing.loading import Loaded
+from dsft.previewing.row_checks import Finding
 
 HEAD, TAIL = 40, 25  # characters of an example's text
 NO_LEAK = "no validation row shares its text, prompt, dialogue or level with a training row"

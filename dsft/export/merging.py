@@ -14,12 +14,13 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dsft.checkpointing.layout import ADAPTER, find_checkpoint
+from dsft.checkpointing.models import resolve_model
 from dsft.checkpointing.tensor_files import TensorReader
 from dsft.config import MergeConfig
 from dsft.errors import UserError
+from dsft.export.model_card import model_card, name_of
 from dsft.files import is_refusal, make_readable, reason
-from dsft.model.source import ModelSource, load_tokenizer, resolve_model
-from dsft.reporting.model_card import model_card, name_of
+from dsft.model.source import ModelSource, load_tokenizer
 
 FLOAT32_TOLERANCE = 1e-3  # measured: 1e-5 on the embedded model
 # Rounding weights to 16 bits: 0.06 to 0.41 in runs of the embedded model. The float32 sum has proved itself before.

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dsft import runtime
+from dsft.distributed import runtime
 
 SHARE = 0.5  # of the free memory that activations may take; the rest is for gradients, gathered weights and the system
 MOST_TOKENS = {"cpu": 4096, "cuda": 32_768}  # more does not run faster, see docs/benchmarks.md

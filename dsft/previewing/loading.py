@@ -9,8 +9,8 @@ from dsft.dataset.chat_format import ChatFormat, Segment
 from dsft.dataset.parquet import Cell, find_files, read_columns
 from dsft.dataset.tokens import DataFormat, TokenDataset, load_dataset, row_segments
 from dsft.errors import UserError
-from dsft.preflight.faults import Scan
-from dsft.preflight.template import Probe
+from dsft.previewing.row_checks import Scan
+from dsft.previewing.template_checks import Probe
 
 NO_LIMIT = 2**31 - 1
 MOST_COMPARED = 100  # rows whose prompts are made into tokens once more, as generation would

@@ -16,17 +16,17 @@ import numpy as np
 import psutil
 import torch
 
-from dsft import runtime
 from dsft.backends import backend_class
 from dsft.backends.base import BackendOptions, HeldMemory
 from dsft.dataset.batches import GlobalBatches
 from dsft.dataset.folding import fold
 from dsft.dataset.micro_batches import MicroBatch, MicroBatches, Plan, packed
+from dsft.distributed import runtime
 from dsft.loss import TargetHead, summed_loss
 from dsft.model import tree_attention
 from dsft.model.lora import LoraOptions, add_lora
-from dsft.model.memory import ActivationMemory, AllocationTrace, recompute_layers
-from dsft.preflight.heap import heap_peaks
+from dsft.planning.activations import ActivationMemory, AllocationTrace, recompute_layers
+from dsft.planning.heap import heap_peaks
 
 GIB = 2**30
 PASSES = 2  # played to malloc

@@ -8,7 +8,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dsft.dataset.chat_format import THINK, ChatFormat, Segment
-from dsft.preflight.faults import END_THINK, Finding, Scan, TemplateMarks, rows_of
+from dsft.previewing.row_checks import END_THINK, Finding, Scan, TemplateMarks, rows_of
 
 QUESTION, ANSWER, AGAIN, SYSTEM, THOUGHT = "probequestion", "probeanswer", "probeagain", "probesystem", "probethought"
 LONGEST = 60  # characters of a template's own text in a message

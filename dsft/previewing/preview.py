@@ -5,15 +5,19 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
-from dsft import runtime
-from dsft.checkpointing.resuming import find_initial_weights
+from dsft.checkpointing.models import resolve_model
 from dsft.config import PreviewConfig
 from dsft.dataset.chat_format import ChatFormat
 from dsft.dataset.tokens import DataFormat
+from dsft.distributed import runtime
 from dsft.errors import UserError
-from dsft.model.source import load_tokenizer, resolve_model
-from dsft.preflight.faults import Finding, rows_of
-from dsft.preflight.figures import (
+from dsft.model.source import load_tokenizer
+from dsft.planning.needs import Needs, needs, needs_findings, plan_run
+from dsft.previewing.loading import Loaded, load
+from dsft.previewing.row_checks import Finding, rows_of
+from dsft.previewing.rows import RowView, choose_rows, view_row
+from dsft.previewing.sides import Sides, part
+from dsft.previewing.statistics import (
     Batches,
     Figures,
     Folding,
@@ -23,11 +27,8 @@ from dsft.preflight.figures import (
     fold_ratios,
     truncation,
 )
-from dsft.preflight.loading import Loaded, load
-from dsft.preflight.needs import Needs, needs, needs_findings, plan_run
-from dsft.preflight.rows import RowView, choose_rows, view_row
-from dsft.preflight.sides import Sides, part
-from dsft.preflight.template import Probe, probe_template, start_finding, template_findings
+from dsft.previewing.template_checks import Probe, probe_template, start_finding, template_findings
+from dsft.training.resuming import find_initial_weights
 
 
 @dataclass

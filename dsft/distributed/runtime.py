@@ -20,15 +20,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from dsft.distributed.liveness import Liveness
 from dsft.errors import UserError
-from dsft.liveness import Liveness
 
 Result = TypeVar("Result")
 M_MMAP_THRESHOLD = -3  # malloc.h
 RETURNED_BLOCK = 8 * 2**20  # bytes, see return_freed_memory
 LONGEST_WORK = timedelta(hours=2)
 """For which ranks wait while one of them makes tokens of the rows or reads a checkpoint. That a rank has died or hangs
-is seen elsewhere (dsft.liveness), and sooner than by any time limit."""
+is seen elsewhere (dsft.distributed.liveness), and sooner than by any time limit."""
 
 _object_groups: "WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]" = WeakKeyDictionary()
 
@@ -324,7 +324,7 @@ def run_to_exit(work: Callable[[], Any], *, debug: bool) -> None:
     A rank that fails alone must not wait for the others in a library's clean-up, so the process ends at once
     and the launcher, or their own watch, ends the rest.
     """
-    from dsft.cli import end_quietly, run_and_report
+    from dsft.errors import end_quietly, run_and_report
 
     try:
         status = run_and_report(lambda: _watched(work), debug=debug)

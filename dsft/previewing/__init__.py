@@ -1,0 +1,1 @@
+"""What training will see of the data."""
