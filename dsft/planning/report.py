@@ -19,7 +19,7 @@ from dsft.planning.prediction import (
     gib,
     is_out_of_memory,
 )
-from dsft.text import duration
+from dsft.units import duration
 
 REPORT = "dry_run.json"
 
