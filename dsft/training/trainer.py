@@ -21,7 +21,7 @@ from dsft.backends.base import MOMENTS, PARAMETER, StateSlice, trainable
 from dsft.checkpointing.layout import ADAPTER, CONFIG, METRICS, MODEL, OPTIMIZER, CheckpointFolder
 from dsft.checkpointing.models import resolve_model
 from dsft.checkpointing.saving import Checkpointer, Snapshot
-from dsft.checkpointing.state import TrainerState, read_state
+from dsft.checkpointing.state import TrainerState, read_state, with_command
 from dsft.checkpointing.tensor_files import TensorReader
 from dsft.config import EVERY_EPOCH, TrainConfig
 from dsft.config.values import as_yaml
@@ -250,7 +250,8 @@ class Trainer:
                 guard_disk(lambda: root.mkdir(parents=True, exist_ok=True), root)
             else:
                 open_output(self.folder, self.resume_from, warn)
-                guard_disk(lambda: write_text(root / CONFIG, as_yaml(config)), root / CONFIG)
+                text = with_command(as_yaml(config), launch_command(without=("resume", "stop_after_steps")))
+                guard_disk(lambda: write_text(root / CONFIG, text), root / CONFIG)
             guard_disk(self._make_small_files, root)
 
         runtime.on_main(self.world, make)
