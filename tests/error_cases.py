@@ -155,7 +155,7 @@ def what_nobody_foresaw(place: Place) -> list[str]:
 
 def files_of(*names: str) -> Case:
     def find(place: Place) -> None:
-        from dsft.dataset.parquet import find_files
+        from dsft.dataset.readers import find_files
 
         find_files([name.format(place.folder) for name in names], "train_files")
 
@@ -166,7 +166,7 @@ cases("files", {"none": files_of(), "empty folder": files_of("{}"), "missing": f
 
 
 def reading(place: Place, file: Path, column: str = "prompt") -> None:
-    from dsft.dataset.parquet import read_columns
+    from dsft.dataset.readers import read_columns
 
     list(read_columns([file], [column], ["prompt_key"], None))
 
@@ -242,7 +242,7 @@ cases(
 @case
 def a_damaged_column_of_levels(place: Place) -> None:
     """Damaged where a struct's field stands."""
-    from dsft.dataset.parquet import read_field
+    from dsft.dataset.readers import read_field
 
     file = write_parquet(place.folder / "rows.parquet", [{"extra_info": {"level": f"{i:016x}"}} for i in range(9)])
     content = bytearray(file.read_bytes())
@@ -289,10 +289,10 @@ def a_file_that_vanishes(place: Place) -> None:
 
 @case
 def a_row_above_the_token_budget(place: Place) -> None:
-    from dsft.dataset.micro_batches import Layout, MicroBatches
+    from dsft.dataset.micro_batches import MicroBatches, MicroBatchOptions
 
     data = token_dataset([([1] * 12, [False] + [True] * 11)])
-    MicroBatches(data, Layout(1, 10, fold=True, trees=False), None, None)  # type: ignore[arg-type]
+    MicroBatches(data, MicroBatchOptions(1, 10, fold=True, trees=False), None, None)  # type: ignore[arg-type]
 
 
 # Models

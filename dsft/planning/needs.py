@@ -6,12 +6,12 @@ from typing import Any
 
 from dsft.backends import backend_class
 from dsft.config import PreviewConfig
-from dsft.dataset.micro_batches import Layout, MicroBatches
+from dsft.dataset.micro_batches import MicroBatches, MicroBatchOptions
 from dsft.dataset.tokens import TokenDataset
 from dsft.distributed import runtime
 from dsft.model.flops import count_flops, measure_matmul
 from dsft.model.source import ModelSource
-from dsft.model.tree_attention import why_no_trees
+from dsft.model.tree_attention import tree_unsupported_reason
 from dsft.planning import prediction as preflight
 from dsft.planning.activations import ActivationMemory, fit_micro_batches, free_memory
 from dsft.planning.options import backend_options, lora_options
@@ -97,7 +97,7 @@ def plan_run(path: str, config: PreviewConfig, longest: int) -> PlannedRun:
         config.gradient_checkpointing,
         config.max_tokens_per_micro_batch,
     )
-    trees = why_no_trees(bare, config.attn_implementation)
+    trees = tree_unsupported_reason(bare, config.attn_implementation)
     cost = count_flops(model, lambda parameter: tuple(parameter.shape))
     return PlannedRun(
         bare,
@@ -121,7 +121,9 @@ def needs(run: PlannedRun, data: TokenDataset, config: PreviewConfig) -> Needs:
         UserError: a row is longer than the token budget.
     """
     layouts, device, dtype = run.layouts, run.setting.options.device, run.setting.options.dtype
-    layout = Layout(layouts.ranks, layouts.token_budget, fold=layouts.fold, trees=layouts.why_no_trees is None)
+    layout = MicroBatchOptions(
+        layouts.ranks, layouts.token_budget, fold=layouts.fold, trees=layouts.tree_unsupported_reason is None
+    )
     micro_batches = MicroBatches(data, layout, layouts.cost, None)
     batches = order_of_batches(data, layouts, config.train_batch_size, config.seed)
     predicted, remedies = preflight.predict_run(

@@ -8,7 +8,7 @@ import numpy as np
 
 from dsft.dataset.batches import GlobalBatches
 from dsft.dataset.folding import common_prefix
-from dsft.dataset.micro_batches import Layout, MicroBatches
+from dsft.dataset.micro_batches import MicroBatches, MicroBatchOptions
 from dsft.dataset.tokens import TokenDataset
 from dsft.model.flops import Cost
 
@@ -131,14 +131,14 @@ class Layouts:
     token_budget: most tokens in a micro-batch, at least the longest row
     cost: of the model, see dsft.model.flops
     fold: the flag
-    why_no_trees: why the model's attention takes no trees; None where it does
+    tree_unsupported_reason: why the model's attention takes no trees; None where it does
     """
 
     ranks: int
     token_budget: int
     cost: Cost
     fold: bool
-    why_no_trees: str | None
+    tree_unsupported_reason: str | None
 
 
 def figures(data: TokenDataset, whole_lengths: np.ndarray, batch_size: int, max_length: int, seed: int) -> Figures:
@@ -287,20 +287,20 @@ def order_of_batches(data: TokenDataset, layouts: Layouts, batch_size: int, seed
 
 def fold_ratios(data: TokenDataset, batches: Sequence[np.ndarray], layouts: Layouts) -> tuple[Folding, int]:
     """How much folding saves in these batches (int64 [rows] each), and their micro-batches on each rank in all."""
-    used = "off" if not layouts.fold else "trees" if layouts.why_no_trees is None else "chains"
+    used = "off" if not layouts.fold else "trees" if layouts.tree_unsupported_reason is None else "chains"
     ratios, parts = {}, 0
     for name, fold, trees in (
         ("trees", True, True),
         ("chains", True, False),
-        ("off", False, layouts.why_no_trees is None),
+        ("off", False, layouts.tree_unsupported_reason is None),
     ):
         if name == "off" and used != "off":
             continue
-        layout = Layout(layouts.ranks, layouts.token_budget, fold=fold, trees=trees)
+        layout = MicroBatchOptions(layouts.ranks, layouts.token_budget, fold=fold, trees=trees)
         micro_batches = MicroBatches(data, layout, layouts.cost, None)
         plans = [micro_batches.plan(batch) for batch in batches]
         ratios[name] = sum(plan.row_tokens for plan in plans) / sum(plan.tokens for plan in plans)
         if name == used:
             parts = sum(len(plan.parts[0]) for plan in plans)
-    why = "--fold off" if used == "off" else layouts.why_no_trees or ""
+    why = "--fold off" if used == "off" else layouts.tree_unsupported_reason or ""
     return Folding(ratios["trees"], ratios["chains"], used, why), parts

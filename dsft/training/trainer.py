@@ -27,7 +27,7 @@ from dsft.config import EVERY_EPOCH, TrainConfig
 from dsft.config.values import as_yaml
 from dsft.dataset.batches import GlobalBatches
 from dsft.dataset.leaks import separate
-from dsft.dataset.micro_batches import Layout, MicroBatches
+from dsft.dataset.micro_batches import MicroBatches, MicroBatchOptions
 from dsft.dataset.tokens import DataFormat, TokenDataset, load_dataset
 from dsft.distributed import runtime
 from dsft.distributed.liveness import Liveness
@@ -168,8 +168,8 @@ class Trainer:
         self.backend.setup()
         model: Any = self.backend.load_model(source)
         model.config.use_cache = False
-        self.why_no_trees = tree_attention.why_no_trees(model, config.attn_implementation)
-        if self.why_no_trees is None:
+        self.tree_unsupported_reason = tree_attention.tree_unsupported_reason(model, config.attn_implementation)
+        if self.tree_unsupported_reason is None:
             model.set_attn_implementation(tree_attention.NAME)
         lora = lora_options(config)
         if lora is not None:
@@ -192,7 +192,9 @@ class Trainer:
             memory, free, longest, self.device, config.gradient_checkpointing, config.max_tokens_per_micro_batch
         )
         recompute_layers(model, self.checkpointed_layers)
-        self.layout = Layout(self.world.size, budget, fold=config.fold != "off", trees=self.why_no_trees is None)
+        self.layout = MicroBatchOptions(
+            self.world.size, budget, fold=config.fold != "off", trees=self.tree_unsupported_reason is None
+        )
         cost = count_flops(model, self.backend.shape)
         self.train_micro_batches, *rest = runtime.together(
             lambda: [MicroBatches(data, self.layout, cost, self.tokenizer.pad_token_id) for data in datasets]
@@ -414,7 +416,7 @@ class Trainer:
         elif self.layout.trees:
             text = "rows of a dialogue meet in a batch, what they have in common is computed once"
         else:
-            text = f"only rows that continue each other, because {self.why_no_trees}"
+            text = f"only rows that continue each other, because {self.tree_unsupported_reason}"
         if self.checkpointed_layers:
             text += f"; {self.checkpointed_layers} layers recompute their activations"
         return text

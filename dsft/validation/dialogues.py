@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dsft.config import ValidateConfig
 from dsft.dataset.chat_format import THINK, ChatFormat
-from dsft.dataset.micro_batches import Layout, MicroBatches
-from dsft.dataset.parquet import find_files, read_columns, walk
+from dsft.dataset.micro_batches import MicroBatches, MicroBatchOptions
+from dsft.dataset.readers import find_files, read_columns, walk
 from dsft.dataset.tokens import DataFormat, TokenDataset, load_dataset
 from dsft.distributed import runtime
 from dsft.errors import UserError
@@ -192,7 +192,7 @@ def _measure_loss(
     memory = ActivationMemory.of(model, model.dtype)
     [free] = runtime.least_over_ranks([free_memory(device, world)], device)
     budget = token_budget(memory, free, int(data.lengths.max()), 0, device)
-    layout = Layout(world.size, budget, fold=True, trees=False)
+    layout = MicroBatchOptions(world.size, budget, fold=True, trees=False)
     cost = count_flops(model, lambda parameter: tuple(parameter.shape))
     micro_batches = MicroBatches(data, layout, cost, generator.tokenizer.pad_token_id)
     loss = mean_loss(model, TargetHead(model), micro_batches, world, device, show_progress=world.is_main)

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsft.dataset.batches import GlobalBatches
-from dsft.dataset.micro_batches import Layout, MicroBatches
-from dsft.dataset.parquet import Cell
-from dsft.dataset.tokens import Counts, DataFormat, fit, load_dataset
+from dsft.dataset.micro_batches import MicroBatches, MicroBatchOptions
+from dsft.dataset.readers import Cell
+from dsft.dataset.tokens import Counts, DataFormat, load_dataset, truncate_row
 from dsft.errors import UserError
 from dsft.model.flops import Cost
 from dsft.previewing.statistics import (
@@ -41,7 +41,9 @@ ROWS = [
 
 
 def layouts(**changes) -> Layouts:
-    return Layouts(**{"ranks": 1, "token_budget": 100, "cost": COST, "fold": True, "why_no_trees": None} | changes)
+    return Layouts(
+        **{"ranks": 1, "token_budget": 100, "cost": COST, "fold": True, "tree_unsupported_reason": None} | changes
+    )
 
 
 def test_the_figures_of_a_small_set_by_hand():
@@ -85,7 +87,7 @@ def test_the_fold_ratio_by_hand(rows, trees, chains):
 
 def test_which_ratio_training_has():
     data, batches = token_dataset(ROWS), [np.arange(4)]
-    found, _ = fold_ratios(data, batches, layouts(why_no_trees="it has a window"))
+    found, _ = fold_ratios(data, batches, layouts(tree_unsupported_reason="it has a window"))
     assert (found.used, found.ratio, found.why) == ("chains", 18 / 14, "it has a window")
     found, _ = fold_ratios(data, batches, layouts(fold=False))
     assert (found.used, found.ratio, found.why) == ("off", 1.0, "--fold off")
@@ -102,10 +104,10 @@ def test_folding_and_batches_are_those_of_the_trainers_micro_batches(
     """Built here as the Trainer builds them, step by step over the first epoch."""
     monkeypatch.setenv("DSFT_CACHE", str(tmp_path))
     data = load_dataset([str(SAMPLE_TRAIN)], "train_files", tokenizer, DataFormat())
-    given = layouts(ranks=ranks, token_budget=budget, fold=fold, why_no_trees=why)
+    given = layouts(ranks=ranks, token_budget=budget, fold=fold, tree_unsupported_reason=why)
     batches, folding = batches_and_folding(data, given, batch_size=16, seed=1, epochs=3, steps=None)
     order = GlobalBatches(data.dialogue if fold else np.arange(len(data)), data.sorted_place, 16, 1)
-    micro_batches = MicroBatches(data, Layout(ranks, budget, fold=fold, trees=why is None), COST, 0)
+    micro_batches = MicroBatches(data, MicroBatchOptions(ranks, budget, fold=fold, trees=why is None), COST, 0)
     plans = [micro_batches.plan(order[step]) for step in range(order.first_step(1))]
     assert batches.steps_first_epoch == batches.planned == len(plans)
     assert batches.steps == order.first_step(3)
@@ -207,7 +209,7 @@ def test_truncation_is_counted_as_it_is_done(rows, max_length, how):
     worst = []
     for number, (prompt, response) in enumerate(rows):
         mask = np.arange(prompt + response) >= prompt
-        kept = fit(np.ones(prompt + response, np.int32), mask, Cell("f", 0), how_much, Counts())
+        kept = truncate_row(np.ones(prompt + response, np.int32), mask, Cell("f", 0), how_much, Counts())
         loses = kept is None or kept[1].sum() < response
         too_long += prompt + response > max_length
         dropped += kept is None
