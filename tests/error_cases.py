@@ -155,7 +155,7 @@ def what_nobody_foresaw(place: Place) -> list[str]:
 
 def files_of(*names: str) -> Case:
     def find(place: Place) -> None:
-        from dsft.dataset.parquet import find_files
+        from dsft.dataset.readers import find_files
 
         find_files([name.format(place.folder) for name in names], "train_files")
 
@@ -166,7 +166,7 @@ cases("files", {"none": files_of(), "empty folder": files_of("{}"), "missing": f
 
 
 def reading(place: Place, file: Path, column: str = "prompt") -> None:
-    from dsft.dataset.parquet import read_columns
+    from dsft.dataset.readers import read_columns
 
     list(read_columns([file], [column], ["prompt_key"], None))
 
@@ -242,7 +242,7 @@ cases(
 @case
 def a_damaged_column_of_levels(place: Place) -> None:
     """Damaged where a struct's field stands."""
-    from dsft.dataset.parquet import read_field
+    from dsft.dataset.readers import read_field
 
     file = write_parquet(place.folder / "rows.parquet", [{"extra_info": {"level": f"{i:016x}"}} for i in range(9)])
     content = bytearray(file.read_bytes())
@@ -289,10 +289,10 @@ def a_file_that_vanishes(place: Place) -> None:
 
 @case
 def a_row_above_the_token_budget(place: Place) -> None:
-    from dsft.dataset.micro_batches import Layout, MicroBatches
+    from dsft.dataset.micro_batches import MicroBatches, MicroBatchOptions
 
     data = token_dataset([([1] * 12, [False] + [True] * 11)])
-    MicroBatches(data, Layout(1, 10, fold=True, trees=False), None, None)  # type: ignore[arg-type]
+    MicroBatches(data, MicroBatchOptions(1, 10, fold=True, trees=False), None, None)  # type: ignore[arg-type]
 
 
 # Models
@@ -936,10 +936,10 @@ cases(
 
 
 @case
-def a_judgement_that_is_none(place: Place) -> None:
-    from dsft.reporting.eval_reports import find_judgements
+def a_file_that_is_not_an_eval_report(place: Place) -> None:
+    from dsft.reporting.eval_reports import find_eval_reports
 
-    find_judgements([], [str(place.file("report.json", "{}"))])
+    find_eval_reports([], [str(place.file("report.json", "{}"))])
 
 
 # Games
@@ -1072,14 +1072,14 @@ cases(
 
 
 def dialogues(**flags: Any) -> Case:
-    def judge(place: Place) -> None:
+    def read(place: Place) -> None:
         from dsft.validation.dialogues import _read_dialogues
 
         file = write_parquet(place.folder / "rows.parquet", [ROW | {"prompt": "word " * 90}])
         config = validation(place, env=None, data=str(file), **flags)
         _read_dialogues([str(file)], config, place.tokenizer)
 
-    return judge
+    return read
 
 
 cases(
@@ -1096,14 +1096,14 @@ def a_model_without_a_loss(place: Place) -> None:
     import torch
 
     from dsft.distributed.runtime import World
-    from dsft.validation.dialogues import judge_dialogues
+    from dsft.validation.dialogues import evaluate_dialogues
 
     place.patch.setenv("DSFT_CACHE", str(place.folder / "cache"))
     data = write_parquet(place.folder / "row.parquet", [{"prompt": "one plus one?", "response": "two"}])
     config = {"env": None, "data": str(data), "episodes": 1, "max_new_tokens": 1}
     generator = loaded(place, **config)
     generator.model.model.norm.weight.data.fill_(float("nan"))
-    judge_dialogues(validation(place, **config), generator, World(0, 1, 0, 1), torch.device("cpu"))
+    evaluate_dialogues(validation(place, **config), generator, World(0, 1, 0, 1), torch.device("cpu"))
 
 
 # The pipeline
@@ -1286,19 +1286,10 @@ cases(
 
 @case
 def a_dry_run_with_less_memory_than_predicted(place: Place) -> None:
-    import torch
+    from dsft.planning.out_of_memory import refuse
+    from tests.unit.test_plan import needs
 
-    from dsft.backends.base import BackendOptions
-    from dsft.model.source import ModelSource
-    from dsft.planning.prediction import ProcessMemory, Setting, chains, predict
-    from dsft.planning.report import refuse
-
-    options = BackendOptions(torch.device("cpu"), torch.float32, trains_base=True, clip_grad=1.0)
-    bare = ModelSource(str(place.model)).empty(torch.float32)
-    prediction = predict(
-        bare, Setting("fsdp", options, 1, None), chains([50], 4), process=ProcessMemory.of(options.device)
-    )
-    refuse(prediction, prediction.peak / 2, [])
+    refuse(needs(1.0))
 
 
 @case
@@ -1306,7 +1297,7 @@ def memory_that_runs_out(place: Place) -> None:
     import torch
 
     from dsft.config import TrainConfig
-    from dsft.planning.report import out_of_memory
+    from dsft.planning.out_of_memory import out_of_memory
 
     config = TrainConfig(model="m", train_files=["t"], output_dir="o")
     with out_of_memory(config, list):

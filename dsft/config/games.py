@@ -45,7 +45,7 @@ class EnvironmentFlags:
     """FrozenLake: a move goes to either side of its direction in two of three cases."""
 
     def environment_problems(self) -> list[str]:
-        """What is wrong with these flags; the environment itself judges its sizes."""
+        """What is wrong with these flags; the environment itself checks its sizes."""
         problems = [
             f"{n} must be 1 or more, got {getattr(self, n)}" for n in _below_one(self, "max_steps", "max_depth")
         ]
@@ -113,7 +113,7 @@ class GenerateConfig(PromptFlags, EnvironmentFlags, CommonFlags):
 
 @dataclass(kw_only=True)
 class ValidateConfig(PromptFlags, EnvironmentFlags, RowFlags, ModelFlags, CommonFlags):
-    """Judge a model by playing a game (--env), or by its loss and answers on dialogues (--data)."""
+    """Evaluate a model by playing a game (--env), or by its loss and answers on dialogues (--data)."""
 
     model: str = flag(required=True, section="Model")
     """As in training; or a player without a model: expert (the search itself), random (any action, alike)."""
@@ -170,7 +170,7 @@ class ValidateConfig(PromptFlags, EnvironmentFlags, RowFlags, ModelFlags, Common
         if self.engine == "vllm" and importlib.util.find_spec("vllm") is None:
             problems.append("--engine vllm needs the package vllm; install it, or drop the flag")
         if Path(self.output).is_dir() or not self.output.endswith(".json"):
-            problems.append(f"output must be the name of a .json file, got {self.output}")
+            problems.append(f"output must be a .json file, got {self.output}")
         if problems:
             raise UserError("\n".join(problems))
 

@@ -280,7 +280,7 @@ def _answered(tuned: EvalReport, base: list[dict[str, Any]], count: int) -> list
 
 def _prompts(settings: dict[str, Any], last: int) -> dict[int, tuple[str, str]]:
     """Row -> the last message of its prompt, and its response; empty if the file is not as it was."""
-    from dsft.dataset.parquet import find_files, read_columns, walk
+    from dsft.dataset.readers import find_files, read_columns, walk
 
     keys = ("prompt_key", "response_key")
     columns = [str(settings.get(key)) for key in keys]
