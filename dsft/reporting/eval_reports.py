@@ -87,13 +87,10 @@ def _read(path: Path) -> dict[str, Any] | None:
     """The content of a report of dsft.validate; None for a file that cannot be shown as one."""
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        values["model"], values["settings"].get("seed")
-        if "success_rate" in values:
-            _game_row(values), range(values["episodes"])
-        else:
-            values["val/loss"], _dialogue_row(values)
-        return values
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        make_row = _game_row if "success_rate" in values else _dialogue_row
+        is_report = "model" in values and isinstance(values["settings"], dict) and bool(make_row(values))
+        return values if is_report and type(values.get("episodes", 0)) is int else None
+    except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
@@ -178,7 +175,7 @@ def _game_row(values: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _dialogue_row(values: dict[str, Any]) -> tuple[str, ...]:
-    loss, perplexity = values.get("val/loss"), values.get("val/perplexity")
+    loss, perplexity = values["val/loss"], values.get("val/perplexity")
     return (
         "unknown" if loss is None else f"{loss:.6f}",
         "unknown" if perplexity is None else f"{perplexity:.4f}",
