@@ -207,8 +207,8 @@ class Needs:
     def as_dict(self) -> dict[str, Any]:
         """For reports in JSON."""
         return {
-            "predicted_bytes": self.memory.peak,
-            "predicted_parts": self.memory.parts(),
+            "memory_bytes": self.memory.peak,
+            "parts_bytes": self.memory.parts(),
             "available_bytes": self.available,
             "remedies": self.remedies,
             **times(self.step_seconds, self.steps_per_epoch, self.total_steps),
@@ -235,7 +235,7 @@ def times(step_seconds: float, steps_per_epoch: int, total_steps: int) -> dict[s
     return {
         "seconds_per_step": step_seconds,
         "seconds_per_epoch": step_seconds * steps_per_epoch,
-        "seconds_of_run": step_seconds * total_steps,
+        "seconds": step_seconds * total_steps,
         "steps_per_epoch": steps_per_epoch,
         "total_steps": total_steps,
     }
