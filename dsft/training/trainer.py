@@ -29,7 +29,7 @@ from dsft.training.data import load_data
 from dsft.training.dry_run import dry_run
 from dsft.training.optimizer import make_optimizer
 from dsft.training.resuming import InitialWeights, find_resume, open_output, read_history
-from dsft.training.summary import end_lines, start_lines
+from dsft.training.summary import end_lines, resume_hint, start_lines
 from dsft.training.tracking import Console, Tracker, warn
 
 
@@ -75,7 +75,7 @@ class Trainer:
 
     def _start_runtime(self) -> None:
         config, world = self.config, self.world
-        self.liveness = Liveness(self._how_to_resume, debug=config.debug)
+        self.liveness = Liveness(lambda: resume_hint(self.folder), debug=config.debug)
         self.liveness.start()
         if not config.debug:
             runtime.silence_libraries()
@@ -146,19 +146,8 @@ class Trainer:
     def _open_console(self) -> Console:
         if self.config.dry_run or not self.world.is_main:
             return Console(enabled=self.world.is_main)
-        return Tracker(
-            self.config,
-            self.folder.root,
-            self.dtype_name,
-            total_steps=self.data.total_steps,
-            first_step=self.state.step,
-            history=read_history(self.resume_from) if self.resume_from else "",
-        )
-
-    def _how_to_resume(self) -> str:
-        """For a run that is ended by the loss of a rank."""
-        latest = self.folder.latest()
-        return f"rerun the same command to resume from {latest}" if latest else "there is no checkpoint to resume from"
+        history = read_history(self.resume_from) if self.resume_from else ""
+        return Tracker(self.config, self.folder.root, self.dtype_name, self.state, history)
 
     # Running
 
