@@ -5,61 +5,24 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dsft.cache import build_once
+from dsft.config.flags import RowFlags
 from dsft.dataset.chat_format import ChatFormat, Segment
 from dsft.dataset.folding import find_dialogues, sort_rows
 from dsft.dataset.readers import Cell, find_files, read_columns, read_field, walk
 from dsft.errors import UserError
 
-if TYPE_CHECKING:
-    from dsft.config.flags import RowFlags
-
 CACHE_FORMAT = 3  # raise it when the same input would give other files
 LEVEL_COLUMN, LEVEL_FIELD = "extra_info", "level"  # where dsft.generate writes it
 LEVEL_ID = re.compile("[0-9a-f]{16}")  # other sets have a level there too, and mean a difficulty
-Truncation = Literal["error", "left", "right", "drop"]
-
-
-@dataclass(frozen=True)
-class DataFormat:
-    """Where a row's text stands in the parquet, and how long it may be."""
-
-    prompt_key: str = "prompt"
-    response_key: str = "response"
-    messages_key: str | None = None
-    prompt_dict_keys: tuple[str, ...] = ()
-    response_dict_keys: tuple[str, ...] = ()
-    with_thinking: bool = False
-    max_length: int = 2048
-    truncation: Truncation = "error"
-
-    @classmethod
-    def from_flags(cls, flags: "RowFlags") -> "DataFormat":
-        """As the flags say."""
-        return cls(
-            flags.prompt_key,
-            flags.response_key,
-            flags.messages_key,
-            tuple(flags.prompt_dict_keys or ()),
-            tuple(flags.response_dict_keys or ()),
-            flags.with_thinking,
-            flags.max_length,
-            flags.truncation,
-        )
-
-    def columns(self) -> tuple[list[str], list[str]]:
-        """The columns that are read, and the flag that names each."""
-        if self.messages_key is not None:
-            return [self.messages_key], ["messages_key"]
-        return [self.prompt_key, self.response_key], ["prompt_key", "response_key"]
 
 
 @dataclass
@@ -253,7 +216,7 @@ def load_dataset(
     names: Sequence[str],
     flag: str,
     tokenizer: PreTrainedTokenizerBase,
-    data_format: DataFormat,
+    flags: RowFlags,
     *,
     max_rows: int | None = None,
     show_progress: bool = False,
@@ -264,7 +227,7 @@ def load_dataset(
         names: files, globs or folders, as the flag gave them.
         flag: the flag's name, for messages.
         tokenizer: of the model.
-        data_format: columns, thinking, length and truncation.
+        flags: columns, thinking, length and truncation.
         max_rows: the first N rows only.
         show_progress: draw a bar where the output is a terminal.
 
@@ -272,16 +235,14 @@ def load_dataset(
         UserError: for every fault in the files or their rows, with file and row.
     """
     files = find_files(names, flag)
-    key = _cache_key(files, tokenizer, data_format, max_rows)
+    key = _cache_key(files, tokenizer, flags, max_rows)
     folder = build_once(
-        f"tokens/{key}", lambda target: _tokenize_files(target, files, tokenizer, data_format, max_rows, show_progress)
+        f"tokens/{key}", lambda target: _tokenize_files(target, files, tokenizer, flags, max_rows, show_progress)
     )
     return TokenDataset(folder, files)
 
 
-def _cache_key(
-    files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, data_format: DataFormat, max_rows: int | None
-) -> str:
+def _cache_key(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, flags: RowFlags, max_rows: int | None) -> str:
     digest = hashlib.sha256()
     for file in files:
         try:
@@ -289,9 +250,15 @@ def _cache_key(
                 digest.update(hashlib.file_digest(handle, "sha256").digest())
         except OSError as error:
             raise UserError(f"{file} cannot be read: {error.strerror}; make it readable, or name another") from error
-    parts = [CACHE_FORMAT, asdict(data_format), max_rows, tokenizer_fingerprint(tokenizer)]
+    parts = [CACHE_FORMAT, _row_settings(flags), max_rows, tokenizer_fingerprint(tokenizer)]
     digest.update(json.dumps(parts, sort_keys=True).encode())
     return digest.hexdigest()[:32]
+
+
+def _row_settings(flags: RowFlags) -> dict[str, Any]:
+    """The values of the flags in RowFlags, whatever other flags there are; no keys and an empty list are the same."""
+    values = {field.name: getattr(flags, field.name) for field in fields(RowFlags)}
+    return values | {name: list(values[name] or ()) for name in ("prompt_dict_keys", "response_dict_keys")}
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -306,31 +273,31 @@ def _tokenize_files(
     folder: Path,
     files: Sequence[Path],
     tokenizer: PreTrainedTokenizerBase,
-    data_format: DataFormat,
+    flags: RowFlags,
     max_rows: int | None,
     show_progress: bool,
 ) -> None:
-    chat_format = ChatFormat(tokenizer, with_thinking=data_format.with_thinking)
-    columns, flags = data_format.columns()
+    chat_format = ChatFormat(tokenizer, with_thinking=flags.with_thinking)
+    columns, names = flags.columns()
     counts = Counts()
     kept_rows: list[Row] = []
     index = {str(file): i for i, file in enumerate(files)}
     levels = read_field(files, LEVEL_COLUMN, LEVEL_FIELD)
     bar = tqdm(unit=" rows", desc="tokenising", disable=None if show_progress else True)
     with bar:
-        for rows in read_columns(files, columns, flags, max_rows):
-            segments = [row_segments(cells, cell, chat_format, data_format) for cell, cells in rows]
+        for rows in read_columns(files, columns, names, max_rows):
+            segments = [row_segments(cells, cell, chat_format, flags) for cell, cells in rows]
             for (cell, _), row in zip(rows, chat_format.tokenize(segments), strict=True):
-                kept, level = truncate_row(*row, cell, data_format, counts), _level_number(next(levels))
+                kept, level = truncate_row(*row, cell, flags, counts), _level_number(next(levels))
                 if kept is not None:
                     cut = len(row[0]) - len(kept[0])
-                    front = row[0][: cut if data_format.truncation == "left" else 0]
+                    front = row[0][: cut if flags.truncation == "left" else 0]
                     kept_rows.append(Row(*kept, front, cut, level, (index[cell.file], cell.row)))
             bar.update(len(rows))
     if not kept_rows:
         raise UserError(
             f"no row of {', '.join(map(str, files))} is left: {counts.losses()}; raise max_length "
-            f"({data_format.max_length}) or change truncation ({data_format.truncation})"
+            f"({flags.max_length}) or change truncation ({flags.truncation})"
         )
     save_rows(folder, kept_rows, counts)
 
@@ -340,38 +307,38 @@ def _level_number(level: Any) -> int:
     return int(level, 16) if isinstance(level, str) and LEVEL_ID.fullmatch(level) else 0
 
 
-def row_segments(cells: tuple, cell: Cell, chat_format: ChatFormat, data_format: DataFormat) -> list[Segment]:
+def row_segments(cells: tuple, cell: Cell, chat_format: ChatFormat, flags: RowFlags) -> list[Segment]:
     """What a row of the columns read becomes, before it is tokenised.
 
     Raises:
         UserError: values of another kind than the flags say, with file and row.
     """
-    if data_format.messages_key is not None:
-        messages = walk(cells[0], data_format.prompt_dict_keys, cell, data_format.messages_key)
+    if flags.messages_key is not None:
+        messages = walk(cells[0], flags.prompt_dict_keys, cell, flags.messages_key)
         return chat_format.conversation(messages, cell)
-    prompt = walk(cells[0], data_format.prompt_dict_keys, cell, data_format.prompt_key)
-    response = walk(cells[1], data_format.response_dict_keys, cell, data_format.response_key)
+    prompt = walk(cells[0], flags.prompt_dict_keys, cell, flags.prompt_key)
+    response = walk(cells[1], flags.response_dict_keys, cell, flags.response_key)
     return chat_format.prompt_and_response(prompt, response, cell)
 
 
 def truncate_row(
-    tokens: np.ndarray, is_target: np.ndarray, cell: Cell, data_format: DataFormat, counts: Counts
+    tokens: np.ndarray, is_target: np.ndarray, cell: Cell, flags: RowFlags, counts: Counts
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """One row within max_length, or None where the row is dropped; `counts` is told what that cost.
 
     Raises:
         UserError: the row is too long, and nothing may be cut.
     """
-    surplus = len(tokens) - data_format.max_length
+    surplus = len(tokens) - flags.max_length
     if surplus > 0:
-        if data_format.truncation == "error":
+        if flags.truncation == "error":
             raise UserError(
-                f"{cell} has {len(tokens)} tokens, max_length is {data_format.max_length}; raise --max_length, "
+                f"{cell} has {len(tokens)} tokens, max_length is {flags.max_length}; raise --max_length, "
                 "or choose --truncation left, right or drop"
             )
-        if data_format.truncation == "right":
-            kept = slice(0, data_format.max_length)
-        elif data_format.truncation == "left" and surplus < np.argmax(is_target):
+        if flags.truncation == "right":
+            kept = slice(0, flags.max_length)
+        elif flags.truncation == "left" and surplus < np.argmax(is_target):
             kept = slice(surplus, None)  # at least one token stays before the first target: it predicts it
         else:
             kept = slice(0, 0)

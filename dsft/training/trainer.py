@@ -28,7 +28,7 @@ from dsft.config.values import as_yaml
 from dsft.dataset.batches import GlobalBatches
 from dsft.dataset.leaks import separate
 from dsft.dataset.micro_batches import MicroBatches, MicroBatchOptions
-from dsft.dataset.tokens import DataFormat, TokenDataset, load_dataset
+from dsft.dataset.tokens import TokenDataset, load_dataset
 from dsft.distributed import runtime
 from dsft.distributed.liveness import Liveness
 from dsft.errors import UserError
@@ -129,13 +129,12 @@ class Trainer:
         self.tokenizer = runtime.together(
             lambda: load_tokenizer(self.model_path, trust_remote_code=config.trust_remote_code)
         )
-        data_format = DataFormat.from_flags(config)
 
         def load(names: list[str], flag: str, max_rows: int | None) -> TokenDataset:
             return runtime.on_first_local_rank(
                 self.world,
                 lambda: load_dataset(
-                    names, flag, self.tokenizer, data_format, max_rows=max_rows, show_progress=self.world.is_main
+                    names, flag, self.tokenizer, config, max_rows=max_rows, show_progress=self.world.is_main
                 ),
             )
 

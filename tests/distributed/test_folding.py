@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
+from dsft.config.flags import RowFlags
 from dsft.dataset.batches import GlobalBatches
 from dsft.dataset.micro_batches import MicroBatches, MicroBatchOptions
-from dsft.dataset.tokens import DataFormat, TokenDataset, load_dataset
+from dsft.dataset.tokens import TokenDataset, load_dataset
 from dsft.model.flops import Cost
 from dsft.planning.activations import MOST_TOKENS
 from tests.helpers import MEDICAL, SAMPLE_TRAIN, flags, metrics, start_words, write_parquet
@@ -54,7 +55,7 @@ def tokenised(tokenizer, tmp_path_factory):
     def get(name: str) -> tuple[Path, TokenDataset]:
         if name not in made:
             file = write_parquet(tmp_path_factory.mktemp("rows") / f"{name}.parquet", row_set(name))
-            made[name] = file, load_dataset([str(file)], "train_files", tokenizer, DataFormat())
+            made[name] = file, load_dataset([str(file)], "train_files", tokenizer, RowFlags())
         return made[name]
 
     return get
@@ -215,7 +216,7 @@ def test_the_medical_set_folds(stripped, least, tokenizer, tmp_path, capsys):
     if stripped:
         rows = [row | {"prompt": without_thinking(row["prompt"])} for row in rows]
     file = write_parquet(tmp_path / "rows.parquet", rows)
-    data = load_dataset([str(file)], "train_files", tokenizer, DataFormat())
+    data = load_dataset([str(file)], "train_files", tokenizer, RowFlags())
     found = {
         "chains": mean_fold_ratio(data, 1, MOST_TOKENS["cuda"], False),
         "trees": mean_fold_ratio(data, 1, MOST_TOKENS["cuda"], True),

@@ -6,9 +6,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from dsft.config.flags import RowFlags
 from dsft.dataset.chat_format import ChatFormat
 from dsft.dataset.readers import Cell
-from dsft.dataset.tokens import DataFormat, load_dataset
+from dsft.dataset.tokens import load_dataset
 from dsft.errors import UserError
 from tests.helpers import MEDICAL, SAMPLE_TRAIN, SAMPLE_VAL
 
@@ -69,7 +70,7 @@ def message(work, *arguments) -> str:
 @pytest.mark.parametrize("file", [SAMPLE_TRAIN, SAMPLE_VAL, MEDICAL_SET])
 def test_every_row_is_template_then_response_then_end_of_turn(tokenizer, tmp_path, monkeypatch, file):
     monkeypatch.setenv("DSFT_CACHE", str(tmp_path))
-    data = load_dataset([str(file)], "train_files", tokenizer, DataFormat(max_length=10**6))
+    data = load_dataset([str(file)], "train_files", tokenizer, RowFlags(max_length=10**6))
     rows = pq.read_table(file, columns=["prompt", "response"]).to_pylist()
     assert len(data) == len(rows) > 0
     for index, row in enumerate(rows):

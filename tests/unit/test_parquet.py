@@ -4,8 +4,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dsft.config.flags import RowFlags
 from dsft.dataset.readers import ROWS_AT_ONCE, Cell, find_files, read_columns, walk
-from dsft.dataset.tokens import DataFormat, load_dataset
+from dsft.dataset.tokens import load_dataset
 from dsft.errors import UserError
 from tests.helpers import write_parquet
 
@@ -169,7 +170,7 @@ def test_one_column_may_serve_twice(folder):
 def test_a_null_cell_names_file_and_row(tmp_path, tokenizer, monkeypatch, row, message_end):
     monkeypatch.setenv("DSFT_CACHE", str(tmp_path / "cache"))
     file = write_parquet(tmp_path / "x.parquet", [*rows_of("0", "1"), row])
-    told = message(load_dataset, [str(file)], "train_files", tokenizer, DataFormat())
+    told = message(load_dataset, [str(file)], "train_files", tokenizer, RowFlags())
     assert told.startswith(f"{file}, row 2: {message_end}")
 
 
@@ -202,7 +203,7 @@ def test_a_null_cell_names_file_and_row(tmp_path, tokenizer, monkeypatch, row, m
 def test_a_cell_of_another_kind_names_file_and_row(tmp_path, tokenizer, monkeypatch, rows, message_end):
     monkeypatch.setenv("DSFT_CACHE", str(tmp_path / "cache"))
     file = write_parquet(tmp_path / "x.parquet", rows)
-    told = message(load_dataset, [str(file)], "train_files", tokenizer, DataFormat())
+    told = message(load_dataset, [str(file)], "train_files", tokenizer, RowFlags())
     assert told.startswith(f"{file}, row 0: {message_end}")
 
 
