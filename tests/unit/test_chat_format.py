@@ -278,7 +278,7 @@ def test_what_is_no_conversation_is_refused_with_file_and_row(tokenizer, value, 
     assert message(conversation, tokenizer, value).startswith(f"f.parquet, row 7: {end}")
 
 
-def test_rows_are_tokenised_as_if_each_were_alone(tokenizer):
+def test_rows_are_tokenized_as_if_each_were_alone(tokenizer):
     chat_format = ChatFormat(tokenizer)
     rows = [chat_format.prompt_and_response(p, r, CELL) for p, r in (("a", "b"), ("c c c", ""), ([USER], "Hi!"))]
     rows.append(chat_format.conversation(LONG, CELL))

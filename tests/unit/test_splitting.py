@@ -179,7 +179,7 @@ def test_a_subset_has_the_rows_counts_and_fingerprint_of_its_own(sample):
 def test_the_tokens_of_a_subset_stay_mapped(sample):
     part = sample.subset(np.flatnonzero(sample.dialogue == sample.dialogue[0]))
     assert part.tokens is sample.tokens
-    assert isinstance(part.tokens, np.memmap)
+    assert isinstance(part.tokens.base, np.memmap)
 
 
 def test_all_rows_are_the_same_data(sample):
