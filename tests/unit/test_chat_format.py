@@ -251,13 +251,13 @@ def test_a_template_that_rewrites_history_is_refused(tokenizer):
     )
     thinking = [USER, {"role": "assistant", "content": "<think>a</think>b"}, USER, ANSWER]
     told = message(conversation, forgetting, thinking)
-    assert told.startswith("f.parquet, row 7: the chat template does not repeat the turns before turn 3 as they were")
+    assert told.startswith("f.parquet, row 7: the chat template changes the turns before turn 3")
     assert conversation(forgetting, [USER, ANSWER, USER, ANSWER])
 
 
 def test_a_conversation_that_starts_with_the_assistant_is_refused(tokenizer):
     told = message(conversation, tokenizer, [ANSWER, USER])
-    assert told.startswith("f.parquet, row 7: the chat template does not repeat the turns before turn 0 as they were")
+    assert told.startswith("f.parquet, row 7: the chat template changes the turns before turn 0")
 
 
 def test_a_conversation_without_an_assistant_turn_is_refused(tokenizer):
