@@ -1288,19 +1288,10 @@ cases(
 
 @case
 def a_dry_run_with_less_memory_than_predicted(place: Place) -> None:
-    import torch
+    from dsft.planning.out_of_memory import refuse
+    from tests.unit.test_plan import needs
 
-    from dsft.backends.base import BackendOptions
-    from dsft.model.source import ModelSource
-    from dsft.planning.prediction import ProcessMemory, Setting, chains, predict
-    from dsft.planning.report import refuse
-
-    options = BackendOptions(torch.device("cpu"), torch.float32, trains_base=True, clip_grad=1.0)
-    bare = ModelSource(str(place.model)).empty(torch.float32)
-    prediction = predict(
-        bare, Setting("fsdp", options, 1, None), chains([50], 4), process=ProcessMemory.of(options.device)
-    )
-    refuse(prediction, prediction.peak / 2, [])
+    refuse(needs(1.0))
 
 
 @case
@@ -1308,7 +1299,7 @@ def memory_that_runs_out(place: Place) -> None:
     import torch
 
     from dsft.config import TrainConfig
-    from dsft.planning.report import out_of_memory
+    from dsft.planning.out_of_memory import out_of_memory
 
     config = TrainConfig(model="m", train_files=["t"], output_dir="o")
     with out_of_memory(config, list):
