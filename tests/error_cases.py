@@ -203,7 +203,8 @@ def loading(row: dict[str, Any], **options: Any) -> Case:
     template, eos = options.pop("template", ...), options.pop("eos", ...)
 
     def load(place: Place) -> None:
-        from dsft.dataset.tokens import DataFormat, load_dataset
+        from dsft.config.flags import RowFlags
+        from dsft.dataset.tokens import load_dataset
 
         place.patch.setenv("DSFT_CACHE", str(place.folder / "cache"))
         tokenizer = copy.deepcopy(place.tokenizer)
@@ -212,7 +213,7 @@ def loading(row: dict[str, Any], **options: Any) -> Case:
         if eos is not ...:
             tokenizer.eos_token = eos
         file = write_parquet(place.folder / "rows.parquet", [row])
-        load_dataset([str(file)], "train_files", tokenizer, DataFormat(**options))
+        load_dataset([str(file)], "train_files", tokenizer, RowFlags(**options))
 
     return load
 
@@ -282,9 +283,10 @@ def a_row_to_show_that_is_not_there(place: Place) -> None:
 
 @case
 def a_file_that_vanishes(place: Place) -> None:
-    from dsft.dataset.tokens import DataFormat, _cache_key
+    from dsft.config.flags import RowFlags
+    from dsft.dataset.tokens import _cache_key
 
-    _cache_key([place.folder / "rows.parquet"], place.tokenizer, DataFormat(), None)
+    _cache_key([place.folder / "rows.parquet"], place.tokenizer, RowFlags(), None)
 
 
 @case

@@ -9,7 +9,6 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 from dsft.checkpointing.models import resolve_model
 from dsft.config import PreviewConfig
 from dsft.dataset.chat_format import ChatFormat
-from dsft.dataset.tokens import DataFormat
 from dsft.distributed import runtime
 from dsft.errors import UserError
 from dsft.model.flops import measure_matmul
@@ -188,9 +187,8 @@ def _rows(sets: Sets) -> list[RowView]:
     whole = sets.train.whole
     if whole is None:
         return []
-    data_format = DataFormat.from_flags(sets.config)
     numbers = choose_rows(whole.lengths, sets.config.rows, sets.config.row_numbers)
-    views = [view_row(n, sets.train.cell(n), whole[n], sets.tokenizer, data_format) for n in numbers]
+    views = [view_row(n, sets.train.cell(n), whole[n], sets.tokenizer, sets.config) for n in numbers]
     why = "validates, by --val_fraction" if sets.config.val_fraction else "left out by --on_leak drop_train"
     moved = sets.sides.has_moved(whole)
     return [

@@ -208,9 +208,9 @@ def bad_file(tmp_path: Path, kind: str) -> Path:
     ("kind", "parts"),
     [
         ("missing", ["--train_files", "bad.parquet: no such file"]),
-        ("empty table", ["no rows in", "bad.parquet", "name files that hold some"]),
-        ("empty file", ["bad.parquet is no readable parquet file", "0 bytes"]),
-        ("jsonl", ["rows.jsonl is no readable parquet file", "convert it"]),
+        ("empty table", ["no rows in", "bad.parquet", "name files that contain some"]),
+        ("empty file", ["bad.parquet is not a valid parquet file", "0 bytes"]),
+        ("jsonl", ["rows.jsonl is not a valid parquet file", "convert it"]),
         ("folder", ["--train_files", "holds no *.parquet file"]),
         ("null prompt", ["bad.parquet, row 1", "the prompt must be a string or a list", "got null"]),
         ("null response", ["bad.parquet, row 2", "the response must be a string or one", "got null"]),
