@@ -938,10 +938,10 @@ cases(
 
 
 @case
-def a_judgement_that_is_none(place: Place) -> None:
-    from dsft.reporting.eval_reports import find_judgements
+def a_file_that_is_not_an_eval_report(place: Place) -> None:
+    from dsft.reporting.eval_reports import find_eval_reports
 
-    find_judgements([], [str(place.file("report.json", "{}"))])
+    find_eval_reports([], [str(place.file("report.json", "{}"))])
 
 
 # Games
@@ -1074,14 +1074,14 @@ cases(
 
 
 def dialogues(**flags: Any) -> Case:
-    def judge(place: Place) -> None:
+    def read(place: Place) -> None:
         from dsft.validation.dialogues import _read_dialogues
 
         file = write_parquet(place.folder / "rows.parquet", [ROW | {"prompt": "word " * 90}])
         config = validation(place, env=None, data=str(file), **flags)
         _read_dialogues([str(file)], config, place.tokenizer)
 
-    return judge
+    return read
 
 
 cases(
@@ -1098,14 +1098,14 @@ def a_model_without_a_loss(place: Place) -> None:
     import torch
 
     from dsft.distributed.runtime import World
-    from dsft.validation.dialogues import judge_dialogues
+    from dsft.validation.dialogues import evaluate_dialogues
 
     place.patch.setenv("DSFT_CACHE", str(place.folder / "cache"))
     data = write_parquet(place.folder / "row.parquet", [{"prompt": "one plus one?", "response": "two"}])
     config = {"env": None, "data": str(data), "episodes": 1, "max_new_tokens": 1}
     generator = loaded(place, **config)
     generator.model.model.norm.weight.data.fill_(float("nan"))
-    judge_dialogues(validation(place, **config), generator, World(0, 1, 0, 1), torch.device("cpu"))
+    evaluate_dialogues(validation(place, **config), generator, World(0, 1, 0, 1), torch.device("cpu"))
 
 
 # The pipeline

@@ -17,8 +17,8 @@ from dsft.model.lora import LoraOptions
 from dsft.model.tree_attention import tree_unsupported_reason
 from dsft.planning import prediction
 from dsft.planning.activations import ActivationMemory, fit_micro_batches
-from dsft.planning.prediction import GIB, Prediction, ProcessMemory, Setting, gib
-from dsft.text import duration
+from dsft.planning.prediction import Prediction, ProcessMemory, Setting
+from dsft.units import GIB, duration, gib
 
 
 def backend_options(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> BackendOptions:

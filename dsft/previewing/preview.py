@@ -17,7 +17,6 @@ from dsft.planning.activations import free_memory
 from dsft.planning.disk import disk_warning
 from dsft.planning.out_of_memory import fitting_text
 from dsft.planning.plan import Memory, Needs, backend_options, order_rows, plan_run, predict_needs
-from dsft.planning.prediction import gib
 from dsft.previewing.loading import Loaded, load
 from dsft.previewing.row_checks import Finding, rows_of
 from dsft.previewing.rows import RowView, choose_rows, view_row
@@ -34,6 +33,7 @@ from dsft.previewing.statistics import (
 )
 from dsft.previewing.template_checks import Probe, probe_template, start_finding, template_findings
 from dsft.training.resuming import find_initial_weights
+from dsft.units import gib
 
 
 @dataclass

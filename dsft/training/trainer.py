@@ -9,7 +9,7 @@ import torch
 
 from dsft.backends import backend_class
 from dsft.checkpointing.layout import CONFIG, CheckpointFolder
-from dsft.checkpointing.state import TrainerState
+from dsft.checkpointing.state import TrainerState, with_command
 from dsft.config import EVERY_EPOCH, TrainConfig
 from dsft.config.values import as_yaml
 from dsft.dataset.micro_batches import MicroBatches
@@ -130,7 +130,7 @@ class Trainer:
             guard_disk(lambda: root.mkdir(parents=True, exist_ok=True), root)
             return
         open_output(self.folder, self.resume_from, warn)
-        text = f"# command: {launch_command()}\n{as_yaml(config)}"
+        text = with_command(as_yaml(config), launch_command(without=("resume", "stop_after_steps")))
         guard_disk(lambda: write_text(root / CONFIG, text), root / CONFIG)
 
     def _restore(self, initial: InitialWeights | None) -> TrainerState:
