@@ -419,10 +419,15 @@ def embedded_model_that_is_another(place: Place) -> None:
 
 def ds_config(text: str | None) -> Case:
     def read(place: Place) -> None:
-        from dsft.backends.ds_config import read_ds_config
+        import torch
 
-        path = place.folder / "ds.json" if text is None else place.file("ds.json", text)
-        read_ds_config(str(path), {"gradient_clipping": ("clip_grad", 1.0)})
+        from dsft.backends.base import BackendOptions
+        from dsft.backends.ds_config import make_ds_config
+
+        path = str(place.folder / "ds.json" if text is None else place.file("ds.json", text))
+        make_ds_config(
+            BackendOptions(torch.device("cpu"), torch.float32, True, 1.0, train_batch_size=4, config_file=path)
+        )
 
     return read
 
@@ -433,20 +438,10 @@ cases(
         str(text): ds_config(text)
         for text in (
             None, "{", "[]", '{"optimizer": {}}', '{"zero_optimization": 3}', '{"gradient_clipping": 3}',
+            '{"zero_optimization": {"sub_group_size": "big"}}',
         )
     },
 )  # fmt: skip
-
-
-@case
-def ds_config_that_deepspeed_refuses(place: Place) -> None:
-    import torch
-
-    from dsft.backends.base import RunSettings
-    from dsft.backends.zero3 import Zero3Backend
-
-    path = place.file("ds.json", '{"zero_optimization": {"sub_group_size": "big"}}')
-    Zero3Backend.read_library_config(str(path), RunSettings(4, 1.0, torch.float32))
 
 
 # The disk and the cache
@@ -1293,7 +1288,7 @@ def a_dry_run_with_less_memory_than_predicted(place: Place) -> None:
     from dsft.planning.prediction import ProcessMemory, Setting, chains, predict
     from dsft.planning.report import refuse
 
-    options = BackendOptions(torch.device("cpu"), torch.float32, trains_base=True, clip_grad=1.0)
+    options = BackendOptions(torch.device("cpu"), torch.float32, trains_base=True, clip_grad=1.0, train_batch_size=4)
     bare = ModelSource(str(place.model)).empty(torch.float32)
     prediction = predict(
         bare, Setting("fsdp", options, 1, None), chains([50], 4), process=ProcessMemory.of(options.device)

@@ -2,26 +2,21 @@
 
 import torch
 
-from dsft.backends import backend_class
-from dsft.backends.base import BackendOptions, RunSettings
+from dsft.backends.base import BackendOptions
 from dsft.config import TrainConfig
 from dsft.model.lora import LoraOptions
 
 
 def backend_options(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> BackendOptions:
-    """For the backend of --backend.
-
-    Raises:
-        UserError: the file of --ds_config cannot be used, or contradicts a flag.
-    """
-    settings = RunSettings(config.train_batch_size, config.clip_grad, dtype)
+    """What the flags say to a backend."""
     return BackendOptions(
         device=device,
         dtype=dtype,
         trains_base=config.lora_rank == 0,
         clip_grad=config.clip_grad,
+        train_batch_size=config.train_batch_size,
         cpu_offload=config.cpu_offload,
-        library_config=backend_class(config.backend).read_library_config(config.ds_config, settings),
+        config_file=config.ds_config,
     )
 
 

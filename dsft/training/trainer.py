@@ -113,7 +113,7 @@ class Trainer:
         dtype = self.dtype = runtime.pick_dtype(config.dtype, self.device)
         self.dtype_name = str(dtype).removeprefix("torch.")
         chosen = backend_class(config.backend)
-        self.backend = chosen(runtime.together(lambda: backend_options(config, self.device, dtype)))
+        self.backend = runtime.together(lambda: chosen(backend_options(config, self.device, dtype)))
 
     def _load_data(self) -> None:
         config = self.config
