@@ -725,7 +725,7 @@ cases(
 @case
 def another_run_meanwhile(place: Place) -> None:
     from dsft.checkpointing.layout import CheckpointFolder
-    from dsft.training.resuming import open_output
+    from dsft.checkpointing.resuming import open_output
     from tests.unit.test_resuming import train
 
     train(place.folder / "out", 1)
@@ -734,7 +734,7 @@ def another_run_meanwhile(place: Place) -> None:
 
 @case
 def a_history_that_is_no_text(place: Place) -> None:
-    from dsft.training.resuming import read_history
+    from dsft.checkpointing.resuming import read_history
 
     (place.folder / "metrics.jsonl").write_bytes(b"\xff")
     read_history(place.folder)
@@ -1282,11 +1282,11 @@ cases(
 @case
 def a_dry_run_with_less_memory_than_predicted(place: Place) -> None:
     import torch
+    from dsft.planning.report import refuse
 
     from dsft.backends.base import BackendOptions
     from dsft.model.source import ModelSource
     from dsft.planning.prediction import ProcessMemory, Setting, chains, predict
-    from dsft.planning.report import refuse
 
     options = BackendOptions(torch.device("cpu"), torch.float32, trains_base=True, clip_grad=1.0, train_batch_size=4)
     bare = ModelSource(str(place.model)).empty(torch.float32)
@@ -1299,9 +1299,9 @@ def a_dry_run_with_less_memory_than_predicted(place: Place) -> None:
 @case
 def memory_that_runs_out(place: Place) -> None:
     import torch
+    from dsft.planning.report import out_of_memory
 
     from dsft.config import TrainConfig
-    from dsft.planning.report import out_of_memory
 
     config = TrainConfig(model="m", train_files=["t"], output_dir="o")
     with out_of_memory(config, list):

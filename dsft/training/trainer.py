@@ -9,6 +9,7 @@ import torch
 
 from dsft.backends import backend_class
 from dsft.checkpointing.layout import CONFIG, CheckpointFolder
+from dsft.checkpointing.resuming import InitialWeights, find_resume, open_output, read_history
 from dsft.checkpointing.state import TrainerState
 from dsft.config import EVERY_EPOCH, TrainConfig
 from dsft.config.values import as_yaml
@@ -28,7 +29,6 @@ from dsft.training.checkpoints import RunCheckpoints
 from dsft.training.data import load_data
 from dsft.training.dry_run import dry_run
 from dsft.training.optimizer import make_optimizer
-from dsft.training.resuming import InitialWeights, find_resume, open_output, read_history
 from dsft.training.summary import end_lines, start_lines
 from dsft.training.tracking import Console, Tracker, warn
 

@@ -38,7 +38,7 @@ class SgdTrainer(Trainer):
 
     def parameters(self):
         """Whole parameters by name, gathered from all ranks. SGD has no moments."""
-        parts = islice(self.backend.state(), len(trainable(self.full_model)))
+        parts = islice(self.backend.state(), len(trainable(self.model)))
         mine = [(part.name, part.shape, part.start, part.values.clone()) for part in parts]
         everywhere = [None] * self.world.size
         dist.all_gather_object(everywhere, mine)
