@@ -16,7 +16,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 PARAMETER = "parameter"
-MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, as torch.optim.AdamW names them
+MOMENTS = ("exp_avg", "exp_avg_sq")  # as torch.optim.AdamW names them
+
+MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
+MakeScheduler = Callable[[Optimizer], LambdaLR]
+Read = Callable[[str, str, int, int], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class StateSlice:
 
 @dataclass(frozen=True)
 class BackendOptions:
-    """Everything that a backend is told about the run."""
+    """What a backend needs to know about the run."""
 
     device: torch.device
     dtype: torch.dtype
@@ -139,12 +143,7 @@ class Backend(ABC):
         """Build the base model; ideally no rank ever holds all of its weights. Collective."""
 
     @abstractmethod
-    def prepare(
-        self,
-        model: nn.Module,
-        make_optimizer: Callable[[list[nn.Parameter]], Optimizer],
-        make_scheduler: Callable[[Optimizer], LambdaLR],
-    ) -> None:
+    def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer, make_scheduler: MakeScheduler) -> None:
         """Shard the model, build optimizer and schedule, and set `self.model`. Collective.
 
         Args:
@@ -182,7 +181,7 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def load_state(self, read: Callable[[str, str, int, int], torch.Tensor], step: int) -> None:
+    def load_state(self, read: Read, step: int) -> None:
         """Restore trained parameters, moments and schedule to their state after `step` optimizer steps. Collective.
 
         Args:

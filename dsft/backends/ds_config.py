@@ -22,8 +22,8 @@ SET_BY_FLAGS = {
 def default_file() -> Path:
     """ds_configs/zero3.json: inside the installed package, else at the root of a checkout."""
     package = Path(dsft.__file__).parent
-    installed = package / "ds_configs" / "zero3.json"
-    return installed if installed.is_file() else package.parent / "ds_configs" / "zero3.json"
+    files = [folder / "ds_configs" / "zero3.json" for folder in (package, package.parent)]
+    return files[0] if files[0].is_file() else files[1]
 
 
 def make_ds_config(options: BackendOptions) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def _take_out_flags(user: dict[str, Any], defaults: dict[str, Any], options: Bac
         if isinstance(defaults.get(key), dict) and not isinstance(value, dict) and value != AUTO:
             problems.append(f"{where}: {key} must be an object, got {json.dumps(value)}")
     for key, (flag, value) in owned.items():
-        found = _pop(user, key.split("."))
+        found = _pop(user, key)
         if found not in (None, AUTO, value):
             problems.append(
                 f"{where}: {key} is {json.dumps(found)}, but --{flag} sets it to {json.dumps(value)}; "
@@ -106,12 +106,10 @@ def _read(path: Path) -> dict[str, Any]:
     return config
 
 
-def _pop(config: dict[str, Any], keys: list[str]) -> Any:
-    for key in keys[:-1]:
-        config = config.get(key, {})
-        if not isinstance(config, dict):
-            return config
-    return config.pop(keys[-1], None)
+def _pop(config: dict[str, Any], key: str) -> Any:
+    section, _, name = key.rpartition(".")
+    settings = config.get(section, {}) if section else config
+    return settings.pop(name, None) if isinstance(settings, dict) else settings
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

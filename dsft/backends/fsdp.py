@@ -1,7 +1,7 @@
 """PyTorch's own FSDP2: parameters as DTensors sharded over all ranks."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -9,8 +9,6 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from dsft.backends.base import (
     MOMENTS,
@@ -18,6 +16,9 @@ from dsft.backends.base import (
     Backend,
     BackendOptions,
     HeldMemory,
+    MakeOptimizer,
+    MakeScheduler,
+    Read,
     Source,
     StateSlice,
     decoder_layers,
@@ -79,12 +80,7 @@ class FsdpBackend(Backend):
         # In full fine-tuning the sharded parameters are the float32 masters, cast to `dtype` for compute.
         return source.skeleton(torch.float32 if self.options.trains_base else self.options.dtype)
 
-    def prepare(
-        self,
-        model: nn.Module,
-        make_optimizer: Callable[[list[nn.Parameter]], Optimizer],
-        make_scheduler: Callable[[Optimizer], LambdaLR],
-    ) -> None:
+    def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer, make_scheduler: MakeScheduler) -> None:
         """Fill and shard one decoder layer at a time, so that no more than one is ever whole."""
         policy: dict = {"mesh": self._mesh}
         if self.options.dtype != torch.float32:
@@ -113,7 +109,6 @@ class FsdpBackend(Backend):
         loss.backward()
 
     def step(self) -> float:
-        """See Backend."""
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
         shards = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
         # In float64, because on CPU the float32 norm of ten million values is wrong in the fourth digit.
@@ -131,18 +126,15 @@ class FsdpBackend(Backend):
         return norm
 
     def learning_rate(self) -> float:
-        """See Backend."""
         return self._optimizer.param_groups[0]["lr"]
 
     def state(self) -> Iterator[StateSlice]:
-        """See Backend."""
         for kind in (PARAMETER, *MOMENTS):
             for name, parameter in self._parameters.items():
                 whole = parameter if kind == PARAMETER else self._optimizer.state[parameter][kind]
                 yield StateSlice(kind, name, tuple(parameter.shape), _range(parameter)[0], _local(whole))
 
-    def load_state(self, read: Callable[[str, str, int, int], torch.Tensor], step: int) -> None:
-        """See Backend."""
+    def load_state(self, read: Read, step: int) -> None:
         for name, parameter in self._parameters.items():
             held = _range(parameter)
             _local(parameter).copy_(read(PARAMETER, name, *held))

@@ -2,16 +2,15 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from dsft.backends import deepspeed_internals as internals
 from dsft.backends.base import (
@@ -20,6 +19,9 @@ from dsft.backends.base import (
     Backend,
     BackendOptions,
     HeldMemory,
+    MakeOptimizer,
+    MakeScheduler,
+    Read,
     Source,
     StateSlice,
     set_schedule,
@@ -35,7 +37,6 @@ class Zero3Backend(Backend):
     library = "deepspeed"
 
     def __init__(self, options: BackendOptions) -> None:
-        """See Backend."""
         super().__init__(options)
         self.ds_config = make_ds_config(options)
 
@@ -103,12 +104,7 @@ class Zero3Backend(Backend):
         self._hook = HfDeepSpeedConfig(self.ds_config)  # must stay alive while from_pretrained runs
         return source.pretrained(self.options.dtype)
 
-    def prepare(
-        self,
-        model: nn.Module,
-        make_optimizer: Callable[[list[nn.Parameter]], Optimizer],
-        make_scheduler: Callable[[Optimizer], LambdaLR],
-    ) -> None:
+    def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer, make_scheduler: MakeScheduler) -> None:
         """deepspeed.initialize with our optimizer and schedule."""
         import deepspeed
 
@@ -143,11 +139,9 @@ class Zero3Backend(Backend):
         return float(self._engine.get_global_grad_norm())
 
     def learning_rate(self) -> float:
-        """See Backend."""
         return self._zero.param_groups[0]["lr"]
 
     def state(self) -> Iterator[StateSlice]:
-        """See Backend."""
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
         for kind in (PARAMETER, *MOMENTS):
@@ -160,23 +154,13 @@ class Zero3Backend(Backend):
                 )
                 yield StateSlice(kind, name, self.shape(parameter), start, values.detach()[: stop - start])
 
-    def load_state(self, read: Callable[[str, str, int, int], torch.Tensor], step: int) -> None:
-        """See Backend."""
-        from deepspeed.utils import safe_set_local_optimizer_state
-
-        internals.reset_moments(self._zero, step)
-        for name, parameter in self._parameters.items():
-            for moment in MOMENTS:
-                values = internals.padded(read(moment, name, *internals.partition_range(parameter)), parameter)
-                safe_set_local_optimizer_state(parameter, values, moment)
-        internals.write_masters(
-            self._zero, self._parameters, lambda name, start, stop: read(PARAMETER, name, start, stop)
-        )
+    def load_state(self, read: Read, step: int) -> None:
+        internals.write_moments(self._zero, self._parameters, read, step)
+        internals.write_masters(self._zero, self._parameters, partial(read, PARAMETER))
         set_schedule(self._scheduler, step)
 
     def shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
-        """See Backend."""
-        return internals.full_shape(parameter)
+        return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
     def close(self) -> None:
         """Free the engine's buffers and hooks."""
