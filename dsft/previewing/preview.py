@@ -7,6 +7,7 @@ import numpy as np
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from dsft.checkpointing.models import resolve_model
+from dsft.checkpointing.resuming import find_initial_weights
 from dsft.config import PreviewConfig
 from dsft.dataset.chat_format import ChatFormat
 from dsft.distributed import runtime
@@ -32,7 +33,6 @@ from dsft.previewing.statistics import (
     truncation,
 )
 from dsft.previewing.template_checks import Probe, probe_template, start_finding, template_findings
-from dsft.training.resuming import find_initial_weights
 from dsft.units import gib
 
 

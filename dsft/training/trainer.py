@@ -9,6 +9,7 @@ import torch
 
 from dsft.backends import backend_class
 from dsft.checkpointing.layout import CONFIG, CheckpointFolder
+from dsft.checkpointing.resuming import InitialWeights, find_resume, open_output, read_history
 from dsft.checkpointing.state import TrainerState, with_command
 from dsft.config import EVERY_EPOCH, TrainConfig
 from dsft.config.values import as_yaml
@@ -28,7 +29,6 @@ from dsft.training.checkpoints import RunCheckpoints
 from dsft.training.data import load_data
 from dsft.training.dry_run import dry_run
 from dsft.training.optimizer import make_optimizer
-from dsft.training.resuming import InitialWeights, find_resume, open_output, read_history
 from dsft.training.summary import end_lines, resume_hint, start_lines
 from dsft.training.tracking import Console, Tracker, warn
 
@@ -89,8 +89,8 @@ class Trainer:
         runtime.seed_everything(config.seed, deterministic=config.deterministic)
         self.dtype = runtime.pick_dtype(config.dtype, self.device)
         self.dtype_name = str(self.dtype).removeprefix("torch.")
-        self.options = runtime.together(lambda: backend_options(config, self.device, self.dtype))
-        self.backend = backend_class(config.backend)(self.options)
+        self.options = backend_options(config, self.device, self.dtype)
+        self.backend = runtime.together(lambda: backend_class(config.backend)(self.options))
 
     def _check_visible(self, path: Path | None) -> None:
         exists = str(path is None or path.exists())
