@@ -21,6 +21,7 @@ from dsft.files import guard_disk, write_text
 from dsft.loss import loss_metrics, mean_loss, summed_loss
 from dsft.model.flops import measure_matmul
 from dsft.planning.activations import free_memory
+from dsft.planning.disk import disk_warning
 from dsft.planning.out_of_memory import out_of_memory, refuse
 from dsft.planning.plan import Memory, backend_options, plan_run, predict_needs
 from dsft.processes import launch_command
@@ -72,6 +73,8 @@ class Trainer:
             config, self.data, self.plan, self.needs, self.state, self.resume_from, self.device, self.dtype_name
         ):
             self.console.say(line)
+        if world.is_main and (line := disk_warning(config, self.plan.trained, self.needs, self.folder.root)):
+            warn(line)
 
     def _start_runtime(self) -> None:
         config, world = self.config, self.world
