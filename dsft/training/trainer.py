@@ -73,8 +73,8 @@ class Trainer:
             config, self.data, self.plan, self.needs, self.state, self.resume_from, self.device, self.dtype_name
         ):
             self.console.say(line)
-        if world.is_main and (line := disk_warning(config, self.plan.trained, self.needs, self.folder.root)):
-            warn(line)
+        if world.is_main and (message := disk_warning(config, self.plan.trained, self.needs, self.folder.root)):
+            warn(message)
 
     def _start_runtime(self) -> None:
         config, world = self.config, self.world
