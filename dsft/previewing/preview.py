@@ -7,9 +7,9 @@ import numpy as np
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from dsft.checkpointing.models import resolve_model
+from dsft.checkpointing.resuming import find_initial_weights
 from dsft.config import PreviewConfig
 from dsft.dataset.chat_format import ChatFormat
-from dsft.dataset.tokens import DataFormat
 from dsft.distributed import runtime
 from dsft.errors import UserError
 from dsft.model.flops import measure_matmul
@@ -33,7 +33,6 @@ from dsft.previewing.statistics import (
     truncation,
 )
 from dsft.previewing.template_checks import Probe, probe_template, start_finding, template_findings
-from dsft.training.resuming import find_initial_weights
 from dsft.units import gib
 
 
@@ -178,7 +177,7 @@ def needs_findings(needs: Needs, trained: int, config: PreviewConfig) -> list[Fi
     if config.output_dir:
         folder = Path(config.output_dir).expanduser().absolute()
         existing = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
-        message = disk_warning(config, trained, needs.total_steps, needs.steps_per_epoch, existing)
+        message = disk_warning(config, trained, needs, existing)
         found += [Finding("warning", "disk", message)] if message else []
     return found
 
@@ -188,9 +187,8 @@ def _rows(sets: Sets) -> list[RowView]:
     whole = sets.train.whole
     if whole is None:
         return []
-    data_format = DataFormat.from_flags(sets.config)
     numbers = choose_rows(whole.lengths, sets.config.rows, sets.config.row_numbers)
-    views = [view_row(n, sets.train.cell(n), whole[n], sets.tokenizer, data_format) for n in numbers]
+    views = [view_row(n, sets.train.cell(n), whole[n], sets.tokenizer, sets.config) for n in numbers]
     why = "validates, by --val_fraction" if sets.config.val_fraction else "left out by --on_leak drop_train"
     moved = sets.sides.has_moved(whole)
     return [

@@ -15,7 +15,7 @@ from dsft.config import ValidateConfig
 from dsft.dataset.chat_format import THINK, ChatFormat
 from dsft.dataset.micro_batches import MicroBatches
 from dsft.dataset.readers import find_files, read_columns, walk
-from dsft.dataset.tokens import DataFormat, TokenDataset, load_dataset
+from dsft.dataset.tokens import TokenDataset, load_dataset
 from dsft.distributed import runtime
 from dsft.errors import UserError
 from dsft.loss import TargetHead, loss_metrics, mean_loss
@@ -119,9 +119,8 @@ def evaluate_dialogues(
     assert config.data is not None
     names, tokenizer = [config.data], generator.tokenizer
     dialogues = runtime.together(lambda: _read_dialogues(names, config, tokenizer))
-    data_format = DataFormat.from_flags(config)
     data = runtime.on_first_local_rank(
-        world, lambda: load_dataset(names, "data", tokenizer, data_format, show_progress=world.is_main)
+        world, lambda: load_dataset(names, "data", tokenizer, config, show_progress=world.is_main)
     )
     runtime.check_same_everywhere(data.fingerprint, "the rows of --data", "give all machines the same file and model")
     losses: dict[str, Any] = {"val/loss": None, "val/perplexity": None}

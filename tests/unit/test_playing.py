@@ -198,14 +198,15 @@ def test_a_batch_of_episodes_and_the_same_one_by_one_give_the_same_moves(tiny_mo
 def test_prompts_are_the_tokens_that_training_sees(tiny_model, tokenizer, tmp_path):
     """A row that dsft.generate writes, and the prompt that dsft.validate makes at that position."""
     from dsft.config import GenerateConfig
-    from dsft.dataset.tokens import DataFormat, load_dataset
+    from dsft.config.flags import RowFlags
+    from dsft.dataset.tokens import load_dataset
     from dsft.envs.expert_data import generate
 
     for style, history in (("messages", None), ("chatml", 1), ("plain", 0)):
         folder = tmp_path / style
         made = {"env": "frozenlake", "style": style, "history_turns": history}
         generate(GenerateConfig(**made, output_dir=str(folder), train_size=3, test_size=1, num_processes=1))
-        rows = load_dataset([str(folder / "train.parquet")], "train_files", tokenizer, DataFormat())
+        rows = load_dataset([str(folder / "train.parquet")], "train_files", tokenizer, RowFlags())
         trained = [tokens[: list(mask).index(True)].tolist() for tokens, mask in (rows[i] for i in range(len(rows)))]
         seen = []
 

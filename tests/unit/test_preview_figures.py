@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsft.config.flags import RowFlags
 from dsft.dataset.batches import GlobalBatches
 from dsft.dataset.micro_batches import MicroBatches, MicroBatchOptions
 from dsft.dataset.readers import Cell
-from dsft.dataset.tokens import Counts, DataFormat, load_dataset, truncate_row
+from dsft.dataset.tokens import Counts, load_dataset, truncate_row
 from dsft.errors import UserError
 from dsft.model.flops import Cost
 from dsft.planning.plan import RunPlan
@@ -102,7 +103,7 @@ def test_folding_and_batches_are_those_of_the_trainers_micro_batches(
 ):
     """Built here as the Trainer builds them, step by step over the first epoch."""
     monkeypatch.setenv("DSFT_CACHE", str(tmp_path))
-    data = load_dataset([str(SAMPLE_TRAIN)], "train_files", tokenizer, DataFormat())
+    data = load_dataset([str(SAMPLE_TRAIN)], "train_files", tokenizer, RowFlags())
     given = plan(ranks=ranks, token_budget=budget, fold=fold, tree_unsupported_reason=why)
     order = GlobalBatches(data.dialogue if fold else np.arange(len(data)), data.sorted_place, 16, 1)
     batches, folding = batches_and_folding(data, order, given, order.first_step(3))
@@ -201,7 +202,7 @@ def test_a_histogram_has_every_row_in_its_bin(lengths, most):
 )
 def test_truncation_is_counted_as_it_is_done(rows, max_length, how):
     """Rows of so many prompt tokens and targets, cut by the function that the Trainer's rows go through."""
-    how_much = DataFormat(max_length=max_length, truncation=how)
+    how_much = RowFlags(max_length=max_length, truncation=how)
     too_long = cut = dropped = 0
     worst = []
     for number, (prompt, response) in enumerate(rows):
