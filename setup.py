@@ -37,6 +37,7 @@ setup(
         "PyYAML>=6",
         "tqdm>=4.70",
         "rich>=15",
+        "markdown-it-py>=4",
         "psutil>=7",
         "gguf>=0.19",
         "gymnasium>=1.4",

@@ -1,4 +1,4 @@
-"""Text of rows, answers and damaged files, as every terminal, page and file can show it; times in words."""
+"""Text of rows, answers and damaged files, as every terminal, page and file can show it."""
 
 import unicodedata
 
@@ -16,19 +16,6 @@ def visible_text(text: str) -> str:
 def printable(text: str) -> str:
     """The same, with lines that end in one way: of answers, which may have been written on any system."""
     return visible_text(text.replace("\r\n", "\n").replace("\r", "\n"))
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words."""
-    if seconds < 0.05:
-        return f"{1000 * seconds:.0f} ms"
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
 
 
 def _is_control(character: str) -> bool:

@@ -19,9 +19,8 @@ from dsft.errors import UserError
 from dsft.files import write_text
 from dsft.model.embedded import HUB_NAME, LICENSE
 from dsft.model.embedded import NAME as EMBEDDED
-from dsft.reporting.document import Block, Document, Heading, Lines, Mono, Table, Text
+from dsft.reporting.document import Block, Mono, as_markdown, fenced, heading, paragraph, table
 from dsft.reporting.eval_reports import TUNED, Judgement, tables
-from dsft.reporting.markdown import as_markdown, blocks_as_markdown
 from dsft.reporting.runs import listed, training_command
 
 HYPERPARAMETERS = (
@@ -61,22 +60,23 @@ def model_card(checkpoint: Path, base_name: str, base_path: str, *, name: str, p
         **fields,
     )
     blocks: list[Block] = [
-        Text(
+        heading(1, name),
+        paragraph(
             f"{flags.get('model', _public(base_name))}, fine-tuned with LoRA by dsft and merged: the adapter of "
             f"{checkpoint.name} is added to the base model's weights, which are {dtype.removeprefix('torch.')} here."
         ),
-        Text(_licence_words(licence)),
-        Heading(2, "Use"),
-        Lines(
+        paragraph(_licence_words(licence)),
+        heading(2, "Use"),
+        fenced(
             "from transformers import pipeline\n\n"
             f"generate = pipeline('text-generation', model={place!r})\n"
             "generate([{'role': 'user', 'content': '…'}])",
             "python",
         ),
-        Heading(2, "Training"),
+        heading(2, "Training"),
         *_training(flags, state),
     ]
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{as_markdown(Document(name, blocks))}")
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{as_markdown(blocks)}")
 
 
 def name_of(folder: Path) -> str:
@@ -106,7 +106,7 @@ def add_results(folder: Path, judgements: Sequence[Judgement]) -> None:
         card.data.eval_results = [*kept, *own]
         card.data.model_name = card.data.model_name or name_of(folder)
     text = card.text.partition(f"\n{PLAYED}")[0].rstrip("\n")
-    card.text = f"{text}\n\n{blocks_as_markdown(tables(judgements, several=False))}"
+    card.text = f"{text}\n\n{as_markdown(tables(judgements, several=False))}"
     write_text(path, str(card))
 
 
@@ -184,16 +184,15 @@ def _training(flags: dict[str, Any], state: TrainerState | None) -> list[Block]:
             (Mono("versions"), Mono(", ".join(f"{key} {value}" for key, value in state.versions.items()))),
         ]
     if rows:
-        blocks.append(Table(("setting", "value"), rows))
+        blocks.append(table(("setting", "value"), rows))
     files = listed(flags.get("train_files") or [])
     if state is not None:
-        blocks.append(
-            Text(f"Rows: {files or 'unknown'}; fingerprint of the tokenised rows: {state.data}. The loss is the mean "
-                 "negative log-likelihood of a token of the responses.")
-        )  # fmt: skip
+        rows_text = f"Rows: {files or 'unknown'}; fingerprint of the tokenised rows: {state.data}."
+        loss_text = "The loss is the mean negative log-likelihood per response token."
+        blocks.append(paragraph(f"{rows_text} {loss_text}"))
     command = training_command(flags, state.world_size if state is not None else 1) if flags else None
     if command:
-        blocks += [Text(COMMAND), Lines(command, "bash")]
+        blocks += [paragraph(COMMAND), fenced(command, "bash")]
     return blocks
 
 

@@ -18,7 +18,7 @@ from dsft.model.tree_attention import why_no_trees
 from dsft.planning import prediction
 from dsft.planning.activations import ActivationMemory, fit_micro_batches
 from dsft.planning.prediction import GIB, Prediction, ProcessMemory, Setting, gib
-from dsft.text import duration
+from dsft.units import duration
 
 
 def backend_options(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> BackendOptions:

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,6 +39,11 @@ class LoadedSet:
     data: TokenDataset | None = None
     segments: dict[int, list[Segment]] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
+
+    @property
+    def side(self) -> "Side | None":
+        """What training takes, unless it separates the rows."""
+        return None if self.data is None or self.whole is None else Side(self.data, self.whole.lengths)
 
 
 def load_set(config: PreviewConfig, flag: str, chat_format: ChatFormat, template: ChatTemplate) -> LoadedSet:
@@ -81,20 +87,28 @@ def load_set(config: PreviewConfig, flag: str, chat_format: ChatFormat, template
     return loaded
 
 
+class Side(NamedTuple):
+    """The rows that train, or those that validate.
+
+    data: as token ids
+    lengths: tokens of these rows and of those that truncation drops, before it, int64 [rows]
+    """
+
+    data: TokenDataset
+    lengths: np.ndarray
+
+
 @dataclass
 class SeparatedSets:
-    """The rows that train and those that validate.
+    """The rows of a run.
 
     train, val: None where there are none, or training would refuse them
-    train_lengths, val_lengths: tokens of these rows and of those that truncation drops, before it, int64 [rows]
     findings: what leaks, or what was done about it
     left_out: which rows of --train_files do not train, bool [rows]; None where all do
     """
 
-    train: TokenDataset | None
-    val: TokenDataset | None
-    train_lengths: np.ndarray | None
-    val_lengths: np.ndarray | None
+    train: Side | None
+    val: Side | None
     findings: list[Finding] = field(default_factory=list)
     left_out: np.ndarray | None = None
 
@@ -107,10 +121,9 @@ def separate_sets(
     Where training would refuse some rows for another reason, such as their length, the whole rows are searched for
     leaks instead.
     """
-    lengths = [loaded and loaded.whole and loaded.whole.lengths for loaded in (train, val)]
-    sets = SeparatedSets(train.data, val and val.data, *lengths)
-    usable = train.data is not None and (val is None or val.data is not None)
-    data, other = (sets.train, sets.val) if usable else (train.whole, val and val.whole)
+    sets = SeparatedSets(train.side, val.side if val else None)
+    is_usable = sets.train is not None and (val is None or sets.val is not None)
+    data, other = ((loaded.data if is_usable else loaded.whole) if loaded else None for loaded in (train, val))
     if data is None or (other is None and config.val_fraction is None):
         return sets
     # Training would end at --on_leak error; here every kind of leak is reported.
@@ -120,30 +133,27 @@ def separate_sets(
     except UserError as error:
         sets.findings = [Finding("refused", "leaks" if config.val_fraction is None else "split", str(error))]
         return sets
-    if separation.split is not None:
-        text = f"--val_fraction {config.val_fraction:g} splits off {len(separation.split):,} of {len(data):,} rows"
+    split, leaks = separation.split, separation.leaks
+    if split is not None:
+        text = f"--val_fraction {config.val_fraction:g} splits off {len(split):,} of {len(data):,} rows"
         sets.findings = [Finding("ok", "split", text)]
-    elif separation.leaks and not separation.text:
-        assert other is not None
-        sets.findings = leak_findings(separation.leaks, data, other, config, chat_format)
+    elif leaks and other is not None and not separation.text:
+        sets.findings = leak_findings(leaks, data, other, config, chat_format)
     else:
-        text = separation.text or (NO_LEAK if separation.leaks is not None else "not searched with --on_leak ignore")
+        text = separation.text or (NO_LEAK if leaks is not None else "not searched with --on_leak ignore")
         sets.findings = [Finding("ok", "leaks", text)]
-    if not usable:
-        return sets
-    assert train.whole is not None
-    sets.train, sets.val = separation.apply(data, other)
-    is_split = separation.split is not None
-    left_out = sets.left_out = _rows_of(train.whole, data, separation.split if is_split else separation.drop_train)
-    sets.train_lengths = train.whole.lengths[~left_out]
-    if is_split:
-        sets.val_lengths = train.whole.lengths[left_out]
-    elif val is not None and val.whole is not None and other is not None:
-        sets.val_lengths = val.whole.lengths[~_rows_of(val.whole, other, separation.drop_val)]
+    if is_usable and train.whole is not None:
+        kept, validating = separation.apply(data, other)
+        sets.left_out = _rows_of(train.whole, data, separation.drop_train if split is None else split)
+        sets.train = Side(kept, train.whole.lengths[~sets.left_out])
+        if split is not None and validating is not None:
+            sets.val = Side(validating, train.whole.lengths[sets.left_out])
+        elif val is not None and val.whole is not None and other is not None and validating is not None:
+            sets.val = Side(validating, val.whole.lengths[~_rows_of(val.whole, other, separation.drop_val)])
     return sets
 
 
-def _rows_of(whole: TokenDataset, data: TokenDataset, rows: np.ndarray | None) -> np.ndarray:
+def _rows_of(whole: TokenDataset, data: TokenDataset, rows: np.ndarray) -> np.ndarray:
     """Which of the whole rows are these of `data`, from which truncation may have dropped some: bool [rows]."""
     places = [(source[:, 0] << 40) + source[:, 1] for source in (whole.source, data.source[rows])]
     return np.isin(*places)

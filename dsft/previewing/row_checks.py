@@ -1,18 +1,20 @@
-"""Faults that the rows' text shows, each reported once with its count and an example.
+"""Faults of rows, each reported once with its count and an example.
 
-Every check sees the rows one by one, as they are in the parquet files: a set of any size is read once and never held.
+A check of the text sees the rows one by one as they are in the parquet files, so a set of any size is never held.
 """
 
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
+
 from dsft.dataset.chat_format import THINK
 from dsft.dataset.parquet import Cell, walk
-from dsft.dataset.tokens import DataFormat
+from dsft.dataset.tokens import Counts, DataFormat, TokenDataset, fit
 from dsft.errors import UserError
 
 END_THINK = "</think>"
@@ -106,21 +108,19 @@ def rows_of(count: int, total: int) -> str:
 
 
 class RowCheck:
-    """Counts the rows that have one fault.
+    """Counts the rows that have one fault."""
 
-    name: of the fault
-    message: what is wrong and how to fix it, a format string with {rows}, {example} and what `details` returns
-    explains_refusal: whether training refuses a row for this fault
-    """
-
-    name: str
-    message: str
-    explains_refusal = False
-
-    def __init__(self) -> None:
+    def __init__(self, name: str, has: Callable[[Row], bool], message: str = "", *, refused: bool = False) -> None:
+        """Args:
+        name: of the fault.
+        has: whether a row has it.
+        message: what is wrong and how to fix it, with {rows}, {example} and what `details` returns to be filled in.
+        refused: whether training refuses a row for this fault.
+        """
+        self.name, self.has, self.message, self.explains_refusal = name, has, message, refused
         self.count = 0
         self.example: Cell | None = None
-        self.refused = False
+        self.is_refused = False
 
     def see(self, row: Row) -> bool:
         """Look at the next row; whether it has the fault."""
@@ -129,10 +129,6 @@ class RowCheck:
             self.count += 1
             self.example = self.example or row.cell
         return found
-
-    def has(self, row: Row) -> bool:
-        """Whether a row has the fault."""
-        raise NotImplementedError
 
     def details(self) -> dict[str, str]:
         """Further values for the message."""
@@ -143,19 +139,7 @@ class RowCheck:
         if not self.count:
             return None
         text = self.message.format(rows=rows_of(self.count, total), example=self.example, **self.details())
-        return Finding("refused" if self.refused else "warning", self.name, text)
-
-
-class EmptyAnswers(RowCheck):
-    """Answers of nothing but whitespace, thinking and tags."""
-
-    name, explains_refusal = "empty answers", True
-    message = "{rows} have an answer without text, e.g. {example}; drop or fix them"
-
-    def has(self, row: Row) -> bool:
-        if row.answers == [None]:
-            return row.response is None  # another value that is not text is another fault
-        return any(answer is not None and not answer_text(answer) for answer in row.answers)
+        return Finding("refused" if self.is_refused else "warning", self.name, text)
 
 
 class SwappedColumns(RowCheck):
@@ -165,20 +149,18 @@ class SwappedColumns(RowCheck):
     texts that grow from row to row as the prompts of a dialogue do. Two columns of single turns show none of them.
     """
 
-    name, explains_refusal = "swapped columns", True
-    message = "{rows} have what looks like a prompt in the response column, e.g. {example}; try {flags}"
-
     def __init__(self, data_format: DataFormat, user_header: str) -> None:
         """`user_header` is what the template puts before a user turn."""
-        super().__init__()
-        self._flags = f"--prompt_key {data_format.response_key} --response_key {data_format.prompt_key}"
+        flags = f"--prompt_key {data_format.response_key} --response_key {data_format.prompt_key}"
+        message = "{rows} have what looks like a prompt in the response column, e.g. {example}; try " + flags
+        super().__init__("swapped columns", self._is_swapped, message, refused=True)
         self._by_name = _is_named(data_format.prompt_key, RESPONSE_NAMES, PROMPT_NAMES) and _is_named(
             data_format.response_key, PROMPT_NAMES, RESPONSE_NAMES
         )
         self._header = user_header.strip()
         self._previous: tuple[Any, Any] = ("", "")
 
-    def has(self, row: Row) -> bool:
+    def _is_swapped(self, row: Row) -> bool:
         if row.is_conversation:
             return False
         prompt, response = row.prompt, row.response
@@ -197,9 +179,6 @@ class SwappedColumns(RowCheck):
             or (_continues(previous[1], response) and not _continues(previous[0], prompt))
         )
 
-    def details(self) -> dict[str, str]:
-        return {"flags": self._flags}
-
 
 def _is_named(column: str, likely: set[str], unlikely: set[str]) -> bool:
     words = {*re.split(r"[^a-z]+", column.lower())}
@@ -213,21 +192,19 @@ def _continues(before: Any, after: str) -> bool:
 class RoleNames(RowCheck):
     """Messages with roles that neither the conventions nor the template know."""
 
-    name, explains_refusal = "role names", True
-    message = "{rows} use the roles {unknown}{known}, e.g. {example}; use system, user and assistant throughout"
-
     def __init__(self, template: str) -> None:
-        super().__init__()
+        message = "{rows} use the roles {unknown}{known}, e.g. {example}; use system, user and assistant throughout"
+        super().__init__("role names", self._has_unknown, message, refused=True)
         self._template = template
         self._roles: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}  # by whether they are known
 
-    def has(self, row: Row) -> bool:
-        roles = {role: self._is_known(role) for role, _ in row.turns}
-        if isinstance(row.message, dict) and isinstance(role := row.message.get("role"), str):
-            roles[role] = self._is_known(role)
-        for role, is_known in roles.items():
-            self._roles[is_known][role] += 1
-        return not all(roles.values())
+    def _has_unknown(self, row: Row) -> bool:
+        message = row.message if isinstance(row.message, dict) else {}
+        named = (*(role for role, _ in row.turns), message.get("role"))
+        roles = dict.fromkeys(role for role in named if isinstance(role, str))
+        for role in roles:
+            self._roles[self._is_known(role)][role] += 1
+        return not all(map(self._is_known, roles))
 
     def _is_known(self, role: str) -> bool:
         return role in ROLES or f"'{role}'" in self._template or f'"{role}"' in self._template
@@ -240,42 +217,16 @@ class RoleNames(RowCheck):
         return {"unknown": unknown, "known": f" besides {known}" if known else ""}
 
 
-class LastTurn(RowCheck):
-    """Prompts that end with an assistant turn, which the answer would follow."""
-
-    name = "last turn"
-    message = "{rows} have a prompt that ends with an assistant turn, e.g. {example}; end it with a user turn"
-
-    def has(self, row: Row) -> bool:
-        return not row.is_conversation and bool(row.turns) and row.turns[-1][0] == "assistant"
-
-
-class ThinkingInHistories(RowCheck):
-    """Answers that think after earlier turns without thinking: training is then unlike generation."""
-
-    name = "thinking in histories"
-    message = (
-        "{rows} have thinking in the answer but not in every earlier assistant turn, e.g. {example}; "
-        "keep it in all of them, or remove it everywhere"
-    )
-
-    def has(self, row: Row) -> bool:
-        history = [thinks(content) for content in row.assistant_turns if content.strip()]
-        return bool(history) and not all(history) and any(map(thinks, row.answers))
-
-
 class ThinkingInAnswers(RowCheck):
     """Answers without thinking where the prompt, its history, or most other rows have it."""
 
-    name = "thinking in answers"
-    message = "{rows} have an answer without <think>, although {reason}, e.g. {example}; was it stripped?"
-
     def __init__(self) -> None:
-        super().__init__()
+        message = "{rows} have an answer without <think>, although {reason}, e.g. {example}; was it stripped?"
+        super().__init__("thinking in answers", self._lacks_thinking, message)
         self._thinking = self._without = 0
         self._first: Cell | None = None
 
-    def has(self, row: Row) -> bool:
+    def _lacks_thinking(self, row: Row) -> bool:
         [answer, *_] = row.answers or [None]
         if row.is_conversation or answer is None or not answer_text(answer):
             return False
@@ -284,7 +235,9 @@ class ThinkingInAnswers(RowCheck):
             return False
         self._without += 1
         self._first = self._first or row.cell
-        asked = [row.prompt] if isinstance(row.prompt, str) else [text for role, text in row.turns if role != "assistant"]
+        asked = (
+            [row.prompt] if isinstance(row.prompt, str) else [text for role, text in row.turns if role != "assistant"]
+        )
         return any(THINK in text for text in asked) or any(map(thinks, row.assistant_turns))
 
     def details(self) -> dict[str, str]:
@@ -297,45 +250,15 @@ class ThinkingInAnswers(RowCheck):
         return super().finding(total)
 
 
-class UnclosedThinking(RowCheck):
-    """With --with_thinking the prompt ends with <think>, which these answers never close."""
-
-    name = "unclosed thinking"
-    message = "{rows} never close the <think> of --with_thinking, e.g. {example}; drop the flag, or fix them"
-
-    def has(self, row: Row) -> bool:
-        return any(answer is not None and END_THINK not in answer for answer in row.answers)
+def _is_empty(row: Row) -> bool:
+    if row.answers == [None]:
+        return row.response is None  # another value that is not text is another fault
+    return any(answer is not None and not answer_text(answer) for answer in row.answers)
 
 
-class EndOfTurnInAnswers(RowCheck):
-    """Answers that contain the end-of-turn token, which would then be there twice."""
-
-    name = "end-of-turn in answers"
-    message = "{rows} have {end} in the answer, e.g. {example}; remove it, as it is appended automatically"
-
-    def __init__(self, end_of_turn: str) -> None:
-        super().__init__()
-        self._end = end_of_turn
-
-    def has(self, row: Row) -> bool:
-        return any(self._end in answer for answer in row.answers if answer is not None)
-
-    def details(self) -> dict[str, str]:
-        return {"end": self._end}
-
-
-class HistoryThinks(RowCheck):
-    """No fault by itself: rows with thinking in the turns before the last answer."""
-
-    def has(self, row: Row) -> bool:
-        return any(map(thinks, row.assistant_turns[:-1] if row.is_conversation else row.assistant_turns))
-
-
-class NoSystemTurn(RowCheck):
-    """No fault by itself: messages that do not begin with a system turn."""
-
-    def has(self, row: Row) -> bool:
-        return bool(row.turns) and row.turns[0][0] != "system"
+def _lost_history(row: Row) -> bool:
+    history = [thinks(content) for content in row.assistant_turns if content.strip()]
+    return bool(history) and not all(history) and any(map(thinks, row.answers))
 
 
 class Scan:
@@ -343,17 +266,44 @@ class Scan:
 
     def __init__(self, data_format: DataFormat, template: str, user_header: str, end_of_turn: str) -> None:
         """`template` is the chat template's source, `user_header` what it puts before a user turn."""
-        self.rows = 0
-        self.history_thinks, self.no_system_turn = HistoryThinks(), NoSystemTurn()
-        self._checks: list[RowCheck] = [
-            EmptyAnswers(),
+        unclosed = RowCheck(
+            "unclosed thinking",
+            lambda row: any(answer is not None and END_THINK not in answer for answer in row.answers),
+            "{rows} never close the <think> of --with_thinking, e.g. {example}; drop the flag, or fix them",
+        )
+        self._checks = [
+            RowCheck(
+                "empty answers",
+                _is_empty,
+                "{rows} have an answer without text, e.g. {example}; drop or fix them",
+                refused=True,
+            ),
             SwappedColumns(data_format, user_header),
             RoleNames(template),
-            LastTurn(),
-            ThinkingInHistories(),
-            UnclosedThinking() if data_format.with_thinking else ThinkingInAnswers(),
-            EndOfTurnInAnswers(end_of_turn),
+            RowCheck(
+                "last turn",
+                lambda row: not row.is_conversation and bool(row.turns) and row.turns[-1][0] == "assistant",
+                "{rows} have a prompt that ends with an assistant turn, e.g. {example}; end it with a user turn",
+            ),
+            RowCheck(
+                "thinking in histories",
+                _lost_history,
+                "{rows} have thinking in the answer but not in every earlier assistant turn, e.g. {example}; "
+                "keep it in all of them, or remove it everywhere",
+            ),
+            unclosed if data_format.with_thinking else ThinkingInAnswers(),
+            RowCheck(
+                "end-of-turn in answers",
+                lambda row: any(end_of_turn in answer for answer in row.answers if answer is not None),
+                f"{{rows}} have {end_of_turn} in the answer, e.g. {{example}}; remove it, it is appended automatically",
+            ),
         ]
+        # No faults by themselves; what they mean depends on the template.
+        self.history_thinks = RowCheck(
+            "", lambda row: any(map(thinks, row.assistant_turns[: -1 if row.is_conversation else None]))
+        )
+        self.no_system_turn = RowCheck("", lambda row: bool(row.turns) and row.turns[0][0] != "system")
+        self.rows = 0
         self._format = data_format
         self._refused = 0
         self._first_refusal = ""
@@ -373,9 +323,9 @@ class Scan:
         except UserError:
             pass  # `make` raises the same
         else:
-            found = [check for check in self._checks if check.see(row)]
             self.history_thinks.see(row)
             self.no_system_turn.see(row)
+            found = [check for check in self._checks if check.see(row)]
         if make is None:
             return
         try:
@@ -383,17 +333,53 @@ class Scan:
         except UserError as error:
             cause = next((check for check in found if check.explains_refusal), None)
             if cause is not None:
-                cause.refused = True
+                cause.is_refused = True
             else:
                 self._refused += 1
                 self._first_refusal = self._first_refusal or str(error)
 
-    def findings(self, label: str) -> Iterator[Finding]:
-        """One for each fault; `label` goes before the names."""
+    def findings(self) -> Iterator[Finding]:
+        """One for each fault."""
         if self._refused:
             more = f" ({rows_of(self._refused, self.rows)})" if self._refused > 1 else ""
-            yield Finding("refused", f"{label}rows", self._first_refusal + more)
-        for check in self._checks:
-            found = check.finding(self.rows)
-            if found is not None:
-                yield replace(found, name=label + found.name)
+            yield Finding("refused", "rows", self._first_refusal + more)
+        yield from filter(None, (check.finding(self.rows) for check in self._checks))
+
+
+# Of the tokenized rows
+
+
+def duplicates_finding(whole: TokenDataset) -> Finding | None:
+    """Rows with the tokens and targets of an earlier row."""
+    _, first, index = np.unique(whole.row_hash, return_index=True, return_inverse=True)
+    repeated = np.flatnonzero(first[index] < np.arange(len(whole)))
+    if not len(repeated):
+        return None
+    row = int(repeated[0])
+    text = (
+        f"{rows_of(len(repeated), len(whole))} repeat an earlier row exactly, e.g. {whole.place(row)} that of "
+        f"{whole.place(int(first[index[row]]))}; drop them, unless they are meant to count more"
+    )
+    return Finding("warning", "duplicates", text)
+
+
+def truncation_finding(whole: TokenDataset, data_format: DataFormat) -> Finding | None:
+    """What max_length costs, other than the start of prompts."""
+    how, total = data_format.truncation, len(whole)
+    too_long = np.flatnonzero(whole.lengths > data_format.max_length).tolist()
+    limit = f"--max_length {data_format.max_length} (the longest row has {int(whole.lengths.max()):,} tokens)"
+    kept = {} if how == "error" else {row: fit(*whole[row], Cell("", row), data_format, Counts()) for row in too_long}
+    dropped = [row for row, rest in kept.items() if rest is None]
+    if how == "error":
+        affected, problem = too_long, f"have more tokens than {limit}"
+        remedy = "raise it, or choose --truncation left, right or drop"
+    elif how == "right":
+        affected = [row for row, rest in kept.items() if rest is None or rest[1].sum() < whole[row][1].sum()]
+        problem = f"lose the end of the answer, {len(dropped):,} of them all of it (these are dropped)"
+        remedy = f"raise {limit}, or choose --truncation left"
+    else:
+        affected, problem, remedy = dropped, f"are dropped by --truncation {how}", f"raise {limit}"
+    if not affected:
+        return None
+    text = f"{rows_of(len(affected), total)} {problem}, e.g. {whole.place(affected[0])}; {remedy}"
+    return Finding("refused" if how == "error" or len(dropped) == total else "warning", "truncation", text)

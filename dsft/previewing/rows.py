@@ -64,7 +64,9 @@ def choose_rows(lengths: np.ndarray, count: int, numbers: Sequence[int] | None =
     if numbers is not None:
         if max(numbers, default=0) >= rows:
             beyond = next(number for number in numbers if number >= rows)
-            raise UserError(f"--row_numbers {beyond}: there are {rows:,} training rows; use numbers from 0 to {rows - 1}")
+            raise UserError(
+                f"--row_numbers {beyond}: there are {rows:,} training rows; use numbers from 0 to {rows - 1}"
+            )
         return list(dict.fromkeys(numbers))
     spaced = [step * rows // max(1, count - 1) for step in range(1, count - 1)]
     picks = [0, int(np.argmax(lengths)), *spaced, rows - 1, *range(min(rows, count))]

@@ -153,9 +153,7 @@ def _history_finding(template: ChatTemplate, scan: Scan) -> Finding:
     return Finding("ok", name, text)
 
 
-def _end_finding(
-    template: ChatTemplate, scan: Scan, chat_format: ChatFormat, stops: Sequence[int] | None
-) -> Finding:
+def _end_finding(template: ChatTemplate, scan: Scan, chat_format: ChatFormat, stops: Sequence[int] | None) -> Finding:
     """Whether the token that ends an answer is in histories too, and ends generation."""
     name, end, tokenizer = "end of turn", template.end_of_turn, chat_format.tokenizer
     if not template.ends_answers:

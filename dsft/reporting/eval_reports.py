@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dsft.errors import UserError
-from dsft.reporting.document import Beside, Block, Folded, Heading, Lines, Mono, Table, Text, aligned
+from dsft.reporting.document import Block, Mono, fenced, heading, paragraph, table
+from dsft.reporting.html import folded, side_by_side
 from dsft.reporting.runs import Run, listed
 
 BASE, TUNED = "base model", "fine-tuned model"
@@ -150,13 +151,13 @@ def tables(judgements: Sequence[Judgement], *, several: bool) -> list[Block]:
         is_game = members[0].is_game
         make_row = _game_row if is_game else _dialogue_row
         rows = [make_row(_label(judgement, several), judgement.report) for judgement in members]
-        blocks.append(Heading(2, f"Results: {task}"))
-        blocks.append(Table(GAME_HEADER if is_game else DIALOGUE_HEADER, rows, right=range(1, len(rows[0]))))
+        blocks.append(heading(2, f"Results: {task}"))
+        blocks.append(table(GAME_HEADER if is_game else DIALOGUE_HEADER, rows, right=range(1, len(rows[0]))))
         if is_game:
             counts = sorted({judgement.report["episodes"] for judgement in members})
             levels = " or ".join(map(str, counts))
-            blocks.append(Text(f"Each player met {levels} levels. Moves over optimum: on solved levels, moves beyond "
-                               "the fewest possible ones."))  # fmt: skip
+            note = "Moves over optimum: on solved levels, moves beyond the fewest possible ones."
+            blocks.append(paragraph(f"Each player met {levels} levels. {note}"))
     return blocks
 
 
@@ -200,7 +201,8 @@ def _share(report: dict[str, Any], name: str) -> str:
 
 def game_lines(judgements: Sequence[Judgement]) -> list[str]:
     """The table of players, for a console."""
-    return aligned(GAME_HEADER, [_game_row(j.player, j.report) for j in judgements if j.is_game])
+    rows = [_game_row(j.player, j.report) for j in judgements if j.is_game]
+    return table(GAME_HEADER, rows, right=range(1, len(GAME_HEADER))).split("\n")
 
 
 # Samples
@@ -228,16 +230,16 @@ def _played(tuned: Judgement, base: Judgement | None, count: int) -> list[Block]
     blocks: list[Block] = []
     for row in chosen[:count]:
         came = "solved" if row.get("solved") else "failed"
-        blocks.append(Heading(3, f"One level that the {TUNED} {came} (seed {row.get('seed')})"))
+        blocks.append(heading(3, f"One level that the {TUNED} {came} (seed {row.get('seed')})"))
         start = next((m["content"] for m in row["messages"] if m["role"] == "user"), "")
-        blocks.append(Lines(shortened(start)))
+        blocks.append(fenced(shortened(start)))
         players = [(TUNED, row)] if _level(row) not in before else [(BASE, before[_level(row)]), (TUNED, row)]
         answers = [
             (f"{name}: {'solved' if r.get('solved') else 'failed'} in {r.get('turns')} answers", _own_words(r))
             for name, r in players
         ]
         whole = "\n\n".join(f"{m['role']}:\n{m['content']}" for m in row["messages"])
-        blocks += [Beside(answers), Folded("The whole conversation", [Lines(shortened(whole, 5 * LONGEST))])]
+        blocks += [side_by_side(answers), folded("The whole conversation", [fenced(shortened(whole, 5 * LONGEST))])]
     return blocks
 
 
@@ -263,14 +265,14 @@ def _answered(tuned: Judgement, base: Judgement | None, count: int) -> list[Bloc
     blocks: list[Block] = []
     for row in chosen:
         number = row["row"]
-        blocks.append(Heading(3, f"Row {number}"))
+        blocks.append(heading(3, f"Row {number}"))
         if number in texts:
             prompt, response = texts[number]
-            blocks.append(Lines(shortened(prompt)))
+            blocks.append(fenced(shortened(prompt)))
         answers = [(BASE, before[number])] if number in before else []
         answers += [(TUNED, row["answer"])]
         answers += [("the row's response", response)] if number in texts else []
-        blocks.append(Beside([(name, shortened(text)) for name, text in answers]))
+        blocks.append(side_by_side([(name, shortened(text)) for name, text in answers]))
     return blocks
 
 
@@ -308,7 +310,7 @@ def shortened(text: str, longest: int = LONGEST) -> str:
     return text if len(text) <= longest else f"{text[:longest]}\n… ({len(text) - longest:,} more characters)"
 
 
-def sources(judgements: Sequence[Judgement], *, several: bool) -> Table:
+def sources(judgements: Sequence[Judgement], *, several: bool) -> str:
     """Which report each row came from, and with which versions."""
     rows = [
         (
@@ -319,7 +321,7 @@ def sources(judgements: Sequence[Judgement], *, several: bool) -> Table:
         )
         for judgement in judgements
     ]
-    return Table(("player", "report", "versions", "seed"), rows)
+    return table(("player", "report", "versions", "seed"), rows)
 
 
 def _versions(report: dict[str, Any]) -> dict[str, Any]:

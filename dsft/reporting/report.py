@@ -11,10 +11,9 @@ from dsft.config.report import HTML
 from dsft.config.values import default_text
 from dsft.files import guard_disk, write_text
 from dsft.reporting.curves import Curve, draw
-from dsft.reporting.document import Block, Document, Figure, Folded, Heading, Lines, Mono, Table, Text
+from dsft.reporting.document import Block, Mono, as_markdown, fenced, heading, paragraph, table
 from dsft.reporting.eval_reports import Judgement, find_judgements, samples, sources, tables
-from dsft.reporting.html import as_html
-from dsft.reporting.markdown import as_markdown
+from dsft.reporting.html import figures, folded, page
 from dsft.reporting.runs import Run, commands, data_figures, listed, read_runs
 from dsft.text import printable
 
@@ -24,7 +23,7 @@ CHARTS = (
     ("val/loss", "Validation loss", "per target token", True),
     ("train/lr", "Learning rate", "of AdamW", False),
     ("train/grad_norm", "Gradient norm", "before clipping", True),
-    ("train/effective_tokens_per_second", "Throughput", "tokens of rows a second", True),
+    ("train/effective_tokens_per_second", "Throughput", "tokens/s", True),
 )
 HIDDEN = ("config", "debug")
 UNKNOWN = "unknown"
@@ -41,38 +40,38 @@ def write_report(config: ReportConfig) -> tuple[Path, Path]:
         UserError: no run where one was named, a file that is no report of dsft.validate, or a disk that refuses.
     """
     runs = read_runs(config.runs)
-    document = tell(runs, find_judgements(runs, config.judgements or []), config.samples)
+    title, blocks = build_report(runs, find_judgements(runs, config.judgements or []), config.samples)
     target = Path(os.path.expanduser(config.output)) if config.output else runs[0].root / f"report{HTML}"
     guard_disk(lambda: target.parent.mkdir(parents=True, exist_ok=True), target.parent)
     beside = target.with_suffix(".md")
-    guard_disk(lambda: write_text(target, as_html(document)), target)
-    guard_disk(lambda: write_text(beside, as_markdown(document)), beside)
+    guard_disk(lambda: write_text(target, page(title, blocks)), target)
+    guard_disk(lambda: write_text(beside, as_markdown([heading(1, title), *blocks])), beside)
     return target, beside
 
 
-def tell(runs: Sequence[Run], judgements: Sequence[Judgement], count: int) -> Document:
-    """The report, with as many samples of each task."""
+def build_report(runs: Sequence[Run], judgements: Sequence[Judgement], count: int) -> tuple[str, list[Block]]:
+    """Title and blocks of the report, with `count` samples of each task."""
     several = len(runs) > 1
     blocks: list[Block] = [_overview(runs)]
-    blocks += [Text(f"Note: {note}.") for run in runs for note in run.notes]
+    blocks += [paragraph(f"Note: {note}.") for run in runs for note in run.notes]
     blocks += tables(judgements, several=several)
-    blocks += [Heading(2, "Curves"), *_charts(runs)]
-    blocks += [Heading(2, "Configuration"), *_configuration(runs)]
-    blocks += [Heading(2, "Data"), _side_by_side(runs, [dict(data_figures(run)) for run in runs])]
-    blocks += [Heading(2, "Checkpoints"), *[block for run in runs for block in _checkpoints(run, several)]]
+    blocks += [heading(2, "Curves"), *_charts(runs)]
+    blocks += [heading(2, "Configuration"), *_configuration(runs)]
+    blocks += [heading(2, "Data"), _side_by_side(runs, [dict(data_figures(run)) for run in runs])]
+    blocks += [heading(2, "Checkpoints"), *[block for run in runs for block in _checkpoints(run, several)]]
     told = [(run, samples(run, judgements, count)) for run in runs]
     if any(found for _, found in told):
-        blocks.append(Heading(2, "Answers before and after"))
+        blocks.append(heading(2, "Answers before and after"))
         for run, found in told:
-            blocks += [Text(f"Run {run.name}:"), *found] if several and found else found
-    blocks += [Heading(2, "Versions"), _side_by_side(runs, [_versions(run) for run in runs])]
-    blocks += [Folded("Reports of dsft.validate", [sources(judgements, several=several)])] if judgements else []
-    blocks += [Heading(2, "To do it again"), *[block for run in runs for block in _reproduce(run, several)]]
+            blocks += [paragraph(f"Run {run.name}:"), *found] if several and found else found
+    blocks += [heading(2, "Versions"), _side_by_side(runs, [_versions(run) for run in runs])]
+    blocks += [folded("Reports of dsft.validate", [sources(judgements, several=several)])] if judgements else []
+    blocks += [heading(2, "Reproduce"), *[block for run in runs for block in _reproduce(run, several)]]
     names = ", ".join(run.name for run in runs)
-    return Document(f"{'Runs' if several else 'Run'} {printable(names)}", blocks)
+    return f"{'Runs' if several else 'Run'} {printable(names)}", blocks
 
 
-def _overview(runs: Sequence[Run]) -> Table:
+def _overview(runs: Sequence[Run]) -> str:
     head = ("run", "model", "backend", "status", "train/loss, last", "val/loss, best", "val/loss, last")
     rows = []
     for run in runs:
@@ -90,25 +89,23 @@ def _overview(runs: Sequence[Run]) -> Table:
                 f"{val[-1][1]:.6f}" if val else "none",
             )
         )
-    return Table(head, rows, right=(4, 5, 6))
+    return table(head, rows, right=(4, 5, 6))
 
 
 def _charts(runs: Sequence[Run]) -> list[Block]:
-    blocks: list[Block] = []
+    drawings = []
     missing = []
     for key, title, unit, noisy in CHARTS:
         curves = [curve for color, run in enumerate(runs) if (curve := _curve(run, key, color)) is not None]
         if curves:
             words = "; ".join(f"{c.name}: {_ends(c.points)}" for c in curves)
-            svg = draw(title, unit, curves, noisy=noisy)
-            blocks.append(Figure(svg, printable(f"{title} ({unit}): {words}")))
+            drawings.append((draw(title, unit, curves, noisy=noisy), printable(f"{title} ({unit}): {words}")))
         drawn = {curve.color for curve in curves}
         absent = [run.name for color, run in enumerate(runs) if color not in drawn]
         if absent:
             missing.append(f"{title.lower()} (none from {', '.join(absent)})" if len(runs) > 1 else title.lower())
-    if missing:
-        blocks.append(Text(f"No values: {'; '.join(missing)}."))
-    return blocks
+    blocks: list[Block] = [figures(drawings)] if drawings else []
+    return blocks + ([paragraph(f"No values: {'; '.join(missing)}.")] if missing else [])
 
 
 def _curve(run: Run, key: str, color: int) -> Curve | None:
@@ -131,7 +128,7 @@ def _configuration(runs: Sequence[Run]) -> list[Block]:
     """What differs between runs, or from the defaults; everything else folded."""
     names = list(dict.fromkeys(name for run in runs for name in run.flags if name not in HIDDEN))
     if not names:
-        return [Text("config.yaml is missing.")]
+        return [paragraph("config.yaml is missing.")]
     values = {name: [listed(run.flags[name]) if name in run.flags else UNKNOWN for run in runs] for name in names}
     defaults = {f.name: default_text(f) for f in fields(TrainConfig)}
     if len(runs) > 1:
@@ -150,17 +147,17 @@ def _configuration(runs: Sequence[Run]) -> list[Block]:
         is_shown = name in differing
         cells = values[name] if is_shown else [next(value for value in values[name] if value != UNKNOWN)]
         (shown if is_shown else same).append([Mono(f"--{name}"), *map(Mono, cells)])
-    blocks: list[Block] = [Table(head, shown)] if shown else [Text("All flags are the same.")]
-    return blocks + ([Folded(summary, [Table(["flag", "value"], same)])] if same else [])
+    blocks: list[Block] = [table(head, shown)] if shown else [paragraph("All flags are the same.")]
+    return blocks + ([folded(summary, [table(["flag", "value"], same)])] if same else [])
 
 
 def _side_by_side(runs: Sequence[Run], facts: Sequence[dict[str, str]]) -> Block:
     """A row a fact, a column a run."""
     names = list(dict.fromkeys(name for of_run in facts for name in of_run))
     if not names:
-        return Text("Unknown.")
+        return paragraph("Unknown.")
     head = ["", *(run.name if len(runs) > 1 else "" for run in runs)]
-    return Table(head, [[name, *(of_run.get(name, UNKNOWN) for of_run in facts)] for name in names])
+    return table(head, [[name, *(of_run.get(name, UNKNOWN) for of_run in facts)] for name in names])
 
 
 def _versions(run: Run) -> dict[str, str]:
@@ -168,11 +165,11 @@ def _versions(run: Run) -> dict[str, str]:
 
 
 def _checkpoints(run: Run, several: bool) -> list[Block]:
-    title: list[Block] = [Heading(3, run.name)] if several else []
+    title: list[Block] = [heading(3, run.name)] if several else []
     if not run.checkpoints:
-        return [*title, Text("There is none yet.")]
+        return [*title, paragraph("There is none yet.")]
     rows = [[Mono(cells[0]), *cells[1:], _remark(line)] for line in run.checkpoints for cells in [line.cells()]]
-    return [*title, Table([*Line.HEAD[:-1], "links", ""], rows, right=(1, 2, 3, 4))]
+    return [*title, table([*Line.HEAD[:-1], "links", ""], rows, right=(1, 2, 3, 4))]
 
 
 def _remark(line: Line) -> str:
@@ -181,8 +178,8 @@ def _remark(line: Line) -> str:
 
 
 def _reproduce(run: Run, several: bool) -> list[Block]:
-    title: list[Block] = [Heading(3, run.name)] if several else []
+    title: list[Block] = [heading(3, run.name)] if several else []
     lines = commands(run)
     if not lines:
-        return [*title, Text("This version of dsft cannot read the run's flags.")]
-    return [*title, Lines("\n".join(lines), "bash")]
+        return [*title, paragraph("This version of dsft cannot read the run's flags.")]
+    return [*title, fenced("\n".join(lines), "bash")]

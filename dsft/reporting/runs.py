@@ -17,7 +17,7 @@ from dsft.config import GenerateConfig, MergeConfig, TrainConfig, ValidateConfig
 from dsft.config.values import as_words, build
 from dsft.errors import UserError
 from dsft.files import reason
-from dsft.text import duration
+from dsft.units import duration
 
 PIPELINE = "pipeline.json"
 AGAIN = "-again"

@@ -11,11 +11,11 @@ import yaml
 
 from dsft.cli import parse
 from dsft.config import GenerateConfig, TrainConfig
+from dsft.reporting.document import as_markdown
 from dsft.reporting.eval_reports import TUNED, find_judgements, game_lines, samples, shortened
-from dsft.reporting.markdown import blocks_as_markdown
-from dsft.reporting.report import tell
+from dsft.reporting.report import build_report
 from dsft.reporting.runs import commands, data_figures, read_metrics, read_run, read_runs
-from dsft.text import duration
+from dsft.units import duration
 from tests.helpers import message, save_checkpoint, write_parquet
 
 FLAGS = {"model": "some/model", "train_files": ["no/such.parquet"], "output_dir": "out/run", "lr": 0.001}
@@ -88,13 +88,13 @@ def test_values_that_are_no_numbers_do_not_count(tmp_path):
 def test_a_run_that_a_newer_version_went_on_with_has_one_curve(tmp_path):
     older = [step(i) | {"train/tokens_per_second": 10.0 * i} for i in (1, 2)]
     newer = [step(3) | {"train/tokens_per_second": 1.0, "train/effective_tokens_per_second": 30.0}]
-    text = blocks_as_markdown(tell([read_run(make_run(tmp_path / "run", older + newer), "run")], [], 0).blocks)
-    assert "Throughput (tokens of rows a second): run: 10 at step 1, 30 at step 3" in text
+    text = as_markdown(build_report([read_run(make_run(tmp_path / "run", older + newer), "run")], [], 0)[1])
+    assert "Throughput (tokens/s): run: 10 at step 1, 30 at step 3" in text
 
 
 def test_a_run_with_a_strange_name_is_not_said_to_have_no_values(tmp_path):
     runs = read_runs([str(make_run(tmp_path / name, [step(1)])) for name in ("bell\x07", "other")])
-    text = blocks_as_markdown(tell(runs, [], 0).blocks)
+    text = as_markdown(build_report(runs, [], 0)[1])
     assert "training loss" not in text
 
 
@@ -136,7 +136,7 @@ def test_commands_lead_back_to_the_flags(tmp_path):
     assert (config.output_dir, config.resume, config.stop_after_steps) == ("out/run-again", "auto", None)
     refused = read_run(make_run(tmp_path / "old", [step(1)], {"lr": "high"}), "old")
     assert commands(refused) == []
-    assert "cannot read the run's flags" in blocks_as_markdown(tell([refused], [], 3).blocks)
+    assert "cannot read the run's flags" in as_markdown(build_report([refused], [], 3)[1])
 
 
 def test_names_tell_runs_apart(tmp_path):
@@ -215,7 +215,7 @@ def test_the_players_of_a_pipeline(pipeline):
     assert parse(GenerateConfig, generate.split()[3:]).output_dir == "pipe-again/data"
     config = parse(TrainConfig, train.split()[3:])
     assert (config.output_dir, config.train_files) == ("pipe-again/train", ["pipe-again/data/a"])
-    text = blocks_as_markdown(tell([run], judgements, 2).blocks)
+    text = as_markdown(build_report([run], judgements, 2)[1])
     assert "\n".join(lines) in text
 
 
@@ -238,7 +238,7 @@ def test_doing_it_again_publishes_nothing(pipeline):
 def test_a_solved_and_a_failed_level_come_first_with_the_base_models_answers(pipeline):
     [run] = read_runs([str(pipeline)])
     found = find_judgements([run], [])
-    text = blocks_as_markdown(samples(run, found, 2))
+    text = as_markdown(samples(run, found, 2))
     assert [line for line in text.splitlines() if line.startswith("### ")] == [
         "### One level that the fine-tuned model solved (seed 1)",
         "### One level that the fine-tuned model failed (seed 2)",
@@ -247,7 +247,7 @@ def test_a_solved_and_a_failed_level_come_first_with_the_base_models_answers(pip
         "base model: failed in 1 answers:\n\n```\neh\n```\n\nfine-tuned model: solved in 1 answers:\n\n```\nUp" in text
     )
     assert "```\nno\nnope\n```" in text
-    assert "seed 3" in blocks_as_markdown(samples(run, found, 3))
+    assert "seed 3" in as_markdown(samples(run, found, 3))
     assert samples(run, found, 0) == []
 
 
@@ -267,11 +267,11 @@ def test_answers_to_dialogues_stand_beside_the_rows_own_response(tmp_path):
     [run] = read_runs([str(root)])
     [judgement] = find_judgements([run], [])
     assert (judgement.player, judgement.is_game) == (TUNED, False)
-    text = blocks_as_markdown(samples(run, [judgement], 5))
+    text = as_markdown(samples(run, [judgement], 5))
     assert "### Row 2\n\n```\nquestion 2\n```\n\nfine-tuned model:\n\n```\nanswer 2\\u2028\n```" in text
     assert "the row's response:\n\n```\nresponse 2\n```" in text
     data.unlink()
-    assert "response" not in blocks_as_markdown(samples(run, [judgement], 5))
+    assert "response" not in as_markdown(samples(run, [judgement], 5))
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ def test_json_files_that_are_no_reports_are_passed_over(pipeline, change):
     path.write_text(json.dumps({name: value for name, value in report.items() if value is not ...}))
     [run] = read_runs([str(pipeline)])
     found = find_judgements([run], [])
-    tell([run], found, 1)
+    build_report([run], found, 1)
     assert [judgement.player for judgement in found] == ["base model", "fine-tuned model", "expert"]
 
 
@@ -295,7 +295,7 @@ def test_two_pipelines_name_their_players(pipeline, tmp_path):
     shutil.copytree(pipeline, tmp_path / "second")
     runs = read_runs([str(pipeline), str(tmp_path / "second")])
     found = find_judgements(runs, [])
-    text = blocks_as_markdown(tell(runs, found, 1).blocks)
+    text = as_markdown(build_report(runs, found, 1)[1])
     for name in ("pipe", "second"):
         assert f"| fine-tuned model, {name} " in text
     assert text.count("### One level that the fine-tuned model solved") == 2
