@@ -10,7 +10,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 from dsft.checkpointing.models import resolve_model
 from dsft.config import PreviewConfig
 from dsft.dataset.chat_format import ChatFormat
-from dsft.dataset.parquet import Cell
+from dsft.dataset.readers import Cell
 from dsft.dataset.tokens import DataFormat
 from dsft.distributed import runtime
 from dsft.errors import UserError
@@ -130,22 +130,23 @@ def _add_plan(preview: Preview, sets: SeparatedSets, config: PreviewConfig, path
         rate = measure_matmul(options.dtype, device) * (1 if device.type == "cpu" else ranks)
         preview.needs = predict_needs(config, shapes, options, memory, plan, train, order, rate)
         preview.batches, preview.folding = batches_and_folding(train, order, plan, preview.needs.total_steps)
-        preview.findings += _needs_findings(preview.needs, plan.trained, config)
+        preview.findings += needs_findings(preview.needs, plan.trained, config)
     if val is not None:
         preview.val_folding, _ = fold_ratios(val, [np.arange(len(val))], plan)
 
 
-def _needs_findings(needs: Needs, trained: int, config: PreviewConfig) -> Iterator[Finding]:
-    """What will not fit: memory, or checkpoints of so many trained values on the disk of the output folder."""
+def needs_findings(needs: Needs, trained: int, config: PreviewConfig) -> list[Finding]:
+    """What does not fit: memory, or checkpoints of so many trained values on the disk of the output folder."""
+    found = []
     if not needs.fits:
         text = f"a rank needs {gib(needs.memory.peak)} by prediction, and {gib(needs.available)} are available"
-        yield Finding("warning", "memory", f"{text}; {fitting_text(needs.remedies)}")
+        found.append(Finding("warning", "memory", f"{text}; {fitting_text(needs.remedies)}"))
     if config.output_dir:
         folder = Path(config.output_dir).expanduser().absolute()
         existing = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
         message = disk_warning(config, trained, needs.total_steps, needs.steps_per_epoch, existing)
-        if message is not None:
-            yield Finding("warning", "disk", message)
+        found += [Finding("warning", "disk", message)] if message else []
+    return found
 
 
 def _rows(

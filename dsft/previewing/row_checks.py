@@ -13,8 +13,8 @@ from typing import Any, Literal
 import numpy as np
 
 from dsft.dataset.chat_format import THINK
-from dsft.dataset.parquet import Cell, walk
-from dsft.dataset.tokens import Counts, DataFormat, TokenDataset, fit
+from dsft.dataset.readers import Cell, walk
+from dsft.dataset.tokens import Counts, DataFormat, TokenDataset, truncate_row
 from dsft.errors import UserError
 
 END_THINK = "</think>"
@@ -368,7 +368,11 @@ def truncation_finding(whole: TokenDataset, data_format: DataFormat) -> Finding 
     how, total = data_format.truncation, len(whole)
     too_long = np.flatnonzero(whole.lengths > data_format.max_length).tolist()
     limit = f"--max_length {data_format.max_length} (the longest row has {int(whole.lengths.max()):,} tokens)"
-    kept = {} if how == "error" else {row: fit(*whole[row], Cell("", row), data_format, Counts()) for row in too_long}
+    kept = (
+        {}
+        if how == "error"
+        else {row: truncate_row(*whole[row], Cell("", row), data_format, Counts()) for row in too_long}
+    )
     dropped = [row for row, rest in kept.items() if rest is None]
     if how == "error":
         affected, problem = too_long, f"have more tokens than {limit}"

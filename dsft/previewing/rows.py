@@ -7,8 +7,8 @@ from itertools import groupby, islice
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dsft.dataset.parquet import Cell
-from dsft.dataset.tokens import Counts, DataFormat, count_targets, fit
+from dsft.dataset.readers import Cell
+from dsft.dataset.tokens import Counts, DataFormat, count_targets, truncate_row
 from dsft.errors import UserError
 from dsft.text import visible_text
 
@@ -92,7 +92,7 @@ def view_row(
     tokens, is_target = row
     cut = ""
     try:
-        kept = fit(tokens, is_target, cell, data_format, Counts())
+        kept = truncate_row(tokens, is_target, cell, data_format, Counts())
     except UserError:
         kept, cut = row, f"refused: {len(tokens):,} tokens exceed max_length {data_format.max_length:,}"
     if kept is None:

@@ -158,9 +158,9 @@ def batches_and_folding(
         rows=len(data) / in_epoch,
         tokens=data.counts.tokens / in_epoch,
         targets=data.counts.targets / in_epoch,
-        ranks=plan.layout.ranks,
+        ranks=plan.micro_batches.ranks,
         micro_batches=micro_batches / len(planned),
-        token_budget=plan.layout.token_budget,
+        token_budget=plan.micro_batches.token_budget,
         planned=len(planned),
     )
     return batches, folding
@@ -168,13 +168,13 @@ def batches_and_folding(
 
 def fold_ratios(data: TokenDataset, batches: Sequence[np.ndarray], plan: RunPlan) -> tuple[Folding, int]:
     """What folding saves in these batches (int64 [rows] each), and how many micro-batches they are on each rank."""
-    used = "off" if not plan.layout.fold else "trees" if plan.layout.trees else "chains"
+    used = "off" if not plan.micro_batches.fold else "trees" if plan.micro_batches.trees else "chains"
     layouts = {
-        "trees": replace(plan.layout, fold=True, trees=True),
-        "chains": replace(plan.layout, fold=True, trees=False),
+        "trees": replace(plan.micro_batches, fold=True, trees=True),
+        "chains": replace(plan.micro_batches, fold=True, trees=False),
     }
     ratios, micro_batches = {}, 0
-    for name, layout in (layouts | {used: plan.layout}).items():
+    for name, layout in (layouts | {used: plan.micro_batches}).items():
         planner = MicroBatches(data, layout, plan.cost, None)
         plans = [planner.plan(batch) for batch in batches]
         ratios[name] = sum(p.row_tokens for p in plans) / sum(p.tokens for p in plans)

@@ -114,7 +114,7 @@ def test_dropped_training_rows_are_part_of_the_run(train, tmp_path):
     )
     all_of_it = train(on_leak="drop_train", val_files=tmp_path / "t.parquet", output_dir=tmp_path / "none")
     assert all_of_it.status == 1
-    assert all_of_it.errors[0].startswith("error: --on_leak drop_train would leave no training row: 6 of 6 validation rows")
+    assert all_of_it.errors[0].startswith("error: --on_leak drop_train would leave no training row: 6 of 6 validation")
     assert not (tmp_path / "none").exists()
 
 

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dsft.config import PreviewConfig
-from dsft.dataset.parquet import Cell
+from dsft.dataset.readers import Cell
+from dsft.dataset.tokens import DataFormat
 from dsft.previewing.preview import Preview, make_preview
-from dsft.previewing.row_checks import Row, answer_text
-from tests.helpers import MEDICAL, SAMPLE_TRAIN, SAMPLE_VAL, write_parquet
+from dsft.previewing.row_checks import Row, answer_text, truncation_finding
+from tests.helpers import MEDICAL, SAMPLE_TRAIN, SAMPLE_VAL, token_dataset, write_parquet
 
 MEDICAL_SET = pytest.param(MEDICAL, marks=pytest.mark.skipif(not MEDICAL.exists(), reason="the medical set is absent"))
 FORGETFUL = (
@@ -167,7 +170,9 @@ def test_some_rows_are_swapped(look, rows):
     good = [row | {"response": [{"role": "assistant", "content": row["response"]}]} for row in rows]
     [(kind, name, text)] = look([*good[:10], *swapped, *good[13:]])
     assert (kind, name) == ("warning", "swapped columns")
-    assert text.startswith("3 of 40 rows have what looks like a prompt in the response column, e.g. /f.parquet, row 10;")
+    assert text.startswith(
+        "3 of 40 rows have what looks like a prompt in the response column, e.g. /f.parquet, row 10;"
+    )
 
 
 def test_swapped_flags_are_told_by_the_columns_names(look):
@@ -206,8 +211,8 @@ def test_roles_in_other_languages(look, rows):
         [found] = look(rows, template)
         assert found[:2] == (kind, "role names")
         assert found[2] == (
-            "10 of 40 rows use the roles '用户', '助手' besides 'system', 'user', 'assistant', e.g. /f.parquet, row 20; "
-            "use system, user and assistant throughout"
+            "10 of 40 rows use the roles '用户', '助手' besides 'system', 'user', 'assistant', "
+            "e.g. /f.parquet, row 20; use system, user and assistant throughout"
         )
 
 
@@ -301,7 +306,7 @@ def test_a_missing_column_is_told_and_the_template_is_looked_at(look, rows):
 
 
 def test_all_answers_are_cut(look, rows):
-    for length, left_out in ((60, 40), (100, 1)):
+    for length, left_out in ((60, 40), (100, 29)):
         found = look(rows, truncation="right", max_length=length)
         [(kind, name, text)] = found
         assert name == "truncation"
@@ -326,6 +331,30 @@ def test_rows_that_are_too_long_are_refused_with_their_count(look, rows):
         [(kind, name, text)] = look(rows, truncation=how)
         assert (kind, name) == ("warning", "truncation")
         assert text.startswith(start)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 8), st.integers(1, 8)), min_size=1, max_size=12), st.integers(1, 14),
+    st.sampled_from(["error", "left", "right", "drop"]),
+)  # fmt: skip
+@settings(deadline=None, database=None)
+def test_truncation_in_a_formula(rows, max_length, how):
+    """Rows of so many prompt tokens and targets."""
+    data = token_dataset([([*range(p + r)], [False] * p + [True] * r) for p, r in rows])
+    found = truncation_finding(data, DataFormat(max_length=max_length, truncation=how))
+    too_long = [(p, r) for p, r in rows if p + r > max_length]
+    lost = [(p, r) for p, r in too_long if (r if how == "left" else p) >= max_length]
+    affected = lost if how == "left" else too_long
+    if not affected:
+        assert found is None
+        return
+    total = len(rows)
+    count = f"all {total} rows" if len(affected) == total > 1 else f"{len(affected)} of {total} rows"
+    assert found.text.startswith(count)
+    assert f"e.g. row {rows.index(affected[0])};" in found.text
+    assert (found.kind == "refused") == (how == "error" or len(lost if how != "drop" else too_long) == total)
+    if how == "right":
+        assert f" the end of the answer, {len(lost)} of them all of it " in found.text
 
 
 def test_a_prompt_that_is_cut_in_front_is_no_fault(look, rows):
@@ -406,7 +435,9 @@ def test_prompts_that_generation_would_make_into_other_tokens(tmp_path, tiny_mod
     file = write_parquet(tmp_path / "f.parquet", [{"messages": turns}, {"messages": turns[:1] + turns[3:]}])
     found = {f.name: f for f in preview(tiny_model, [file], messages_key="messages").findings}
     assert found["start of answers"].kind == "warning"
-    assert found["start of answers"].text.startswith("1 of 3 prompts tokenize differently for generation than in training")
+    assert found["start of answers"].text.startswith(
+        "1 of 3 prompts tokenize differently for generation than in training"
+    )
     assert f"e.g. {file}, row 0;" in found["start of answers"].text
 
 
