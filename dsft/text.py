@@ -18,6 +18,11 @@ def printable(text: str) -> str:
     return visible_text(text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
+def one_line(error: object) -> str:
+    """An error's message as part of a line of ours."""
+    return " ".join(str(error).split()).rstrip(".")
+
+
 def _is_control(character: str) -> bool:
     if character in "\n\t":
         return False

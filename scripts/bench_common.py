@@ -203,13 +203,14 @@ def export_rows(case: Case, file: Path) -> dict[str, Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from dsft.dataset.tokens import DataFormat, load_dataset
+    from dsft.config.flags import RowFlags
+    from dsft.dataset.tokens import load_dataset
     from dsft.model.source import load_tokenizer, resolve_model
 
     model = resolve_model(case.model)
     tokenizer = load_tokenizer(model, trust_remote_code=False)
     files = case.train_files.split(",")
-    data = load_dataset(files, "train_files", tokenizer, DataFormat(max_length=case.max_length), max_rows=case.rows)
+    data = load_dataset(files, "train_files", tokenizer, RowFlags(max_length=case.max_length), max_rows=case.rows)
     if len(data) != case.rows:
         stop(f"--train_files {case.train_files} has {len(data)} rows, --rows asks for {case.rows}")
     batches = [np.arange(case.rows)]

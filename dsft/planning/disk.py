@@ -4,7 +4,8 @@ import shutil
 from pathlib import Path
 
 from dsft.config import TrainConfig
-from dsft.planning.prediction import checkpoint_bytes, checkpoints_kept, gib
+from dsft.planning.prediction import checkpoint_bytes, checkpoints_kept
+from dsft.units import gib
 
 
 def disk_warning(config: TrainConfig, trained: int, total_steps: int, steps_per_epoch: int, folder: Path) -> str | None:

@@ -1,6 +1,6 @@
 """The rows of a preview: as they are in the files, tokenized, and separated as training separates them."""
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from dsft.config import PreviewConfig
 from dsft.dataset.chat_format import ChatFormat, Segment
 from dsft.dataset.leaks import Leaks, separate
 from dsft.dataset.readers import find_files, read_columns
-from dsft.dataset.tokens import DataFormat, TokenDataset, load_dataset, row_segments
+from dsft.dataset.tokens import TokenDataset, load_dataset, row_segments
 from dsft.errors import UserError
 from dsft.previewing.row_checks import Finding, Scan
 from dsft.previewing.template_checks import ChatTemplate
@@ -55,30 +55,29 @@ def load_set(config: PreviewConfig, flag: str, chat_format: ChatFormat, template
     is_train = flag == "train_files"
     names = (config.train_files if is_train else config.val_files) or []
     max_rows = config.max_train_rows if is_train else config.max_val_rows
-    data_format = DataFormat.from_flags(config)
-    scan = Scan(data_format, template.source, template.user_header, template.end_of_turn)
+    scan = Scan(config, template.source, template.user_header, template.end_of_turn)
     loaded = LoadedSet("" if is_train else "val: ", scan)
 
-    def tokenize(wanted: DataFormat) -> TokenDataset | None:
+    def tokenize(flags: PreviewConfig) -> TokenDataset | None:
         try:
-            return load_dataset(names, flag, chat_format.tokenizer, wanted, max_rows=max_rows, show_progress=True)
+            return load_dataset(names, flag, chat_format.tokenizer, flags, max_rows=max_rows, show_progress=True)
         except UserError as error:
             loaded.errors.append(str(error))
             return None
 
     files = find_files(names, flag)
-    loaded.data = loaded.whole = tokenize(data_format)
+    loaded.data = loaded.whole = tokenize(config)
     if loaded.data is None or loaded.data.counts.losses():
-        loaded.whole = tokenize(DataFormat(**asdict(data_format) | {"max_length": NO_LIMIT, "truncation": "error"}))
+        loaded.whole = tokenize(replace(config, max_length=NO_LIMIT, truncation="error"))
     sampled: set[int] = set()
     if is_train and loaded.whole is not None:
         rows = len(loaded.whole)
         sampled = set(np.linspace(0, rows - 1, min(rows, MAX_COMPARED)).astype(int).tolist())
-    columns, flags = data_format.columns()
+    columns, flags = config.columns()
     try:
         for chunk in read_columns(files, columns, flags, max_rows):
             for cell, values in chunk:
-                make = partial(row_segments, values, cell, chat_format, data_format)
+                make = partial(row_segments, values, cell, chat_format, config)
                 if scan.rows in sampled:
                     loaded.segments[scan.rows] = make()
                 scan.see(values, cell, make if loaded.whole is None else None)

@@ -8,10 +8,10 @@ import numpy as np
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from dsft.checkpointing.models import resolve_model
+from dsft.checkpointing.resuming import find_initial_weights
 from dsft.config import PreviewConfig
 from dsft.dataset.chat_format import ChatFormat
 from dsft.dataset.readers import Cell
-from dsft.dataset.tokens import DataFormat
 from dsft.distributed import runtime
 from dsft.errors import UserError
 from dsft.model.flops import measure_matmul
@@ -20,13 +20,12 @@ from dsft.planning.activations import free_memory
 from dsft.planning.disk import disk_warning
 from dsft.planning.out_of_memory import fitting_text
 from dsft.planning.plan import Memory, Needs, backend_options, order_rows, plan_run, predict_needs
-from dsft.planning.prediction import gib
 from dsft.previewing.loading import LoadedSet, SeparatedSets, load_set, separate_sets
 from dsft.previewing.row_checks import Finding, duplicates_finding, truncation_finding
 from dsft.previewing.rows import RowView, choose_rows, view_row
 from dsft.previewing.statistics import Batches, Folding, SetStatistics, batches_and_folding, fold_ratios, set_statistics
 from dsft.previewing.template_checks import inspect_template, start_finding, template_findings
-from dsft.training.resuming import find_initial_weights
+from dsft.units import gib
 
 
 @dataclass
@@ -156,11 +155,10 @@ def _rows(
     whole = train.whole
     if whole is None:
         return
-    data_format = DataFormat.from_flags(config)
     reason = "validates, by --val_fraction" if config.val_fraction else "dropped by --on_leak drop_train"
     for number in choose_rows(whole.lengths, config.rows, config.row_numbers):
         file, row = whole.source[number].tolist()
-        view = view_row(number, Cell(whole.files[file], row), whole[number], tokenizer, data_format)
+        view = view_row(number, Cell(whole.files[file], row), whole[number], tokenizer, config)
         if sets.left_out is not None and sets.left_out[number]:
             view = replace(view, cut="; ".join(filter(None, (reason, view.cut))))
         yield view
@@ -169,7 +167,7 @@ def _rows(
 def _data_findings(loaded: LoadedSet, config: PreviewConfig) -> list[Finding]:
     findings = list(loaded.scan.findings())
     if loaded.whole is not None:
-        found = duplicates_finding(loaded.whole), truncation_finding(loaded.whole, DataFormat.from_flags(config))
+        found = duplicates_finding(loaded.whole), truncation_finding(loaded.whole, config)
         findings += filter(None, found)
     if not any(finding.kind == "refused" for finding in findings):  # which names the same fault with its count
         findings += [Finding("refused", "load", error) for error in loaded.errors[:1]]

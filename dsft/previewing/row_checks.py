@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from dsft.config.flags import RowFlags
 from dsft.dataset.chat_format import THINK
 from dsft.dataset.readers import Cell, walk
-from dsft.dataset.tokens import Counts, DataFormat, TokenDataset, truncate_row
+from dsft.dataset.tokens import Counts, TokenDataset, truncate_row
 from dsft.errors import UserError
 
 END_THINK = "</think>"
@@ -53,17 +54,17 @@ class Row:
     is_conversation: bool = False
 
     @classmethod
-    def read(cls, values: tuple, cell: Cell, data_format: DataFormat) -> "Row":
+    def read(cls, values: tuple, cell: Cell, flags: RowFlags) -> "Row":
         """From the values of the columns.
 
         Raises:
             UserError: a nested key does not exist.
         """
-        prompt_keys, response_keys = data_format.prompt_dict_keys, data_format.response_dict_keys
-        if data_format.messages_key is not None:
-            return cls(cell, walk(values[0], prompt_keys, cell, data_format.messages_key), is_conversation=True)
-        prompt = walk(values[0], prompt_keys, cell, data_format.prompt_key)
-        return cls(cell, prompt, walk(values[1], response_keys, cell, data_format.response_key))
+        prompt_keys, response_keys = flags.prompt_dict_keys, flags.response_dict_keys
+        if flags.messages_key is not None:
+            return cls(cell, walk(values[0], prompt_keys, cell, flags.messages_key), is_conversation=True)
+        prompt = walk(values[0], prompt_keys, cell, flags.prompt_key)
+        return cls(cell, prompt, walk(values[1], response_keys, cell, flags.response_key))
 
     @cached_property
     def turns(self) -> list[tuple[str, str]]:
@@ -149,13 +150,15 @@ class SwappedColumns(RowCheck):
     texts that grow from row to row as the prompts of a dialogue do. Two columns of single turns show none of them.
     """
 
-    def __init__(self, data_format: DataFormat, user_header: str) -> None:
+    def __init__(self, flags: RowFlags, user_header: str) -> None:
         """`user_header` is what the template puts before a user turn."""
-        flags = f"--prompt_key {data_format.response_key} --response_key {data_format.prompt_key}"
-        message = "{rows} have what looks like a prompt in the response column, e.g. {example}; try " + flags
+        message = (
+            "{rows} have what looks like a prompt in the response column, e.g. {example}; "
+            f"try --prompt_key {flags.response_key} --response_key {flags.prompt_key}"
+        )
         super().__init__("swapped columns", self._is_swapped, message, refused=True)
-        self._by_name = _is_named(data_format.prompt_key, RESPONSE_NAMES, PROMPT_NAMES) and _is_named(
-            data_format.response_key, PROMPT_NAMES, RESPONSE_NAMES
+        self._by_name = _is_named(flags.prompt_key, RESPONSE_NAMES, PROMPT_NAMES) and _is_named(
+            flags.response_key, PROMPT_NAMES, RESPONSE_NAMES
         )
         self._header = user_header.strip()
         self._previous: tuple[Any, Any] = ("", "")
@@ -264,7 +267,7 @@ def _lost_history(row: Row) -> bool:
 class Scan:
     """One pass over all rows of a set."""
 
-    def __init__(self, data_format: DataFormat, template: str, user_header: str, end_of_turn: str) -> None:
+    def __init__(self, flags: RowFlags, template: str, user_header: str, end_of_turn: str) -> None:
         """`template` is the chat template's source, `user_header` what it puts before a user turn."""
         unclosed = RowCheck(
             "unclosed thinking",
@@ -278,7 +281,7 @@ class Scan:
                 "{rows} have an answer without text, e.g. {example}; drop or fix them",
                 refused=True,
             ),
-            SwappedColumns(data_format, user_header),
+            SwappedColumns(flags, user_header),
             RoleNames(template),
             RowCheck(
                 "last turn",
@@ -291,7 +294,7 @@ class Scan:
                 "{rows} have thinking in the answer but not in every earlier assistant turn, e.g. {example}; "
                 "keep it in all of them, or remove it everywhere",
             ),
-            unclosed if data_format.with_thinking else ThinkingInAnswers(),
+            unclosed if flags.with_thinking else ThinkingInAnswers(),
             RowCheck(
                 "end-of-turn in answers",
                 lambda row: any(end_of_turn in answer for answer in row.answers if answer is not None),
@@ -304,7 +307,7 @@ class Scan:
         )
         self.no_system_turn = RowCheck("", lambda row: bool(row.turns) and row.turns[0][0] != "system")
         self.rows = 0
-        self._format = data_format
+        self._flags = flags
         self._refused = 0
         self._first_refusal = ""
 
@@ -319,7 +322,7 @@ class Scan:
         self.rows += 1
         found: list[RowCheck] = []
         try:
-            row = Row.read(values, cell, self._format)
+            row = Row.read(values, cell, self._flags)
         except UserError:
             pass  # `make` raises the same
         else:
@@ -363,15 +366,13 @@ def duplicates_finding(whole: TokenDataset) -> Finding | None:
     return Finding("warning", "duplicates", text)
 
 
-def truncation_finding(whole: TokenDataset, data_format: DataFormat) -> Finding | None:
+def truncation_finding(whole: TokenDataset, flags: RowFlags) -> Finding | None:
     """What max_length costs, other than the start of prompts."""
-    how, total = data_format.truncation, len(whole)
-    too_long = np.flatnonzero(whole.lengths > data_format.max_length).tolist()
-    limit = f"--max_length {data_format.max_length} (the longest row has {int(whole.lengths.max()):,} tokens)"
+    how, total = flags.truncation, len(whole)
+    too_long = np.flatnonzero(whole.lengths > flags.max_length).tolist()
+    limit = f"--max_length {flags.max_length} (the longest row has {int(whole.lengths.max()):,} tokens)"
     kept = (
-        {}
-        if how == "error"
-        else {row: truncate_row(*whole[row], Cell("", row), data_format, Counts()) for row in too_long}
+        {} if how == "error" else {row: truncate_row(*whole[row], Cell("", row), flags, Counts()) for row in too_long}
     )
     dropped = [row for row, rest in kept.items() if rest is None]
     if how == "error":

@@ -7,8 +7,9 @@ from itertools import groupby, islice
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from dsft.config.flags import RowFlags
 from dsft.dataset.readers import Cell
-from dsft.dataset.tokens import Counts, DataFormat, count_targets, truncate_row
+from dsft.dataset.tokens import Counts, count_targets, truncate_row
 from dsft.errors import UserError
 from dsft.text import visible_text
 
@@ -78,7 +79,7 @@ def view_row(
     cell: Cell,
     row: tuple[np.ndarray, np.ndarray],
     tokenizer: PreTrainedTokenizerBase,
-    data_format: DataFormat,
+    data_format: RowFlags,
 ) -> RowView:
     """A row, truncated as in training.
 

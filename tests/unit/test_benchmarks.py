@@ -148,12 +148,13 @@ def test_steps_of_both_trainers_read_alike():
 
 @pytest.mark.parametrize("batch", [8, 4])
 def test_exported_rows_have_dsfts_tokens_and_targets(tmp_path, tokenizer, batch):
+    from dsft.config.flags import RowFlags
     from dsft.dataset.batches import GlobalBatches
-    from dsft.dataset.tokens import DataFormat, load_dataset
+    from dsft.dataset.tokens import load_dataset
 
     facts = bench.export_rows(replace(CASE, train_batch_size=batch), tmp_path / "rows.parquet")
     rows = pq.read_table(tmp_path / "rows.parquet").to_pylist()
-    data = load_dataset([str(SAMPLE_TRAIN)], "train_files", tokenizer, DataFormat(), max_rows=8)
+    data = load_dataset([str(SAMPLE_TRAIN)], "train_files", tokenizer, RowFlags(), max_rows=8)
     assert sum(label != -100 for row in rows for label in row["labels"]) == facts["targets"] == data.counts.targets
     assert all(label in (-100, token) for row in rows for token, label in zip(*row.values(), strict=True))
     batches = [range(8)] if batch == 8 else GlobalBatches(np.arange(8), np.arange(8), batch, bench.SEED).epoch(0)

@@ -72,4 +72,4 @@ def test_needs_in_words_and_in_json():
     assert run.memory_text() == "3.00 GiB per rank predicted (), 11.57 GiB available"
     assert run.time_text() == "1.0 s per step predicted, 4.0 s per epoch, 8.0 s for 8 steps"
     assert run.time_text(1).endswith("1.0 s for 1 step")
-    assert run.as_dict()["seconds_of_run"] == 8
+    assert run.as_dict()["seconds"] == 8

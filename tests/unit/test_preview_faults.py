@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsft.config import PreviewConfig
+from dsft.config.flags import RowFlags
 from dsft.dataset.readers import Cell
-from dsft.dataset.tokens import DataFormat
 from dsft.previewing.preview import Preview, make_preview
 from dsft.previewing.row_checks import Row, answer_text, truncation_finding
 from tests.helpers import MEDICAL, SAMPLE_TRAIN, SAMPLE_VAL, token_dataset, write_parquet
@@ -341,7 +341,7 @@ def test_rows_that_are_too_long_are_refused_with_their_count(look, rows):
 def test_truncation_in_a_formula(rows, max_length, how):
     """Rows of so many prompt tokens and targets."""
     data = token_dataset([([*range(p + r)], [False] * p + [True] * r) for p, r in rows])
-    found = truncation_finding(data, DataFormat(max_length=max_length, truncation=how))
+    found = truncation_finding(data, RowFlags(max_length=max_length, truncation=how))
     too_long = [(p, r) for p, r in rows if p + r > max_length]
     lost = [(p, r) for p, r in too_long if (r if how == "left" else p) >= max_length]
     affected = lost if how == "left" else too_long

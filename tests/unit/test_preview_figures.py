@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsft.config import PreviewConfig
+from dsft.config.flags import RowFlags
 from dsft.dataset.batches import GlobalBatches
 from dsft.dataset.micro_batches import MicroBatches, MicroBatchOptions
-from dsft.dataset.tokens import DataFormat, load_dataset
+from dsft.dataset.tokens import load_dataset
 from dsft.errors import UserError
 from dsft.model.flops import Cost
 from dsft.planning.plan import RunPlan
@@ -105,7 +106,7 @@ def test_folding_and_batches_are_those_of_the_trainers_micro_batches(
 ):
     """Built here as the Trainer builds them, step by step over the first epoch."""
     monkeypatch.setenv("DSFT_CACHE", str(tmp_path))
-    data = load_dataset([str(SAMPLE_TRAIN)], "train_files", tokenizer, DataFormat())
+    data = load_dataset([str(SAMPLE_TRAIN)], "train_files", tokenizer, RowFlags())
     given = plan(ranks=ranks, token_budget=budget, fold=fold, tree_unsupported_reason=why)
     order = GlobalBatches(data.dialogue if fold else np.arange(len(data)), data.sorted_place, 16, 1)
     batches, folding = batches_and_folding(data, order, given, order.first_step(3))
