@@ -22,7 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dsft.checkpointing.layout import CheckpointFolder
+from dsft.checkpointing.folder import CheckpointFolder
 from dsft.checkpointing.state import read_state
 from dsft.config import GenerateConfig, MergeConfig, PipelineConfig, ReportConfig, TrainConfig, ValidateConfig
 from dsft.config.pipeline import SHARED, STEPS

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 from safetensors import SafetensorError, safe_open
 
+from dsft.checkpointing.folder import METRICS, NAME
 from dsft.checkpointing.integrity import COMPLETE, DamagedError, damages, listed_files
-from dsft.checkpointing.layout import METRICS, NAME
 from dsft.checkpointing.state import CONFIG, STATE, TrainerState, read_flags, read_state
 from dsft.errors import UserError, did_you_mean_path
 from dsft.files import reason

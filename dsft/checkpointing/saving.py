@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 
 from dsft.backends.base import StateSlice
+from dsft.checkpointing.folder import ADAPTER, METRICS, CheckpointFolder
 from dsft.checkpointing.integrity import checksum
-from dsft.checkpointing.layout import ADAPTER, METRICS, CheckpointFolder
 from dsft.checkpointing.state import STATE, TrainerState
 from dsft.checkpointing.tensor_files import TensorFile, TensorWriter, index_text, plan_files
 from dsft.distributed.runtime import World

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from dsft.checkpointing.folder import METRICS, is_checkpoint
 from dsft.checkpointing.inspection import Line, checkpoints_of
-from dsft.checkpointing.layout import METRICS, is_checkpoint
 from dsft.checkpointing.state import CONFIG, TrainerState, read_flags
 from dsft.config import GenerateConfig, MergeConfig, TrainConfig, ValidateConfig
 from dsft.config.values import as_words, build

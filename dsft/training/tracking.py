@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dsft.checkpointing.layout import METRICS
+from dsft.checkpointing.folder import METRICS
 from dsft.files import guard_disk, write_text
 
 WANDB_ID = ".wandb_id"

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 import dsft
 from dsft.backends import backend_class
 from dsft.backends.base import MOMENTS, PARAMETER, StateSlice, trainable
-from dsft.checkpointing.layout import ADAPTER, CONFIG, METRICS, MODEL, OPTIMIZER, CheckpointFolder
+from dsft.checkpointing.folder import ADAPTER, CONFIG, METRICS, MODEL, OPTIMIZER, CheckpointFolder
 from dsft.checkpointing.models import resolve_model
 from dsft.checkpointing.saving import Checkpointer, Snapshot
 from dsft.checkpointing.state import TrainerState, read_state
@@ -79,7 +79,7 @@ class Trainer:
         self._load_data()
         self.process_memory = preflight.ProcessMemory.of(self.device)
         self.room = (
-            self.process_memory.now + runtime.least_over_ranks([free_memory(self.device, self.world)], self.device)[0]
+            self.process_memory.now + runtime.min_over_ranks([free_memory(self.device, self.world)], self.device)[0]
         )
         self._load_model()
         self._fit_memory()
@@ -185,7 +185,7 @@ class Trainer:
         """Decide what is recomputed and how many tokens a micro-batch has, and measure the machine."""
         config, model = self.config, self.full_model
         memory = ActivationMemory.of(model, self.dtype)
-        [free] = runtime.least_over_ranks([free_memory(self.device, self.world)], self.device)
+        [free] = runtime.min_over_ranks([free_memory(self.device, self.world)], self.device)
         datasets = [data for data in (self.train_data, self.val_data) if data is not None]
         longest = max(int(data.lengths.max()) for data in datasets)
         self.checkpointed_layers, budget = fit_micro_batches(

@@ -190,7 +190,7 @@ def _measure_loss(
     """The Trainer's figure."""
     model = generator.model
     memory = ActivationMemory.of(model, model.dtype)
-    [free] = runtime.least_over_ranks([free_memory(device, world)], device)
+    [free] = runtime.min_over_ranks([free_memory(device, world)], device)
     budget = token_budget(memory, free, int(data.lengths.max()), 0, device)
     layout = Layout(world.size, budget, fold=True, trees=False)
     cost = count_flops(model, lambda parameter: tuple(parameter.shape))
