@@ -21,7 +21,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 import psutil
@@ -40,12 +39,10 @@ SILENT_AFTER_TICKS = 45  # a machine without heartbeats
 SILENT_AFTER_TICKS_IF_FAILED = 5  # the same once a collective or the connection to the store has failed
 AGREE_TICKS = 3  # for ranks to agree on the reason
 ORPHANED_TICKS = 600  # for a run to save and exit after its launcher has died
-GONE = "gone"
 LOST = {
-    GONE: (DEAD_AFTER_TICKS, "died; if it printed no error, the system may have killed it for lack of memory"),
+    psutil.STATUS_DEAD: (DEAD_AFTER_TICKS, "died; if it printed no error, it may have been killed for lack of memory"),
     psutil.STATUS_STOPPED: (STOPPED_AFTER_TICKS, "been stopped for {seconds:.0f} s by a signal or a debugger"),
 }
-LAUNCHER_VARIABLES = {"TORCHELASTIC_RUN_ID", "CROSS_SIZE"}  # set by torchrun; by DeepSpeed's launcher on each machine
 
 
 @dataclass(frozen=True)
@@ -79,21 +76,17 @@ class Heartbeat:
     def __init__(self, store: dist.Store, machine: str, machines: Sequence[str], tick: float, is_host: bool) -> None:
         """`machine` is this rank's, the first of `machines` rank 0's; the store ends with the process that hosts it."""
         self._store, self._machine, self._tick, self._is_host = store, machine, tick, is_host
-        self._silent = dict.fromkeys(machines, 0)
-        self._first = machines[0]
-        self._proposal = ""
+        self._silent, self._first, self._proposal = dict.fromkeys(machines, 0), machines[0], ""
+        self.is_broken = False
         self.verdict: Verdict | None = None
         """The first one that any rank has published."""
-        self.is_broken = False
         threading.Thread(target=self._run, name="dsft heartbeat", daemon=True).start()
 
     @staticmethod
     def connect(port: int | None = None) -> dist.TCPStore:
         """Connect to the store at MASTER_ADDR, which is rank 0's machine; without a port, host it."""
-        limit = timedelta(seconds=10)
-        return dist.TCPStore(
-            os.environ["MASTER_ADDR"], port or 0, is_master=port is None, timeout=limit, wait_for_workers=False
-        )
+        host, limit = os.environ["MASTER_ADDR"], timedelta(seconds=10)
+        return dist.TCPStore(host, port or 0, is_master=port is None, timeout=limit, wait_for_workers=False)
 
     def silent(self) -> dict[str, int]:
         """Ticks for which each other machine has been silent; called once a tick.
@@ -141,25 +134,19 @@ class Liveness:
     """The one that is watching in this process."""
 
     def __init__(self, remedy: Callable[[], str], *, debug: bool = False, tick: float = TICK) -> None:
-        """Args:
-        remedy: what a user can do after the run has ended. It may only read files, and gets two seconds.
-        debug: print the watch's own faults.
-        tick: seconds between two looks.
-        """
+        """`remedy` says what a user can do next; it may only read files, and gets two seconds."""
         self.on_orphaned: Callable[[], object] | None = None
         """Makes the run save and exit when the launcher has died. Without it the process exits at once."""
         self._remedy, self._debug, self._tick = remedy, debug, tick
-        self._launcher = processes.PARENT if LAUNCHER_VARIABLES & os.environ.keys() else None
-        self._outer_launcher: psutil.Process | None = None
-        started_by = processes.launchers()
-        if len(started_by) > 1 and "deepspeed.launcher.launch" in started_by[0][1]:
-            self._outer_launcher = started_by[1][0]  # the command a user typed, the parent of that
+        self._launcher = processes.Launcher()
         self._rank = 0
         self._peers: list[Peer] = []
         self._processes: dict[int, psutil.Process] = {}
         """Those of the other ranks on this machine."""
         self._heartbeat: Heartbeat | None = None
-        self._since: Counter[tuple[int, str]] = Counter()  # ticks for which a rank has been GONE or stopped
+        self._since: Counter[tuple[int, str]] = (
+            Counter()
+        )  # ticks for which a rank has been psutil.STATUS_DEAD or stopped
         self._ticks = self._orphaned_ticks = 0
         self._is_suspicious = self._is_ending = self._collective_failed = False
         self._closed = threading.Event()
@@ -168,7 +155,7 @@ class Liveness:
     def start(self) -> None:
         """Watch the launcher from now on, if there is one."""
         Liveness.current = self
-        if self._launcher is not None:
+        if self._launcher.pid is not None:
             self._thread.start()
 
     def meet(self) -> None:
@@ -177,7 +164,7 @@ class Liveness:
             return
         self._rank = dist.get_rank()
         store = self._survive(Heartbeat.connect) if self._rank == 0 else None
-        me = Peer(self._rank, os.getpid(), socket.gethostname(), _this_machine(), store.port if store else 0)
+        me = Peer(self._rank, os.getpid(), socket.gethostname(), processes.this_machine(), store.port if store else 0)
         peers: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(peers, me)
         if store is None and peers[0].port:
@@ -202,8 +189,8 @@ class Liveness:
             return
         before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self._collective_failed = True
-        is_alone = len({peer.machine for peer in self._peers}) == 1
-        enough = self._ticks + (2 if is_alone else DEAD_AFTER_TICKS + 3)  # for another machine to publish a verdict
+        has_neighbours = len(self._processes) < len(self._peers) - 1  # machines, whose verdict takes longer
+        enough = self._ticks + (DEAD_AFTER_TICKS + 3 if has_neighbours else 2)
         limit = time.monotonic() + 15
         while self._is_ending or (time.monotonic() < limit and (self._ticks < enough or self._is_suspicious)):
             time.sleep(self._tick / 4)
@@ -242,9 +229,7 @@ class Liveness:
             self._end(verdict)
         self._look_at_processes()
         silent = heartbeat.silent()
-        self._is_suspicious = any(self._since[rank, GONE] for rank in self._processes) or any(
-            ticks > 1 for ticks in silent.values()
-        )
+        self._is_suspicious = bool(self._gone()) or any(ticks > 1 for ticks in silent.values())
         has_failed = self._collective_failed or heartbeat.is_broken
         limit = SILENT_AFTER_TICKS_IF_FAILED if has_failed else SILENT_AFTER_TICKS
         for machine, ticks in silent.items():
@@ -258,17 +243,15 @@ class Liveness:
             if self._orphaned_ticks > ORPHANED_TICKS:
                 minutes = f"{ORPHANED_TICKS * self._tick / 60:.0f} minutes"
                 self._end(Verdict(f"the launcher has died, and the run did not stop within {minutes}"))
-        elif self._launcher is not None and (
-            os.getppid() != self._launcher or (self._outer_launcher and _state(self._outer_launcher) == GONE)
-        ):
+        elif self._launcher.has_died():
             self._orphaned_ticks = 1
             if self.on_orphaned is None:
-                self._end(Verdict(f"the launcher (process {self._launcher}) has died"))
+                self._end(Verdict(f"the launcher (process {self._launcher.pid}) has died"))
             self.on_orphaned()
 
     def _look_at_processes(self) -> None:
         for rank, process in self._processes.items():
-            now = _state(process)
+            now = processes.state_of(process)
             for state in LOST:
                 self._since[rank, state] = self._since[rank, state] + 1 if state == now else 0
         for state, (limit, what) in LOST.items():
@@ -282,7 +265,10 @@ class Liveness:
         who = f"rank {ranks[0]} (process {peers[0].pid} on {peers[0].host}) has"
         if len(ranks) > 1:
             who = f"ranks {', '.join(map(str, ranks))} on {peers[0].host} have"
-        self._end(Verdict(f"{who} {what}", [*ranks, *(rank for rank, state in self._since if self._since[rank, GONE])]))
+        self._end(Verdict(f"{who} {what}", [*ranks, *self._gone()]))
+
+    def _gone(self) -> list[int]:
+        return [rank for rank in self._processes if self._since[rank, psutil.STATUS_DEAD]]
 
     def _end(self, verdict: Verdict) -> NoReturn:
         """Print the reason on one rank and end this process without its clean-up, which would wait for the lost."""
@@ -291,40 +277,18 @@ class Liveness:
             if self._heartbeat is not None:
                 verdict = self._heartbeat.agree(verdict)
             for rank, process in self._processes.items():  # without a launcher nobody else would end a stopped one
-                if rank in verdict.lost and _state(process) == psutil.STATUS_STOPPED:
+                if rank in verdict.lost and processes.state_of(process) == psutil.STATUS_STOPPED:
                     self._survive(process.kill)
             left = [peer.rank for peer in self._peers if peer.rank not in verdict.lost]
             is_lowest = left[0] == self._rank if left else os.environ.get("LOCAL_RANK", "0") == "0"
             if verdict.reason and is_lowest:
-                _within(4, lambda: self._report(verdict.reason))
+                parts = [verdict.reason, "all ranks exit", _within(2, self._remedy)]
+                _within(2, lambda: print_error(UserError("; ".join(filter(None, parts)))))
             elif verdict.reason:
                 time.sleep(AGREE_TICKS * self._tick)  # at the first exit the launcher may end the one that reports
             _within(1, sys.stdout.flush)
         finally:
             os._exit(1)
-
-    def _report(self, reason: str) -> None:
-        remedy = _within(2, self._remedy)
-        print_error(UserError("; ".join(filter(None, [reason, "all ranks exit", remedy]))))
-
-
-def _this_machine() -> str:
-    """A machine since its last boot, and a container on it that has its own process ids."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii") + os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return socket.gethostname()
-
-
-def _state(process: psutil.Process) -> str:
-    """Its status in the process table, or GONE. A table that cannot be read counts as running."""
-    try:
-        status = process.status() if process.is_running() else GONE
-        return GONE if status in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD) else status
-    except psutil.NoSuchProcess:
-        return GONE
-    except psutil.Error:
-        return psutil.STATUS_RUNNING
 
 
 def _within(seconds: float, work: Callable[[], Result]) -> Result | None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from dsft.checkpointing.inspection import Line
+from dsft.checkpointing.inspection import CheckpointSummary
 from dsft.config import ReportConfig, TrainConfig
 from dsft.config.report import HTML
 from dsft.config.values import default_text
@@ -172,12 +172,12 @@ def _checkpoints(run: Run, several: bool) -> list[Block]:
     if not run.checkpoints:
         return [*title, Text("There is none yet.")]
     rows = [[Mono(cells[0]), *cells[1:], _remark(line)] for line in run.checkpoints for cells in [line.cells()]]
-    return [*title, Table([*Line.HEAD[:-1], "links", ""], rows, right=(1, 2, 3, 4))]
+    return [*title, Table([*CheckpointSummary.HEAD[:-1], "links", ""], rows, right=(1, 2, 3, 4))]
 
 
-def _remark(line: Line) -> str:
+def _remark(line: CheckpointSummary) -> str:
     """Files are not compared with their checksums here, so of a whole checkpoint nothing is said."""
-    return "" if line.verdict == "not compared" else line.verdict
+    return "" if line.verdict == "not verified" else line.verdict
 
 
 def _reproduce(run: Run, several: bool) -> list[Block]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dsft.checkpointing.folder import METRICS, is_checkpoint
-from dsft.checkpointing.inspection import Line, checkpoints_of
+from dsft.checkpointing.inspection import CheckpointSummary, checkpoints_of
 from dsft.checkpointing.state import CONFIG, TrainerState, read_flags
 from dsft.config import GenerateConfig, MergeConfig, TrainConfig, ValidateConfig
 from dsft.config.values import as_words, build
@@ -67,7 +67,7 @@ class Run:
     folder: Path
     flags: dict[str, Any]
     metrics: Metrics
-    checkpoints: list[Line]
+    checkpoints: list[CheckpointSummary]
     pipeline: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -79,7 +79,7 @@ class Run:
     @property
     def state(self) -> TrainerState | None:
         """Of the newest checkpoint."""
-        states = [line.state for line in self.checkpoints if line.is_whole and line.state is not None]
+        states = [line.state for line in self.checkpoints if line.is_complete and line.state is not None]
         return states[-1] if states else None
 
     @property
