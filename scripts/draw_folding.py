@@ -5,6 +5,7 @@ python scripts/draw_folding.py [rows.parquet]
 """
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -35,7 +36,7 @@ def draw(rows: list[tuple[np.ndarray, np.ndarray]], theme: str, path: Path) -> N
     from matplotlib import pyplot
 
     text, read, learned, shared = COLORS[theme]
-    starts = [0, *(common_prefix(a[0], b[0]) for a, b in zip(rows, rows[1:], strict=False))]
+    starts = [0, *(common_prefix(a[0], b[0]) for a, b in pairwise(rows))]
     pyplot.rcParams.update({"svg.hashsalt": "dsft", "svg.fonttype": "none", "text.color": text, "font.size": 11})
     figure, panels = pyplot.subplots(1, 2, figsize=(9, 2.9), sharex=True, sharey=True, layout="constrained")
     whole = sum(len(tokens) for tokens, _ in rows)
@@ -45,7 +46,7 @@ def draw(rows: list[tuple[np.ndarray, np.ndarray]], theme: str, path: Path) -> N
         for y, ((_, is_target), first) in enumerate(zip(rows, firsts, strict=True)):
             edges = [first, *(np.flatnonzero(np.diff(is_target[first:].astype(int))) + first + 1), len(is_target)]
             panel.broken_barh([(0, first)], (y - 0.35, 0.7), color=shared)
-            for left, right in zip(edges, edges[1:], strict=False):
+            for left, right in pairwise(edges):
                 panel.broken_barh([(left, right - left)], (y - 0.35, 0.7), color=learned if is_target[left] else read)
         panel.set_title(title, loc="left", fontsize=11)
         panel.axis("off")

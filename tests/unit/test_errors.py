@@ -57,7 +57,7 @@ def test_a_folder_whose_name_looks_like_one_of_the_hub(tmp_path, monkeypatch):
 
 def test_a_config_file_and_a_checkpoint(tmp_path):
     from dsft import cli
-    from dsft.checkpointing.layout import find_checkpoint
+    from dsft.checkpointing.folder import find_checkpoint
     from dsft.config import TrainConfig
 
     (tmp_path / "run.yaml").write_text("lr: 1")
