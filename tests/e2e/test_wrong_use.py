@@ -592,7 +592,7 @@ def test_two_ranks_speak_with_one_voice(command, tiny_model, tmp_path, one_step,
         "tokens": ({"max_tokens_per_micro_batch": 10}, ["max_tokens_per_micro_batch is 10, but the longest row has"]),
         "model": (
             {"model": tmp_path / "model", "trust_remote_code": True},
-            ["2 of this model's 2 layers do not follow folded rows; choose --attn_implementation eager"],
+            ["2 of this model's 2 layers do not follow folded rows; use --attn_implementation eager"],
         ),
     }[what]
     if what == "shape":
