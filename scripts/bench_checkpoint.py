@@ -51,7 +51,7 @@ def train(words: list[str]) -> None:
     trainer = Trainer(config)
     if trainer.world.is_main:
         sizes = {True: 0, False: 0}
-        for parameter in trainer.full_model.parameters():
+        for parameter in trainer.model.parameters():
             count = 1
             for length in trainer.backend.shape(parameter):
                 count *= length

@@ -421,10 +421,15 @@ def embedded_model_that_is_another(place: Place) -> None:
 
 def ds_config(text: str | None) -> Case:
     def read(place: Place) -> None:
-        from dsft.backends.ds_config import read_ds_config
+        import torch
 
-        path = place.folder / "ds.json" if text is None else place.file("ds.json", text)
-        read_ds_config(str(path), {"gradient_clipping": ("clip_grad", 1.0)})
+        from dsft.backends.base import BackendOptions
+        from dsft.backends.ds_config import make_ds_config
+
+        path = str(place.folder / "ds.json" if text is None else place.file("ds.json", text))
+        make_ds_config(
+            BackendOptions(torch.device("cpu"), torch.float32, True, 1.0, train_batch_size=4, config_file=path)
+        )
 
     return read
 
@@ -435,20 +440,10 @@ cases(
         str(text): ds_config(text)
         for text in (
             None, "{", "[]", '{"optimizer": {}}', '{"zero_optimization": 3}', '{"gradient_clipping": 3}',
+            '{"zero_optimization": {"sub_group_size": "big"}}',
         )
     },
 )  # fmt: skip
-
-
-@case
-def ds_config_that_deepspeed_refuses(place: Place) -> None:
-    import torch
-
-    from dsft.backends.base import RunSettings
-    from dsft.backends.zero3 import Zero3Backend
-
-    path = place.file("ds.json", '{"zero_optimization": {"sub_group_size": "big"}}')
-    Zero3Backend.read_library_config(str(path), RunSettings(4, 1.0, torch.float32))
 
 
 # The disk and the cache
@@ -732,7 +727,7 @@ cases(
 @case
 def another_run_meanwhile(place: Place) -> None:
     from dsft.checkpointing.layout import CheckpointFolder
-    from dsft.training.resuming import open_output
+    from dsft.checkpointing.resuming import open_output
     from tests.unit.test_resuming import train
 
     train(place.folder / "out", 1)
@@ -741,7 +736,7 @@ def another_run_meanwhile(place: Place) -> None:
 
 @case
 def a_history_that_is_no_text(place: Place) -> None:
-    from dsft.training.resuming import read_history
+    from dsft.checkpointing.resuming import read_history
 
     (place.folder / "metrics.jsonl").write_bytes(b"\xff")
     read_history(place.folder)
@@ -938,10 +933,10 @@ cases(
 
 
 @case
-def a_judgement_that_is_none(place: Place) -> None:
-    from dsft.reporting.eval_reports import find_judgements
+def a_file_that_is_not_an_eval_report(place: Place) -> None:
+    from dsft.reporting.eval_reports import find_eval_reports
 
-    find_judgements([], [str(place.file("report.json", "{}"))])
+    find_eval_reports([], [str(place.file("report.json", "{}"))])
 
 
 # Games
@@ -1074,14 +1069,14 @@ cases(
 
 
 def dialogues(**flags: Any) -> Case:
-    def judge(place: Place) -> None:
+    def read(place: Place) -> None:
         from dsft.validation.dialogues import _read_dialogues
 
         file = write_parquet(place.folder / "rows.parquet", [ROW | {"prompt": "word " * 90}])
         config = validation(place, env=None, data=str(file), **flags)
         _read_dialogues([str(file)], config, place.tokenizer)
 
-    return judge
+    return read
 
 
 cases(
@@ -1098,14 +1093,14 @@ def a_model_without_a_loss(place: Place) -> None:
     import torch
 
     from dsft.distributed.runtime import World
-    from dsft.validation.dialogues import judge_dialogues
+    from dsft.validation.dialogues import evaluate_dialogues
 
     place.patch.setenv("DSFT_CACHE", str(place.folder / "cache"))
     data = write_parquet(place.folder / "row.parquet", [{"prompt": "one plus one?", "response": "two"}])
     config = {"env": None, "data": str(data), "episodes": 1, "max_new_tokens": 1}
     generator = loaded(place, **config)
     generator.model.model.norm.weight.data.fill_(float("nan"))
-    judge_dialogues(validation(place, **config), generator, World(0, 1, 0, 1), torch.device("cpu"))
+    evaluate_dialogues(validation(place, **config), generator, World(0, 1, 0, 1), torch.device("cpu"))
 
 
 # The pipeline

@@ -75,6 +75,12 @@ def _fold_text(plan: RunPlan) -> str:
     return text
 
 
+def resume_hint(folder: CheckpointFolder) -> str:
+    """What to do after the run has ended by the loss of a rank."""
+    latest = folder.latest()
+    return f"rerun the same command to resume from {latest}" if latest else "there is no checkpoint to resume from"
+
+
 def end_lines(config: TrainConfig, folder: CheckpointFolder, state: TrainerState) -> list[str]:
     """What a finished run has reached, and the command that usually follows."""
     lines = []

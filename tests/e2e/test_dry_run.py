@@ -115,7 +115,7 @@ def test_a_bad_ds_config(commands, words, out, tmp_path):
     settings = tmp_path / "ds.json"
     settings.write_text('{"train_batch_size": 7}')
     done = commands.run("dsft.train", [*words(), "--backend", "zero3", "--ds_config", str(settings)])
-    refused(done, out, "train_batch_size is 7, but --train_batch_size makes it 4")
+    refused(done, out, "train_batch_size is 7, but --train_batch_size sets it to 4")
 
 
 def test_an_unusable_validation_file(commands, words, out, tmp_path):

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from dsft.checkpointing.integrity import COMPLETE, DamagedError, damages, verify
 from dsft.checkpointing.layout import CheckpointFolder, find_checkpoint
+from dsft.checkpointing.resuming import find_resume
 from dsft.checkpointing.state import STATE
 from dsft.cli import parse
 from dsft.config import TrainConfig
-from dsft.training.resuming import find_resume
 from tests.commands import TrainedRuns
 from tests.helpers import contents, message, sign
 

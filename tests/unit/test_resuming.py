@@ -9,10 +9,10 @@ import pytest
 from dsft.checkpointing import layout
 from dsft.checkpointing.integrity import COMPLETE
 from dsft.checkpointing.layout import CheckpointFolder
+from dsft.checkpointing.resuming import InitialWeights, find_initial_weights, find_resume, open_output
 from dsft.checkpointing.state import CONFIG, STATE
 from dsft.config import TrainConfig
 from dsft.config.values import as_yaml
-from dsft.training.resuming import InitialWeights, find_initial_weights, find_resume, open_output
 from tests.helpers import contents, message, save_checkpoint
 
 
