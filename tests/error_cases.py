@@ -374,7 +374,7 @@ def layers_that_follow_no_tree(place: Place) -> None:
 @case
 def attention_that_asks_for_more_than_a_tree(place: Place) -> None:
     asked = tree()
-    asked.asked.add("softcap")
+    asked.ignored.add("softcap")
     asked.check_use(layers=2)
 
 

@@ -279,8 +279,8 @@ def bad_model(tiny_model: Path, tmp_path: Path, kind: str) -> Path:
         ("none", ["no such folder"]),
         ("no weights", ["the folder has no model.safetensors"]),
         ("bin", ["pickled weights (.bin, .pt) are not read, convert them to safetensors"]),
-        ("no config", ["the folder has no config.json, so it is no model"]),
-        ("half", ["model.safetensors is no readable safetensors file"]),
+        ("no config", ["the folder has no config.json, so it is not a model"]),
+        ("half", ["model.safetensors is not a valid safetensors file"]),
         ("other shape", ["mlp.", "has the shape [64, 32] in the weight files, but [96, 32] by config.json"]),
         ("unknown", ["cannot be loaded", "`perceptron`"]),
         ("no tokenizer", ["the tokenizer cannot be loaded"]),
@@ -592,7 +592,7 @@ def test_two_ranks_speak_with_one_voice(command, tiny_model, tmp_path, one_step,
         "tokens": ({"max_tokens_per_micro_batch": 10}, ["max_tokens_per_micro_batch is 10, but the longest row has"]),
         "model": (
             {"model": tmp_path / "model", "trust_remote_code": True},
-            ["2 of this model's 2 layers do not follow folded rows; choose --attn_implementation eager"],
+            ["2 of this model's 2 layers do not follow folded rows; use --attn_implementation eager"],
         ),
     }[what]
     if what == "shape":
