@@ -314,38 +314,6 @@ def test_flags_that_do_not_fit_the_model(command, out, changed, parts):
     assert not out.exists()
 
 
-# DeepSpeed's file
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("text", "parts"),
-    [
-        ('{"zero_optimization": {', ["ds.json is not valid JSON", "line 1"]),
-        ("[]", ["must contain a JSON object, got list"]),
-        ('{"gradient_clipping": 3}', ["gradient_clipping is 3, but --clip_grad sets it to 1.0", "change the flag"]),
-        ('{"optimizer": {}}', ["optimizer is set by --lr, ", "remove it"]),
-        (
-            '{"train_micro_batch_size_per_gpu": 4}',
-            ["train_micro_batch_size_per_gpu is set by --max_tokens_per_micro_batch; remove it"],
-        ),
-        (
-            '{"gradient_accumulation_steps": 1}',
-            ["gradient_accumulation_steps is set by --train_batch_size and ", "; remove it"],
-        ),
-        ('{"zero_optimization": {"overlap_com": true}}', ["zero_optimization: overlap_com: ", "correct the file"]),
-        ('{"zero_optimization": {"sub_group_size": "big"}}', ["zero_optimization: sub_group_size: ", "integer"]),
-        (None, ["ds.json cannot be read", "No such file"]),
-    ],
-)
-def test_a_wrong_ds_config(command, tmp_path, out, text, parts):
-    file = tmp_path / "ds.json"
-    if text is not None:
-        file.write_text(text)
-    refused_alone(command.run("zero3", ds_config=file), "--ds_config ", *parts)
-    assert not out.exists()
-
-
 # The output folder
 
 
