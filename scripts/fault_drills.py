@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import product, zip_longest
 from pathlib import Path
 from random import Random
@@ -66,7 +66,8 @@ class Kind:
     reason: str = ""  # a part of the error line
 
 
-LAUNCHED = ("torchrun", "deepspeed")
+RANKS, LAUNCHED = {"none": 1, "torchrun": 2, "deepspeed": 2}, ("torchrun", "deepspeed")
+SAVE_STEPS = {"lora": 2, "full": 3}
 KINDS = {
     "kill-rank": Kind(1, LAUNCHED),
     "kill-all": Kind(None),
@@ -82,7 +83,7 @@ KINDS = {
     "stop-rank": Kind(1, LAUNCHED),
     "elastic": Kind(None, ("torchrun",)),
 }
-SIGNALS = {"term": signal.SIGTERM, "int": signal.SIGINT, "usr1": signal.SIGUSR1, "stop-rank": signal.SIGSTOP}
+SIGNALS = {"term": signal.SIGTERM, "int": signal.SIGINT, "usr1": signal.SIGUSR1}
 
 
 @dataclass(frozen=True)
@@ -95,19 +96,9 @@ class Mix:
     launcher: str
 
     @property
-    def ranks(self) -> int:
-        """One without a launcher, else two."""
-        return 1 if self.launcher == "none" else 2
-
-    @property
-    def save_steps(self) -> int:
-        """Both intervals occur."""
-        return 2 if self.method == "lora" else 3
-
-    @property
     def reference(self) -> "Mix":
         """The mix of the undisturbed run: launcher and saving do not change the numbers."""
-        return Mix("sync", self.method, self.backend, "none" if self.ranks == 1 else "torchrun")
+        return Mix("sync", self.method, self.backend, "none" if self.launcher == "none" else "torchrun")
 
     def __str__(self) -> str:
         return f"{self.backend}/{self.launcher}/{self.method}/{self.saving}"
@@ -153,20 +144,8 @@ def sequence(out: Path) -> list[tuple[Any, ...]]:
 
 
 def last_step(out: Path) -> int:
-    """The step of the last whole line, 0 before the first; reads only the end of the file."""
-    with suppress(FileNotFoundError), open(out / "metrics.jsonl", "rb") as handle:
-        handle.seek(max(0, os.fstat(handle.fileno()).st_size - 4096))
-        steps = re.findall(rb'^\{"step": (\d+),.*\}$', handle.read(), re.M)
-        return int(steps[-1]) if steps else 0
-    return 0
-
-
-def difference(ours: list[tuple[Any, ...]], reference: list[tuple[Any, ...]]) -> str:
-    """The first line in which metrics.jsonl differs from that of the undisturbed run, "" if none does."""
-    for number, (line, expected) in enumerate(zip_longest(ours, reference), start=1):
-        if line != expected:
-            return f"line {number} of metrics.jsonl is {line} instead of {expected}"
-    return ""
+    """The step of the last whole line, 0 before the first."""
+    return next((line[0] for line in reversed(sequence(out))), 0)
 
 
 def is_sound(checkpoint: Path) -> bool:
@@ -195,10 +174,9 @@ def unmarked(out: Path) -> list[Path]:
     return [path for path in checkpoints(out).values() if not (path / "COMPLETE").is_file()]
 
 
-def temporary(out: Path) -> dict[str, tuple[int, int]]:
-    """Files and folders that the next start must remove, with what distinguishes one from a later one of its name."""
-    found = [path for path in out.rglob("*") if path.name.endswith(".tmp")] + unmarked(out)
-    return {str(path.relative_to(out)): (path.lstat().st_ino, path.lstat().st_ctime_ns) for path in found}
+def temporary(out: Path) -> list[str]:
+    """What a broken run may leave, and a finished one must not."""
+    return [str(path.relative_to(out)) for path in [*out.rglob("*.tmp"), *unmarked(out)]]
 
 
 def own_traceback(text: str) -> str:
@@ -221,9 +199,9 @@ class Run:
     """One start of a command. Its processes are found by a variable in their environment."""
 
     def __init__(self, words: Sequence[str], log: Path, fault: dict[str, Any] | None = None) -> None:
-        kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "DSFT_FAULT")}
-        self.log, self.mark = log, f"{os.getpid()}-{log}"
-        environment = kept | {"OMP_NUM_THREADS": "1", MARK: self.mark, "DSFT_CACHE": str(work_folder() / "cache")}
+        self.log = log
+        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        environment |= {"OMP_NUM_THREADS": "1", "DSFT_CACHE": str(work_folder() / "cache"), MARK: str(log)}
         environment |= {"DSFT_FAULT": json.dumps(fault)} if fault else {}
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(f"{log}.out", "wb") as stdout, open(f"{log}.err", "wb") as stderr:
@@ -243,18 +221,12 @@ class Run:
 
     def members(self) -> list[psutil.Process]:
         """Every living process of this run, orphans too."""
-        return [process for process in psutil.process_iter() if environment_of(process).get(MARK) == self.mark]
+        return [process for process in psutil.process_iter() if environment_of(process).get(MARK) == str(self.log)]
 
     def ranks(self) -> list[psutil.Process]:
-        """The processes that train, by rank; not those that they have started."""
-        found = {}
-        for process in self.members():
-            with suppress(psutil.Error):
-                rank = environment_of(process).get("RANK", "0" if process.pid == self.process.pid else "")
-                is_first = process.pid == self.process.pid or "RANK" not in process.parent().environ()
-                if rank and is_first and WORKER.name in " ".join(process.cmdline()):
-                    found[int(rank)] = process
-        return [found[rank] for rank in sorted(found)]
+        """The processes that train, by rank: fault_worker.py writes their ids."""
+        files = sorted(self.log.parent.glob(f"{self.log.name}.rank*"))
+        return [psutil.Process(int(file.read_text(encoding="utf-8"))) for file in files]
 
     def wait_until(self, is_true: Callable[[], bool], pause: float) -> None:
         """Raises RunEndedError if the run ends first."""
@@ -320,9 +292,11 @@ def make_inputs(folder: Path) -> None:
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes |= {"num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, initializer_range=0.2, **sizes)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.2,
+        bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
@@ -343,7 +317,7 @@ def command(mix: Mix, out: Path, *launcher_flags: str, **flags: Any) -> list[str
     all_flags = {
         "backend": mix.backend, "model": model, "train_files": model / "rows.parquet",
         "val_files": model / "rows.parquet", "max_val_rows": 4, "dtype": "float32", "lr": 1e-3, "train_batch_size": 8,
-        "max_tokens_per_micro_batch": 2048, "total_training_steps": STEPS, "save_steps": mix.save_steps,
+        "max_tokens_per_micro_batch": 2048, "total_training_steps": STEPS, "save_steps": SAVE_STEPS[mix.method],
         "eval_steps": 5, "lora_rank": 4 if is_lora else 0, "lora_dropout": 0.1 if is_lora else 0.0,
         "async_save": mix.saving == "async", "output_dir": out,
     } | flags  # fmt: skip
@@ -362,28 +336,18 @@ def make_reference(mix: Mix) -> Path:
 # One drill
 
 
-@dataclass
-class Stock:
-    """What a fault has left for the next start, as this script reads it from the files."""
-
-    step: int
-    """The last one in metrics.jsonl."""
-    start: int
-    """The step that the next start must resume from."""
-    temporary: dict[str, tuple[int, int]]
-
-
 class BrokenRun:
     """A run that is broken once or twice, resumed, and compared with the undisturbed one."""
 
     def __init__(self, drill: Drill, seed: int, reference: Path, folder: Path) -> None:
         self.drill, self.kind, self.mix = drill, KINDS[drill.kind], drill.mix
         self.reference, self.folder, self.out = reference, folder, folder / "out"
-        self.random = Random(f"{seed}/{drill.number}")
+        self.random = Random(f"{seed}/{folder.name}")
         self.details: dict[str, Any] = {}  # what was done to which process, and when
         self.checks: dict[str, bool] = {}
         self.failures: list[str] = []
         self.repeated, self.seconds_to_end = 0, 0.0
+        self.step, self.start = 0, 0  # the last step of metrics.jsonl, and from which the next start must resume
         self.damaged: str | None = None  # the checkpoint that the next start must report
         self.run: Run | None = None
         self.out.mkdir(parents=True)
@@ -396,25 +360,26 @@ class BrokenRun:
 
     def carry_out(self) -> None:
         """Break, check, and resume until the end."""
-        is_elastic, stock = self.drill.kind == "elastic", None
+        is_elastic = self.drill.kind == "elastic"
         twice = self.drill.number % 4 == 3 and self.drill.kind not in ("elastic", "corrupt")
         for window in WINDOWS[: 1 + twice]:
             step = max(last_step(self.out) + 1, self.random.randint(*window))
             fault = self._fault_in_save(step) if self.kind.action else None
             self.run = run = self._start(f"broken-{window[0]}", fault)
-            self._await_fault(run, fault) if fault else self._break(run, step)
+            if fault:
+                marker = Path(fault["marker"])
+                run.wait_until(lambda marker=marker: marker.is_file() and marker.stat().st_size > 0, 0.005)
+                self.details["where"], self.fault_time = json.loads(marker.read_text(encoding="utf-8"))
+            else:
+                self._break(run, step)
             if not is_elastic:
                 self._check_end(run)
-                if stock is not None:
-                    self.check_resumed(run, stock)
-                if self.drill.kind == "corrupt":
-                    self._damage()
-            stock = self.take_stock(stock.start if stock else 0)
-        assert stock is not None
+                self.check_resumed(run)
+            if self.drill.kind == "corrupt":
+                self._damage()
+            self.take_stock()
         self.run = run = run if is_elastic else self._start("resumed")
-        ended = run.has_ended(START_LIMIT)
-        self.check_resumed(run, stock)
-        self.check_finished(run, ended)
+        self.check_finished(run, run.has_ended(START_LIMIT))
 
     def _start(self, log: str, fault: dict[str, Any] | None = None, **flags: Any) -> Run:
         restarts = ("--max_restarts", "1") if self.drill.kind == "elastic" else ()
@@ -427,40 +392,31 @@ class BrokenRun:
         """What fault_worker.py does: at an operation of the first save at or after `step`."""
         is_kill, rank, pattern = self.kind.action == "kill", 0, ""
         if is_kill and self.mix.method == "full":
-            rank = self.random.randrange(self.mix.ranks)
-        nth, delay = (
-            self.random.randint(1, SAVE_OPERATIONS[rank]),
-            10 ** self.random.uniform(-4.3, -1.0 - 1.5 * is_kill),
-        )
+            rank = self.random.randrange(RANKS[self.mix.launcher])
+        nth, delay = self.random.randint(1, SAVE_OPERATIONS[rank]), 10 ** self.random.uniform(-4.3, -1 - 1.5 * is_kill)
         if self.drill.kind == "kill-before-marker":  # COMPLETE's temporary file is about to be opened, or renamed
             rank, pattern = 0, r"^(open|os\.rename) checkpoint-\d+/\.COMPLETE\.tmp"
             nth, delay = self.random.choice([1, 2]), 0.0
-        save = -(-step // self.mix.save_steps) * self.mix.save_steps
+        save = -(-step // SAVE_STEPS[self.mix.method]) * SAVE_STEPS[self.mix.method]
         fault = {"rank": rank, "save": save, "pattern": pattern, "nth": nth, "delay": self.random.choice([0.0, delay])}
         self.details["fault"] = fault
         marker = self.folder / f"marker-{step}"
         return fault | {"root": str(self.out), "action": self.kind.action, "marker": str(marker)}
 
-    def _await_fault(self, run: Run, fault: dict[str, Any]) -> None:
-        marker = Path(fault["marker"])
-        run.wait_until(lambda: marker.is_file() and marker.stat().st_size > 0, 0.005)
-        self.details["where"], self.fault_time = json.loads(marker.read_text(encoding="utf-8"))
-
     def _break(self, run: Run, step: int) -> None:
         """Wait until the run has written `step`, and a moment longer, then send the signals."""
         if self.drill.kind == "corrupt":  # one checkpoint to damage, and one to fall back to
-            step = max(step, 4 * self.mix.save_steps + 1)
-        delay = self.random.uniform(0, MAX_DELAY)
-        first = last_step(self.out) + 1
-        run.wait_until(lambda: last_step(self.out) >= first, 0.001)
+            step = max(step, 4 * SAVE_STEPS[self.mix.method] + 1)
+        kind, delay, first = self.drill.kind, self.random.uniform(0, MAX_DELAY), last_step(self.out) + 1
+        run.wait_until(lambda: last_step(self.out) >= first, 0.003)
         ranks, members = run.ranks(), run.members()  # ahead of the instant, which would be over by then
-        run.wait_until(lambda: last_step(self.out) >= step, 0.001)
+        run.wait_until(lambda: last_step(self.out) >= step, 0.003)
         time.sleep(delay)
-        if run.popen.poll() is not None or len(ranks) < self.mix.ranks:
+        if run.popen.poll() is not None or len(ranks) < RANKS[self.mix.launcher]:
             raise RunEndedError
         self.details["instant"] = f"{delay * 1000:.1f} ms after step {step}"
         self.fault_step, self.fault_clock, self.fault_time = last_step(self.out), time.time(), time.monotonic()
-        if self.drill.kind in ("kill-all", "corrupt"):
+        if kind in ("kill-all", "corrupt"):
             for process in members:
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
@@ -468,8 +424,8 @@ class BrokenRun:
         targets = self._targets(run, ranks)
         self.details["target"] = name = list(targets)[self.drill.turn % len(targets)]
         with suppress(psutil.NoSuchProcess, ProcessLookupError):
-            targets[name](SIGNALS.get(self.drill.kind, signal.SIGKILL))
-        if self.drill.kind == "elastic":
+            targets[name](SIGNALS.get(self.drill.kind, signal.SIGSTOP if kind == "stop-rank" else signal.SIGKILL))
+        if kind == "elastic":
             while any(map(environment_of, ranks)):  # the launcher ends the other rank and restarts both
                 if time.monotonic() > self.fault_time + END_LIMIT:
                     raise TimeoutError(f"the old ranks were still alive after {END_LIMIT:.0f} s")
@@ -481,16 +437,13 @@ class BrokenRun:
         if self.mix.launcher == "none":
             return {"the process": run.process.send_signal}
         of_ranks = {f"rank {rank}": process.send_signal for rank, process in enumerate(ranks)}
-        if self.drill.kind in ("kill-rank", "stop-rank", "elastic"):
-            return of_ranks
         launchers = {"the launcher": run.process.send_signal}
-        parent = ranks[0].parent()
-        if parent is not None and parent.pid != run.process.pid:
+        if (parent := ranks[0].parent()) not in (None, run.process):
             launchers["the ranks' parent"] = parent.send_signal
-        if self.drill.kind == "kill-launcher":
-            return launchers
-        group = {"the launcher's process group": lambda number: os.killpg(run.process.pid, number)}  # as Ctrl-C does
-        return launchers | of_ranks | group
+        if self.drill.kind in SIGNALS:
+            group = {"the launcher's process group": partial(os.killpg, run.process.pid)}  # as Ctrl-C does
+            return launchers | of_ranks | group
+        return launchers if self.drill.kind == "kill-launcher" else of_ranks
 
     def _damage(self) -> None:
         """One file of the newest checkpoint in turn, in one way after the other."""
@@ -540,34 +493,34 @@ class BrokenRun:
             if "cannot save" in errors[0] and newest_sound(self.out):
                 good = good and "is still valid" in errors[0]
             check("reason", good, errors[0])
-        check("no traceback", not own_traceback(run.read("err")), own_traceback(run.read("err")))
 
-    def take_stock(self, before: int) -> Stock:
-        """What the next start finds; `before` is the step that this one could resume from."""
-        stock = Stock(last_step(self.out), newest_sound(self.out), temporary(self.out))
-        lost, kind = stock.step - stock.start, self.drill.kind
+    def take_stock(self) -> None:
+        """What the next start finds."""
+        before, kind = self.start, self.drill.kind
+        self.step, self.start = last_step(self.out), newest_sound(self.out)
+        lost = self.step - self.start
         if self.kind.stops:
             self.check("saved the running step", lost == 0, f"{lost} steps after the newest checkpoint")
         elif kind != "corrupt" and not self.kind.reason:
-            most = self.mix.save_steps * (2 if self.mix.saving == "async" else 1)
+            most = SAVE_STEPS[self.mix.method] * (2 if self.mix.saving == "async" else 1)
             self.check("saved in time", lost <= most, f"{lost} steps after the newest checkpoint")
         if kind != "corrupt":
-            self.check("no checkpoint lost", stock.start >= before, f"{before} was sound, the newest is {stock.start}")
+            self.check("no checkpoint lost", self.start >= before, f"{before} was sound, the newest is {self.start}")
         if kind == "kill-before-marker":
             self.check("instant", bool(unmarked(self.out)), "no folder without COMPLETE: the kill missed its instant")
-        return stock
 
-    def check_resumed(self, run: Run, stock: Stock) -> None:
-        """Whether the start after a fault resumed where it must, and with the same numbers."""
-        ours, theirs = sequence(self.out), sequence(self.reference)
+    def check_resumed(self, run: Run, *, whole: bool = False) -> None:
+        """Whether a start resumed where it must, and with the same numbers."""
         found = re.findall(r"^resum\w+ .*?checkpoint-(\d+)\b", run.read("out"), re.M)
         start = int(found[-1]) if found else 0
-        self.repeated = max(self.repeated, stock.step - start)
-        self.check("no step lost", start == stock.start, f"it resumed from {start} instead of {stock.start}")
-        self.check("sequence", ours == theirs[: len(ours)], difference(ours, theirs[: len(ours)]))
-        now = temporary(self.out)
-        left = [path for path, identity in stock.temporary.items() if now.get(path) == identity]
-        self.check("no temporary files", not left, f"the next start left {left}")
+        self.repeated = max(self.repeated, self.step - start)
+        self.check("no step lost", start == self.start, f"it resumed from {start} instead of {self.start}")
+        ours, theirs = sequence(self.out), sequence(self.reference)
+        pairs = zip_longest(ours, theirs if whole else theirs[: len(ours)])
+        wrong = next((f"{line} instead of {expected}" for line, expected in pairs if line != expected), "")
+        self.check("sequence", not wrong, f"metrics.jsonl has {wrong}")
+        crash = own_traceback(run.read("err"))
+        self.check("no traceback", not crash, crash)
         if self.damaged is not None:
             aside = self.out / f"{self.damaged}.damaged"
             self.check("put aside", aside.is_dir(), f"{aside.name} is missing")
@@ -576,12 +529,10 @@ class BrokenRun:
 
     def check_finished(self, run: Run, ended: bool) -> None:
         """Whether a resumed run ends with everything that an undisturbed one has."""
-        ours, theirs = sequence(self.out), sequence(self.reference)
         good = ended and run.popen.returncode == 0
         self.check("resumed", good, f"status {run.popen.returncode} at its end: {run.read('err')}")
-        self.check("sequence", ours == theirs, difference(ours, theirs))
-        self.check("no temporary files", not temporary(self.out), f"at the end: {list(temporary(self.out))}")
-        self.check("no traceback", not own_traceback(run.read("err")), own_traceback(run.read("err")))
+        self.check_resumed(run, whole=True)
+        self.check("no temporary files", not temporary(self.out), f"at the end: {temporary(self.out)}")
         last, links = f"checkpoint-{STEPS:06d}", ["latest", "best"]
         for file in sorted((self.reference / last).glob("*.safetensors")):
             copy = self.out / last / file.name
@@ -595,21 +546,19 @@ class BrokenRun:
 def spoil(file: Path, damage: str, random: Random, foreign: Path) -> None:
     """Damage a file in one of the ways of DAMAGES."""
     content = file.read_bytes()
-    if damage == "deleted" or (damage != "another run's" and not content):
+    place = random.randrange(len(content) or 1)
+    if damage == "deleted" or not content:
         file.unlink()
     elif damage == "bit flip":
-        place = random.randrange(len(content))
         file.write_bytes(content[:place] + bytes([content[place] ^ 1 << random.randrange(8)]) + content[place + 1 :])
-    elif damage == "truncated":
-        file.write_bytes(content[: random.randrange(len(content))])
-    elif damage == "emptied":
-        file.write_bytes(b"")
     elif damage == "swapped":
         other = random.choice([path for path in sorted(file.parent.iterdir()) if path != file])
         file.write_bytes(other.read_bytes())
         other.write_bytes(content)
-    else:
+    elif damage == "another run's":
         file.write_bytes(foreign.read_bytes())
+    else:
+        file.write_bytes(content[:place] if damage == "truncated" else b"")
 
 
 # All drills
@@ -649,9 +598,8 @@ def table(results: Sequence[dict[str, Any]]) -> str:
             resumed, equal = (sum(row["checks"].get(check, False) for row in rows) for check in ("resumed", "sequence"))
             repeated, seconds = (max(row[name] for row in rows) for name in ("repeated", "seconds_to_end"))
             failed = sum(bool(row["failures"]) for row in rows)
-            lines.append(
-                f"{kind:18}  {len(rows):6}  {resumed:7}  {equal:5}  {repeated:13}  {seconds:13.1f}  {failed:6}"
-            )
+            done = f"{kind:18}  {len(rows):6}  {resumed:7}  {equal:5}"
+            lines.append(f"{done}  {repeated:13}  {seconds:13.1f}  {failed:6}")
     return "\n".join(lines)
 
 
@@ -669,7 +617,7 @@ def run_drills(options: argparse.Namespace) -> int:
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in psutil.process_iter():
-                if environment_of(process).get(MARK, "").startswith(f"{os.getpid()}-"):
+                if environment_of(process).get(MARK, "").startswith(str(work_folder())):
                     process.kill()
             raise
     seconds, failed = time.monotonic() - started, sum(bool(result["failures"]) for result in results)
@@ -695,11 +643,10 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="keep all folders, not only those of failed drills")
     options = parser.parse_args()
     options.kinds = options.kinds.split(",")
-    for kind in options.kinds:
-        if kind not in KINDS:
-            parser.error(f"--kinds: unknown kind '{kind}' (choose from {', '.join(KINDS)})")
-        if not mixes_of(kind, options.mixes):
-            parser.error(f"--mixes {options.mixes} matches no mix of {kind}")
+    if unknown := [kind for kind in options.kinds if kind not in KINDS]:
+        parser.error(f"--kinds: unknown kind '{unknown[0]}' (choose from {', '.join(KINDS)})")
+    if not all(mixes_of(kind, options.mixes) for kind in options.kinds):
+        parser.error(f"--mixes {options.mixes} matches no mix of one of the kinds")
     if options.drills < 1 or options.jobs < 1 or options.only not in (None, *range(options.drills)):
         parser.error("--drills and --jobs must be at least 1, --only below --drills")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # runs must hear it, even if a shell lets us ignore it
