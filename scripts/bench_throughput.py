@@ -209,12 +209,13 @@ def export_rows(case: Namespace, file: Path) -> dict[str, Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from dsft.config.flags import RowFlags
     from dsft.dataset.batches import GlobalBatches
-    from dsft.dataset.tokens import DataFormat, load_dataset
+    from dsft.dataset.tokens import load_dataset
     from dsft.model.source import load_tokenizer, resolve_model
 
     model = resolve_model(case.model)
-    tokenizer, form = load_tokenizer(model, trust_remote_code=False), DataFormat(max_length=case.max_length)
+    tokenizer, form = load_tokenizer(model, trust_remote_code=False), RowFlags(max_length=case.max_length)
     data = load_dataset(case.train_files.split(","), "train_files", tokenizer, form, max_rows=case.rows)
     if len(data) != case.rows:
         stop(f"--train_files {case.train_files} has {len(data)} rows, --rows is {case.rows}")

@@ -15,6 +15,7 @@ from dsft.checkpointing.layout import METRICS, NAME
 from dsft.checkpointing.state import CONFIG, STATE, TrainerState, read_flags, read_state
 from dsft.errors import UserError, did_you_mean_path
 from dsft.files import reason
+from dsft.units import size_text
 
 SET_ASIDE = re.compile(r"checkpoint-(\d{6,})\.(damaged|superseded)(\.\d+)?")
 UNFINISHED = re.compile(r"\.checkpoint-(\d{6,})\.tmp")
@@ -92,7 +93,7 @@ def _checkpoint(folder: Path, *, verify: bool) -> Report:
     elif wrong or problems:
         problems = [str(damage) for damage in wrong.values()] or problems
         verdict = f"not sound: {len(wrong) or len(problems)} of {len(rows)} files"
-    facts.append(("size", f"{_size(sum(sizes))} in {len(rows)} files"))
+    facts.append(("size", f"{size_text(sum(sizes))} in {len(rows)} files"))
     return Report([*_columns(facts), "", *table, "", *_columns([("checksums", verdict)])], _counted(problems))
 
 
@@ -170,7 +171,7 @@ def _file(path: Path, wrong: DamagedError | None, remark: str) -> tuple[list[str
         except (OSError, SafetensorError) as error:
             wrong = wrong or DamagedError(path, f"is damaged ({error})")
     size = path.stat().st_size
-    return [path.name, _size(size), tensors, values, wrong.what if wrong else remark], size, wrong
+    return [path.name, size_text(size), tensors, values, wrong.what if wrong else remark], size, wrong
 
 
 def _shapes(path: Path) -> list[list[int]]:
@@ -199,7 +200,7 @@ class Line:
 
     def cells(self) -> list[str]:
         """What stands under HEAD."""
-        return [self.name, *_progress(self.state), _size(self.size), ", ".join(self.links)]
+        return [self.name, *_progress(self.state), size_text(self.size), ", ".join(self.links)]
 
 
 def checkpoints_of(root: Path, *, verify: bool) -> list[Line]:
@@ -277,15 +278,6 @@ def _counted(problems: Sequence[str]) -> str | None:
     if not problems:
         return None
     return problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
-
-
-def _size(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
 
 
 def _columns(facts: Sequence[tuple[str, str]]) -> list[str]:

@@ -27,8 +27,8 @@ from dsft.model import tree_attention
 from dsft.model.lora import LoraOptions, add_lora
 from dsft.planning.activations import ActivationMemory, AllocationTrace, recompute_layers
 from dsft.planning.heap import heap_peaks
+from dsft.units import GIB
 
-GIB = 2**30
 PASSES = 2  # played to malloc
 HEAP_GROWTH = 1.3  # by further passes, whose objects that outlive them spoil holes; 1.1 to 1.8 measured
 WITHIN = 0.15  # relative error of a prediction, see docs/benchmarks.md
@@ -216,7 +216,7 @@ def _unpadded(batch: MicroBatch) -> MicroBatch:
     """Padded rows as a packed row of the same size."""
     count, length = batch.input_ids.shape
     made = chains([length] * count, 1)
-    made.positions, made.labels, made.weights = batch.positions, batch.labels, batch.weights
+    made.logit_positions, made.labels, made.loss_weights = batch.logit_positions, batch.labels, batch.loss_weights
     return made
 
 
@@ -241,7 +241,7 @@ def longest_micro_batch(
         for rank in plan.parts:
             for place, part in enumerate(rank):
                 batch = micro_batches.make(part)
-                size = (batch.input_ids.numel(), len(batch.positions))
+                size = (batch.input_ids.numel(), len(batch.logit_positions))
                 if best is None or size > best[0]:
                     best = (size, plan, place, batch)
     assert best is not None
@@ -359,11 +359,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, (RuntimeError, OSError)) and any(word in str(error) for word in OUT_OF_MEMORY)
-
-
-def gib(size: float) -> str:
-    """Bytes in words."""
-    return f"{size / GIB:.2f} GiB"
 
 
 def checkpoint_bytes(trained: int) -> int:

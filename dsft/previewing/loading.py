@@ -1,13 +1,14 @@
 """One set of rows for a preview: tokenised as training would, before truncation, and as they stand in the files."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from dsft.config import PreviewConfig
+from dsft.config.flags import RowFlags
 from dsft.dataset.chat_format import ChatFormat, Segment
-from dsft.dataset.parquet import Cell, find_files, read_columns
-from dsft.dataset.tokens import DataFormat, TokenDataset, load_dataset, row_segments
+from dsft.dataset.readers import Cell, find_files, read_columns
+from dsft.dataset.tokens import TokenDataset, load_dataset, row_segments
 from dsft.errors import UserError
 from dsft.previewing.row_checks import Scan
 from dsft.previewing.template_checks import Probe
@@ -64,11 +65,10 @@ def load(
     Raises:
         UserError: there are no such files.
     """
-    data_format = DataFormat.from_flags(config)
-    unlimited = DataFormat(**asdict(data_format) | {"max_length": NO_LIMIT, "truncation": "error"})
-    loaded = Loaded(flag, Scan(data_format, probe.marks, label="" if flag == "train_files" else "val: "))
+    unlimited = replace(config, max_length=NO_LIMIT, truncation="error")
+    loaded = Loaded(flag, Scan(config, probe.marks, label="" if flag == "train_files" else "val: "))
 
-    def tokens(wanted: DataFormat) -> TokenDataset | None:
+    def tokens(wanted: RowFlags) -> TokenDataset | None:
         try:
             return load_dataset(names, flag, chat_format.tokenizer, wanted, max_rows=max_rows, show_progress=True)
         except UserError as error:
@@ -76,24 +76,24 @@ def load(
             return None
 
     files = find_files(names, flag)
-    loaded.data = tokens(data_format)
+    loaded.data = tokens(config)
     if loaded.data is not None and not loaded.data.counts.losses():
         loaded.whole = loaded.data
     else:
         loaded.whole = tokens(unlimited)
     wanted = _wanted_rows(config, loaded)
-    columns, flags = data_format.columns()
+    columns, flags = config.columns()
     try:
         for rows in read_columns(files, columns, flags, max_rows):
             for cell, cells in rows:
-                _see(loaded, cell, cells, wanted, chat_format, data_format)
+                _see(loaded, cell, cells, wanted, chat_format, config)
     except UserError as error:
         loaded.errors.append(str(error))
     return loaded
 
 
 def _see(
-    loaded: Loaded, cell: Cell, cells: tuple, wanted: set[int], chat_format: ChatFormat, data_format: DataFormat
+    loaded: Loaded, cell: Cell, cells: tuple, wanted: set[int], chat_format: ChatFormat, data_format: RowFlags
 ) -> None:
     number = loaded.scan.rows
     if not loaded.files or loaded.files[-1][0] != cell.file or cell.row == 0:

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
+from dsft.config.flags import RowFlags
 from dsft.dataset.chat_format import THINK
-from dsft.dataset.parquet import Cell, walk
-from dsft.dataset.tokens import DataFormat
+from dsft.dataset.readers import Cell, walk
 from dsft.errors import UserError
 
 Kind = Literal["ok", "warning", "refused"]
@@ -97,7 +97,7 @@ class Row:
         return "\n".join(content for role, content in self.turns if role != "assistant")
 
 
-def read_row(cells: tuple, cell: Cell, data_format: DataFormat) -> Row:
+def read_row(cells: tuple, cell: Cell, data_format: RowFlags) -> Row:
     """A row of the columns read.
 
     Raises:
@@ -212,7 +212,7 @@ class SwappedColumns(Detector):
 
     name, explains = "swapped columns", True
 
-    def __init__(self, data_format: DataFormat, user_header: str) -> None:
+    def __init__(self, data_format: RowFlags, user_header: str) -> None:
         """`user_header` is what the template puts before a user's words."""
         super().__init__()
         self._flags = data_format
@@ -450,7 +450,7 @@ class TemplateMarks:
 class Scan:
     """One pass over all rows of a set."""
 
-    def __init__(self, data_format: DataFormat, marks: TemplateMarks, *, label: str = "") -> None:
+    def __init__(self, data_format: RowFlags, marks: TemplateMarks, *, label: str = "") -> None:
         """`label` goes before the names of what is found."""
         self.detectors: list[Detector] = [EmptyAnswers(), Duplicates(), SwappedColumns(data_format, marks.user_header)]
         self.detectors += [Roles(marks.source), LastTurn(), StrippedHistory(), Languages()]

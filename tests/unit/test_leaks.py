@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsft.config import GenerateConfig
+from dsft.config.flags import RowFlags
 from dsft.dataset.leaks import find_leaks, rows_to_drop
-from dsft.dataset.tokens import DataFormat, load_dataset
+from dsft.dataset.tokens import load_dataset
 from dsft.envs.expert_data import generate
 from tests.helpers import MEDICAL, ROOT, SAMPLE_TRAIN, SAMPLE_VAL, message, token_dataset, write_parquet
 
@@ -217,7 +218,7 @@ def load(tmp_path, tokenizer, monkeypatch):
 
     def load(name, rows, **options):
         file = write_parquet(tmp_path / f"{name}.parquet", rows) if isinstance(rows, list) else rows
-        return load_dataset([str(file)], "train_files", tokenizer, DataFormat(**options))
+        return load_dataset([str(file)], "train_files", tokenizer, RowFlags(**options))
 
     return load
 
@@ -279,7 +280,7 @@ def test_a_damaged_column_of_levels_is_told(load, tmp_path):
     start = column.dictionary_page_offset
     content[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
     file.write_bytes(content)
-    assert message(load, "damaged", file).startswith(f"{file}, column 'extra_info': damaged: ")
+    assert message(load, "damaged", file).startswith(f"{file}, column 'extra_info' is damaged: ")
 
 
 def test_levels_of_games_are_known_under_other_seeds_and_in_another_style(tokenizer, tmp_path, monkeypatch):
@@ -292,7 +293,7 @@ def test_levels_of_games_are_known_under_other_seeds_and_in_another_style(tokeni
         generate(GenerateConfig(output_dir=str(tmp_path / name), train_size=12, **usual | changed))
         file = tmp_path / name / "train.parquet"
         tables[name] = pd.read_parquet(file)
-        data[name] = load_dataset([str(file)], "train_files", tokenizer, DataFormat())
+        data[name] = load_dataset([str(file)], "train_files", tokenizer, RowFlags())
     seeds = {name: {info["seed"] for info in table.extra_info} for name, table in tables.items()}
     assert seeds["train"].isdisjoint(seeds["val"])
 
@@ -361,7 +362,7 @@ def test_on_the_medical_set_the_counts_are_those_of_its_text(case, tmp_path, tok
     data = []
     for name, rows in (("train", train), ("val", val)):
         rows.to_parquet(tmp_path / f"{name}.parquet")
-        data.append(load_dataset([str(tmp_path / f"{name}.parquet")], "train_files", tokenizer, DataFormat()))
+        data.append(load_dataset([str(tmp_path / f"{name}.parquet")], "train_files", tokenizer, RowFlags()))
     leaks, expected = find_leaks(*data), counted(train, val)
     got = {kind: len(getattr(leaks, kind)) for kind in KINDS} | {"distinct dialogues": leaks.dialogues.distinct}
     assert got == expected
@@ -376,7 +377,7 @@ TRAINING_HALF = MEDICAL.with_name("MTMedDialog_sft_train.parquet")
 
 @pytest.mark.skipif(not (MEDICAL.exists() and TRAINING_HALF.exists()), reason="the medical training half is not here")
 def test_all_validation_rows_of_the_medical_set_stand_in_its_training_half(tokenizer):
-    train, val = (load_dataset([str(f)], "train_files", tokenizer, DataFormat()) for f in (TRAINING_HALF, MEDICAL))
+    train, val = (load_dataset([str(f)], "train_files", tokenizer, RowFlags()) for f in (TRAINING_HALF, MEDICAL))
     leaks = find_leaks(train, val)
     assert len(leaks.rows) == len(leaks.val_rows) == len(val) == 549
 
