@@ -10,35 +10,34 @@ then the operators of rank 0 by their own time. Saves no checkpoint.
 import os
 import sys
 import time
-from functools import cache
-from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
-from dsft import backends
-from dsft.train import main
+from dsft.cli import parse
+from dsft.config import TrainConfig
 
 STEPS = 3
 
 
-backend_class = backends.backend_class
+def main() -> None:
+    """Train three steps, each measured from the end of the one before, and exit."""
+    if "--help" in sys.argv:
+        print(__doc__)
+        return
+    from dsft.training.trainer import Trainer
 
-
-@cache
-def watched(name: str) -> Any:
-    """The class of a backend that measures from the end of one step to the end of the next; the first has start-up."""
-    backend: Any = backend_class(name)
-    take_step, rank, profiler = backend.step, os.environ.get("RANK", "0"), profile(activities=[ProfilerActivity.CPU])
+    trainer = Trainer(parse(TrainConfig, sys.argv[1:]))
+    take_step, rank, profiler = trainer.backend.step, trainer.world.rank, profile(activities=[ProfilerActivity.CPU])
     done, processor, clock = 0, time.process_time(), time.perf_counter()
 
-    def step(self: Any) -> float:
+    def step() -> float:
         nonlocal done, processor, clock
-        norm, done = take_step(self), done + 1
+        norm, done = take_step(), done + 1
         spent = f"{time.process_time() - processor:.1f} CPU s, {time.perf_counter() - clock:.1f} s"
         print(f"rank {rank} step {done}: {spent}", flush=True)
         if done == STEPS:
             profiler.stop()
-            if rank == "0":
+            if rank == 0:
                 print(profiler.key_averages().table("self_cpu_time_total", row_limit=40, max_name_column_width=60))
             sys.stdout.flush()
             os._exit(0)
@@ -47,13 +46,9 @@ def watched(name: str) -> Any:
         processor, clock = time.process_time(), time.perf_counter()
         return norm
 
-    backend.step = step
-    return backend
+    trainer.backend.step = step
+    trainer.train()
 
 
 if __name__ == "__main__":
-    if "--help" in sys.argv:
-        print(__doc__)
-    else:
-        backends.backend_class = watched  # before the Trainer is imported
-        main()
+    main()
