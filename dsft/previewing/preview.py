@@ -1,6 +1,7 @@
 """Everything that dsft.preview shows: rows, figures, and what is wrong with them."""
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
@@ -11,8 +12,13 @@ from dsft.dataset.chat_format import ChatFormat
 from dsft.dataset.tokens import DataFormat
 from dsft.distributed import runtime
 from dsft.errors import UserError
-from dsft.model.source import load_tokenizer
-from dsft.planning.needs import Needs, needs, needs_findings, plan_run
+from dsft.model.flops import measure_matmul
+from dsft.model.source import ModelSource, load_tokenizer
+from dsft.planning.activations import free_memory
+from dsft.planning.disk import disk_warning
+from dsft.planning.out_of_memory import fitting_text
+from dsft.planning.plan import Memory, Needs, backend_options, order_rows, plan_run, predict_needs
+from dsft.planning.prediction import gib
 from dsft.previewing.loading import Loaded, load
 from dsft.previewing.row_checks import Finding, rows_of
 from dsft.previewing.rows import RowView, choose_rows, view_row
@@ -142,22 +148,39 @@ def _add_figures(preview: Preview, sets: Sets, path: str) -> None:
         preview.val = figures(val, sides.val_lengths, config.train_batch_size, config.max_length, config.seed)
     longest = max((int(data.lengths.max()) for data in (train, val) if data is not None), default=1)
     try:
-        run = plan_run(path, config, longest)
+        device, ranks = runtime.pick_device(runtime.World(0, 1, 0, 1)), config.ranks
+        options = backend_options(config, device, runtime.pick_dtype(config.dtype, device))
+        source = ModelSource(
+            path, attn_implementation=config.attn_implementation, trust_remote_code=config.trust_remote_code
+        )
+        shapes = source.empty(options.dtype)
+        # Without a GPU all ranks share this machine's memory, and this process stands for one of them.
+        memory = Memory.of(device, free_memory(device, runtime.World(0, ranks, 0, ranks)))
+        plan = plan_run(config, shapes, options, memory, ranks=ranks, longest=longest)
         if train is not None:
-            preview.batches, preview.folding = batches_and_folding(
-                train,
-                run.layouts,
-                batch_size=config.train_batch_size,
-                seed=config.seed,
-                epochs=config.total_epochs,
-                steps=config.total_training_steps,
-            )
-            preview.needs = needs(run, train, config)
-            preview.findings += needs_findings(preview.needs, run.trained, preview.batches, config)
+            order = order_rows(train, config)
+            rate = measure_matmul(options.dtype, device) * (1 if device.type == "cpu" else ranks)
+            preview.needs = predict_needs(config, shapes, options, memory, plan, train, order, rate)
+            preview.batches, preview.folding = batches_and_folding(train, order, plan, preview.needs.total_steps)
+            preview.findings += _needs_findings(preview.needs, plan.trained, config)
         if val is not None:
-            preview.val_folding, _ = fold_ratios(val, [np.arange(len(val))], run.layouts)
+            preview.val_folding, _ = fold_ratios(val, [np.arange(len(val))], plan)
     except UserError as error:
         preview.findings.append(Finding("refused", "run", str(error)))
+
+
+def _needs_findings(needs: Needs, trained: int, config: PreviewConfig) -> list[Finding]:
+    """What will not fit: memory, or checkpoints of so many trained values on the disk of the output folder."""
+    found = []
+    if not needs.fits:
+        text = f"a rank needs {gib(needs.memory.peak)} by prediction, and {gib(needs.available)} are available"
+        found.append(Finding("warning", "memory", f"{text}; {fitting_text(needs.remedies)}"))
+    if config.output_dir:
+        folder = Path(config.output_dir).expanduser().absolute()
+        existing = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+        message = disk_warning(config, trained, needs.total_steps, needs.steps_per_epoch, existing)
+        found += [Finding("warning", "disk", message)] if message else []
+    return found
 
 
 def _rows(sets: Sets) -> list[RowView]:

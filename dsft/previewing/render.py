@@ -13,8 +13,6 @@ from rich.text import Text
 
 import dsft
 from dsft.files import guard_disk, write_text
-from dsft.planning.needs import Needs
-from dsft.planning.report import memory_text, time_text
 from dsft.previewing.preview import Preview
 from dsft.previewing.rows import CLOSE, OPEN, RowView, Span, plain_text
 from dsft.previewing.statistics import Batches, Bin, Folding, histogram_lines
@@ -67,7 +65,8 @@ def facts(preview: Preview) -> list[tuple[str, str]]:
     if preview.batches is not None:
         found += _batch_facts(preview.batches)
         if preview.needs is not None:
-            found += _needs_facts(preview.needs, preview.batches)
+            needs = preview.needs
+            found += [("memory", f"{needs.memory_text()}; {needs.computes}"), ("time", needs.time_text())]
     return found
 
 
@@ -88,12 +87,6 @@ def _batch_facts(batches: Batches) -> list[tuple[str, str]]:
     sample = f" ({batches.planned} of them laid out here)" if batches.planned < batches.steps_first_epoch else ""
     steps = f"{batches.steps_first_epoch:,} in the first epoch{sample}, {batches.steps:,} in all"
     return [("batch", f"{rows}, as {parts}"), ("steps", steps)]
-
-
-def _needs_facts(needs: Needs, batches: Batches) -> list[tuple[str, str]]:
-    memory = memory_text(needs.memory_bytes, needs.parts_bytes, needs.room_bytes)
-    time = time_text(needs.seconds_per_step, batches.steps_first_epoch, batches.steps)
-    return [("memory", f"{memory}; {needs.backend} in {needs.dtype} on {needs.device}"), ("time", time)]
 
 
 # On a terminal, or in a pipe
@@ -170,9 +163,10 @@ def _write(path: Path, text: str) -> None:
 def as_json(preview: Preview) -> str:
     """Figures and findings, without the rows' text."""
     values: dict[str, Any] = {"version": dsft.__version__, "refused": preview.problem is not None}
-    for name in ("train", "val", "batches", "folding", "val_folding", "needs"):
+    for name in ("train", "val", "batches", "folding", "val_folding"):
         value = getattr(preview, name)
         values[name] = None if value is None else asdict(value)
+    values["needs"] = None if preview.needs is None else preview.needs.as_dict()
     values["findings"] = [asdict(finding) for finding in preview.findings]
     return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 

@@ -2,20 +2,19 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from dsft.dataset.batches import GlobalBatches
 from dsft.dataset.folding import common_prefix
-from dsft.dataset.micro_batches import Layout, MicroBatches
+from dsft.dataset.micro_batches import MicroBatches
 from dsft.dataset.tokens import TokenDataset
-from dsft.model.flops import Cost
+from dsft.planning.plan import RunPlan
 
 MOST_BINS = 12
 MOST_PLANNED = 64  # batches of the first epoch that are laid out to know their folding; more are sampled
 BAR = 40  # characters of the histogram's longest bar
-PLAIN_COST = Cost(1.0, 0.0, 0.0)  # for a model whose own is not known: tokens
 
 
 @dataclass(frozen=True)
@@ -123,24 +122,6 @@ class Batches:
     planned: int
 
 
-@dataclass(frozen=True)
-class Layouts:
-    """What a layout of batches depends on beside the rows.
-
-    ranks: number of ranks
-    token_budget: most tokens in a micro-batch, at least the longest row
-    cost: of the model, see dsft.model.flops
-    fold: the flag
-    why_no_trees: why the model's attention takes no trees; None where it does
-    """
-
-    ranks: int
-    token_budget: int
-    cost: Cost
-    fold: bool
-    why_no_trees: str | None
-
-
 def figures(data: TokenDataset, whole_lengths: np.ndarray, batch_size: int, max_length: int, seed: int) -> Figures:
     """The figures of a set.
 
@@ -245,62 +226,51 @@ def truncation(whole_lengths: np.ndarray, prompt_lengths: np.ndarray, max_length
 
 
 def batches_and_folding(
-    data: TokenDataset, layouts: Layouts, *, batch_size: int, seed: int, epochs: int, steps: int | None
+    data: TokenDataset, order: GlobalBatches, plan: RunPlan, total_steps: int
 ) -> tuple[Batches, Folding]:
     """How training would lay out its steps.
 
     Args:
         data: the rows as trained on.
-        layouts: what else it depends on.
-        batch_size: rows of a step.
-        seed: of the order of rows.
-        epochs: how many.
-        steps: where these are given instead of epochs.
+        order: of these rows.
+        plan: of the run.
+        total_steps: of the run.
 
     Raises:
         UserError: a row is longer than the token budget.
     """
-    order = order_of_batches(data, layouts, batch_size, seed)
     in_epoch = order.first_step(1)
     planned = np.unique(np.linspace(0, in_epoch - 1, min(in_epoch, MOST_PLANNED)).astype(int))
-    folding, parts = fold_ratios(data, [order[step] for step in planned], layouts)
-    total = steps or order.first_step(epochs)
+    folding, parts = fold_ratios(data, [order[step] for step in planned], plan)
     batches = Batches(
         steps_first_epoch=in_epoch,
-        steps=total,
+        steps=total_steps,
         rows=len(data) / in_epoch,
         tokens=data.counts.tokens / in_epoch,
         targets=data.counts.targets / in_epoch,
-        ranks=layouts.ranks,
+        ranks=plan.layout.ranks,
         micro_batches=parts / len(planned),
-        token_budget=layouts.token_budget,
+        token_budget=plan.layout.token_budget,
         planned=len(planned),
     )
     return batches, folding
 
 
-def order_of_batches(data: TokenDataset, layouts: Layouts, batch_size: int, seed: int) -> GlobalBatches:
-    """Which rows training would take for each step."""
-    dialogue = data.dialogue if layouts.fold else np.arange(len(data))
-    return GlobalBatches(dialogue, data.sorted_place, batch_size, seed)
-
-
-def fold_ratios(data: TokenDataset, batches: Sequence[np.ndarray], layouts: Layouts) -> tuple[Folding, int]:
+def fold_ratios(data: TokenDataset, batches: Sequence[np.ndarray], plan: RunPlan) -> tuple[Folding, int]:
     """How much folding saves in these batches (int64 [rows] each), and their micro-batches on each rank in all."""
-    used = "off" if not layouts.fold else "trees" if layouts.why_no_trees is None else "chains"
+    used = "off" if not plan.layout.fold else "trees" if plan.layout.trees else "chains"
     ratios, parts = {}, 0
     for name, fold, trees in (
         ("trees", True, True),
         ("chains", True, False),
-        ("off", False, layouts.why_no_trees is None),
+        ("off", False, plan.layout.trees),
     ):
         if name == "off" and used != "off":
             continue
-        layout = Layout(layouts.ranks, layouts.token_budget, fold=fold, trees=trees)
-        micro_batches = MicroBatches(data, layout, layouts.cost, None)
+        micro_batches = MicroBatches(data, replace(plan.layout, fold=fold, trees=trees), plan.cost, None)
         plans = [micro_batches.plan(batch) for batch in batches]
         ratios[name] = sum(plan.row_tokens for plan in plans) / sum(plan.tokens for plan in plans)
         if name == used:
             parts = sum(len(plan.parts[0]) for plan in plans)
-    why = "--fold off" if used == "off" else layouts.why_no_trees or ""
+    why = "--fold off" if used == "off" else plan.tree_unsupported_reason or ""
     return Folding(ratios["trees"], ratios["chains"], used, why), parts

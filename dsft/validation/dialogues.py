@@ -13,14 +13,14 @@ from transformers import PreTrainedTokenizerBase
 
 from dsft.config import ValidateConfig
 from dsft.dataset.chat_format import THINK, ChatFormat
-from dsft.dataset.micro_batches import Layout, MicroBatches
+from dsft.dataset.micro_batches import MicroBatches
 from dsft.dataset.parquet import find_files, read_columns, walk
 from dsft.dataset.tokens import DataFormat, TokenDataset, load_dataset
 from dsft.distributed import runtime
 from dsft.errors import UserError
 from dsft.loss import TargetHead, loss_metrics, mean_loss
-from dsft.model.flops import count_flops
-from dsft.planning.activations import ActivationMemory, free_memory, token_budget
+from dsft.planning.activations import free_memory
+from dsft.planning.plan import RunPlan
 from dsft.validation.generation import TransformersGenerator, VllmGenerator
 from dsft.validation.statistics import wilson_interval
 
@@ -189,12 +189,11 @@ def _measure_loss(
 ) -> dict[str, float]:
     """The Trainer's figure."""
     model = generator.model
-    memory = ActivationMemory.of(model, model.dtype)
     [free] = runtime.least_over_ranks([free_memory(device, world)], device)
-    budget = token_budget(memory, free, int(data.lengths.max()), 0, device)
-    layout = Layout(world.size, budget, fold=True, trees=False)
-    cost = count_flops(model, lambda parameter: tuple(parameter.shape))
-    micro_batches = MicroBatches(data, layout, cost, generator.tokenizer.pad_token_id)
+    plan = RunPlan.of_model(
+        model, model.dtype, device, ranks=world.size, free=free, longest=int(data.lengths.max()), trees=False
+    )
+    micro_batches = MicroBatches(data, plan.layout, plan.cost, generator.tokenizer.pad_token_id)
     loss = mean_loss(model, TargetHead(model), micro_batches, world, device, show_progress=world.is_main)
 
     def check() -> None:
