@@ -62,7 +62,7 @@ def test_the_defaults_are_accepted():
         ({"ds_config": "x.json"}, "ds_config is for --backend zero3, got --backend fsdp; drop one of them"),
         (
             {"messages_key": "m", "with_thinking": True},
-            "with_thinking needs prompt and response columns; it cannot go with messages_key",
+            "with_thinking needs prompt and response columns; it cannot be combined with messages_key",
         ),
     ],
 )
