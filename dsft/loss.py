@@ -49,7 +49,7 @@ class TargetHead:
                 if self._batch is None or not self.in_parts:
                     return plain_forward(hidden)
                 batch = self._batch
-                self._loss = LossInParts.apply(hidden[0], head.weight, head.bias, batch.labels, batch.weights)
+                self._loss = LossInParts.apply(hidden[0], head.weight, head.bias, batch.labels, batch.loss_weights)
                 return self._loss
 
             head.forward = forward
@@ -58,7 +58,7 @@ class TargetHead:
         if self._batch is None:
             return None
         hidden = inputs[0]
-        return (hidden.reshape(1, -1, hidden.shape[-1])[:, self._batch.positions], *inputs[1:])
+        return (hidden.reshape(1, -1, hidden.shape[-1])[:, self._batch.logit_positions], *inputs[1:])
 
     @contextmanager
     def computing(self, batch: MicroBatch) -> Iterator[None]:
@@ -101,7 +101,7 @@ def summed_loss(model: torch.nn.Module, head: TargetHead, batch: MicroBatch) -> 
     if head.in_parts:
         return output
     losses = F.cross_entropy(output[0].float(), batch.labels, reduction="none")
-    return (losses * batch.weights).sum()
+    return (losses * batch.loss_weights).sum()
 
 
 class LossInParts(torch.autograd.Function):

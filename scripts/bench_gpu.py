@@ -116,7 +116,7 @@ def make_rows(case: str, tokenizer: Any, *, length: int, rows: int, dialogues: i
     import numpy as np
 
     from dsft.dataset.chat_format import ChatFormat
-    from dsft.dataset.parquet import Cell
+    from dsft.dataset.readers import Cell
 
     words = single_token_words(tokenizer)
     form = ChatFormat(tokenizer)

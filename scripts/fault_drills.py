@@ -992,7 +992,7 @@ class Life:
         if not re.search("^output ", text, re.M):
             result.check("resumed", False, f"status {run.popen.poll()}: {complaints[-1000:]}")
             return
-        told = re.search(r"^resumed +(\S+), (?:goes on at step (\d+)|has all its steps)", text, re.M)
+        told = re.search(r"^resumed +(\S+), (?:resuming at step (\d+)|already complete)", text, re.M)
         name = Path(told[1]).name if told else None
         result.started_from = int(name.rsplit("-", 1)[1]) if name else 0
         good = result.started_from in result.may_start_from

@@ -155,7 +155,7 @@ def what_nobody_foresaw(place: Place) -> list[str]:
 
 def files_of(*names: str) -> Case:
     def find(place: Place) -> None:
-        from dsft.dataset.parquet import find_files
+        from dsft.dataset.readers import find_files
 
         find_files([name.format(place.folder) for name in names], "train_files")
 
@@ -166,7 +166,7 @@ cases("files", {"none": files_of(), "empty folder": files_of("{}"), "missing": f
 
 
 def reading(place: Place, file: Path, column: str = "prompt") -> None:
-    from dsft.dataset.parquet import read_columns
+    from dsft.dataset.readers import read_columns
 
     list(read_columns([file], [column], ["prompt_key"], None))
 
@@ -242,7 +242,7 @@ cases(
 @case
 def a_damaged_column_of_levels(place: Place) -> None:
     """Damaged where a struct's field stands."""
-    from dsft.dataset.parquet import read_field
+    from dsft.dataset.readers import read_field
 
     file = write_parquet(place.folder / "rows.parquet", [{"extra_info": {"level": f"{i:016x}"}} for i in range(9)])
     content = bytearray(file.read_bytes())
@@ -289,10 +289,10 @@ def a_file_that_vanishes(place: Place) -> None:
 
 @case
 def a_row_above_the_token_budget(place: Place) -> None:
-    from dsft.dataset.micro_batches import Layout, MicroBatches
+    from dsft.dataset.micro_batches import MicroBatches, MicroBatchOptions
 
     data = token_dataset([([1] * 12, [False] + [True] * 11)])
-    MicroBatches(data, Layout(1, 10, fold=True, trees=False), None, None)  # type: ignore[arg-type]
+    MicroBatches(data, MicroBatchOptions(1, 10, fold=True, trees=False), None, None)  # type: ignore[arg-type]
 
 
 # Models
@@ -1286,19 +1286,10 @@ cases(
 
 @case
 def a_dry_run_with_less_memory_than_predicted(place: Place) -> None:
-    import torch
+    from dsft.planning.out_of_memory import refuse
+    from tests.unit.test_plan import needs
 
-    from dsft.backends.base import BackendOptions
-    from dsft.model.source import ModelSource
-    from dsft.planning.prediction import ProcessMemory, Setting, chains, predict
-    from dsft.planning.report import refuse
-
-    options = BackendOptions(torch.device("cpu"), torch.float32, trains_base=True, clip_grad=1.0)
-    bare = ModelSource(str(place.model)).empty(torch.float32)
-    prediction = predict(
-        bare, Setting("fsdp", options, 1, None), chains([50], 4), process=ProcessMemory.of(options.device)
-    )
-    refuse(prediction, prediction.peak / 2, [])
+    refuse(needs(1.0))
 
 
 @case
@@ -1306,7 +1297,7 @@ def memory_that_runs_out(place: Place) -> None:
     import torch
 
     from dsft.config import TrainConfig
-    from dsft.planning.report import out_of_memory
+    from dsft.planning.out_of_memory import out_of_memory
 
     config = TrainConfig(model="m", train_files=["t"], output_dir="o")
     with out_of_memory(config, list):

@@ -11,7 +11,7 @@ import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dsft.dataset.parquet import Cell
+from dsft.dataset.readers import Cell
 from dsft.errors import UserError
 
 THINK = "<think>"

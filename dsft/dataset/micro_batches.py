@@ -24,7 +24,7 @@ Sequences = list[np.ndarray]
 
 
 @dataclass(frozen=True)
-class Layout:
+class MicroBatchOptions:
     """What the model can be given.
 
     ranks: number of ranks.
@@ -64,24 +64,25 @@ class MicroBatch:
     """Sequences for one forward pass.
 
     input_ids: int64 [sequences, length]; [1, tokens] where sequences are packed
-    positions: int64 [targets], indices into the flattened input_ids whose next token is a target
+    logit_positions: int64 [targets], indices into the flattened input_ids whose next token is a target
     labels: int64 [targets], those next tokens
-    weights: float32 [targets], in how many rows each is a target
+    loss_weights: float32 [targets], in how many rows each is a target
     position_ids: int64 [1, tokens], a token's position in its rows; None where that is the column
     tree: what each token may attend to; None where that is all before it
     """
 
     input_ids: torch.Tensor
-    positions: torch.Tensor
+    logit_positions: torch.Tensor
     labels: torch.Tensor
-    weights: torch.Tensor
+    loss_weights: torch.Tensor
     position_ids: torch.Tensor | None = None
     tree: "Tree | None" = None
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on a device."""
         ids, positions, labels, weights = (
-            t.to(device, non_blocking=True) for t in (self.input_ids, self.positions, self.labels, self.weights)
+            t.to(device, non_blocking=True)
+            for t in (self.input_ids, self.logit_positions, self.labels, self.loss_weights)
         )
         position_ids = None if self.position_ids is None else self.position_ids.to(device, non_blocking=True)
         return MicroBatch(
@@ -92,7 +93,7 @@ class MicroBatch:
 class MicroBatches:
     """Makes plans and micro-batches of one dataset."""
 
-    def __init__(self, data: TokenDataset, layout: Layout, cost: Cost, pad_token: int | None) -> None:
+    def __init__(self, data: TokenDataset, layout: MicroBatchOptions, cost: Cost, pad_token: int | None) -> None:
         longest = int(data.lengths.max())
         if longest > layout.token_budget:
             raise UserError(
@@ -118,7 +119,7 @@ class MicroBatches:
         if self._layout.fold and self._layout.trees:
             shared = self._shared(rows)
             pieces = cut(lengths, shared, targets, self._cost, self._layout.ranks, self._layout.token_budget)
-            parts = deal(pieces, self._layout.ranks)
+            parts = assign_to_ranks(pieces, self._layout.ranks)
             micro_batches = [[[rows[piece.rows]] if piece.tokens else [] for piece in rank] for rank in parts]
             costs = [[piece.cost for piece in rank] for rank in parts]
             tokens = sum(piece.tokens for piece in pieces)
@@ -166,9 +167,9 @@ def packed(sequences: Sequence[Folded]) -> MicroBatch:
     is_target = np.flatnonzero(whole.weight)
     return MicroBatch(
         input_ids=torch.from_numpy(whole.tokens.astype(np.int64))[None],
-        positions=torch.from_numpy(whole.parent[is_target]),
+        logit_positions=torch.from_numpy(whole.parent[is_target]),
         labels=torch.from_numpy(whole.tokens[is_target].astype(np.int64)),
-        weights=torch.from_numpy(whole.weight[is_target].astype(np.float32)),
+        loss_weights=torch.from_numpy(whole.weight[is_target].astype(np.float32)),
         position_ids=torch.from_numpy(whole.depth)[None],
         tree=Tree(whole.subtree_end, whole.parent),
     )
@@ -192,14 +193,14 @@ def padded(chains: Sequence[Folded], pad_token: int | None) -> MicroBatch:
         weights.append(chain.weight[is_target].astype(np.float32))
     return MicroBatch(
         input_ids=torch.from_numpy(ids),
-        positions=torch.from_numpy(np.concatenate(positions)),
+        logit_positions=torch.from_numpy(np.concatenate(positions)),
         labels=torch.from_numpy(np.concatenate(labels)),
-        weights=torch.from_numpy(np.concatenate(weights)),
+        loss_weights=torch.from_numpy(np.concatenate(weights)),
     )
 
 
 @dataclass(frozen=True)
-class Piece:
+class Chunk:
     """Consecutive rows of a sorted batch, folded into one tree."""
 
     rows: slice
@@ -209,7 +210,7 @@ class Piece:
 
 def cut(
     lengths: np.ndarray, shared: np.ndarray, targets: np.ndarray, cost: Cost, ranks: int, token_budget: int
-) -> list[Piece]:
+) -> list[Chunk]:
     """Cut sorted rows into pieces so that all ranks together are done soon.
 
     What rows on both sides of a cut have in common is computed in both pieces, and counted in both. So a cut within a
@@ -234,8 +235,8 @@ def cut(
         for more in (0, ranks):
             cuts = (prices.cut_cheaply(largest * slack, wanted + more) for slack in SLACKS)
             candidates += [found for found in cuts if found is not None]
-    filled = [pieces + [Piece(slice(0, 0), 0, 0.0)] * (-len(pieces) % ranks) for pieces in candidates]
-    return min(filled, key=lambda pieces: waiting_cost(deal(pieces, ranks)))
+    filled = [pieces + [Chunk(slice(0, 0), 0, 0.0)] * (-len(pieces) % ranks) for pieces in candidates]
+    return min(filled, key=lambda pieces: waiting_cost(assign_to_ranks(pieces, ranks)))
 
 
 class Prices:
@@ -253,12 +254,12 @@ class Prices:
         self._cost_before = np.concatenate([[0.0], np.cumsum(costs)])
         self._shared_cost = cost.of(shared, pairs(shared), 0)
 
-    def _piece(self, start: int, end: int) -> Piece:
+    def _piece(self, start: int, end: int) -> Chunk:
         tokens = self._tokens_before[end] - self._tokens_before[start] + self._shared[start]
         price = self._cost_before[end] - self._cost_before[start] + self._shared_cost[start]
-        return Piece(slice(start, end), int(tokens), float(price))
+        return Chunk(slice(start, end), int(tokens), float(price))
 
-    def cut_greedily(self, limit: float) -> list[Piece]:
+    def cut_greedily(self, limit: float) -> list[Chunk]:
         """The fewest pieces within the token budget of which none costs more than `limit`, if no single row does."""
         made, start = [], 0
         while start < self._rows:
@@ -273,7 +274,7 @@ class Prices:
             start = end
         return made
 
-    def cut_evenly(self, most: int) -> list[Piece]:
+    def cut_evenly(self, most: int) -> list[Chunk]:
         """At most so many pieces, the largest as cheap as it can be: the limit of the greedy cut is bisected."""
         low, high = 0.0, float(self._cost_before[-1] + self._shared_cost.sum()) + 1
         while high - low > 1e-4 * high:
@@ -281,7 +282,7 @@ class Prices:
             low, high = (low, middle) if len(self.cut_greedily(middle)) <= most else (middle, high)
         return self.cut_greedily(high)
 
-    def cut_cheaply(self, limit: float, most: int) -> list[Piece] | None:
+    def cut_cheaply(self, limit: float, most: int) -> list[Chunk] | None:
         """At most so many pieces of the least total cost, none above `limit`; None where there is no such cut.
 
         By dynamic programming: least[k, j] is the least cost of the first j rows in k pieces.
@@ -313,14 +314,14 @@ class Prices:
         return made[::-1]
 
 
-def waiting_cost(hands: Sequence[Sequence[Piece]]) -> float:
+def waiting_cost(hands: Sequence[Sequence[Chunk]]) -> float:
     """Of the most expensive of the n-th pieces of all ranks, summed over n: for these all ranks wait."""
     return sum(max(piece.cost for piece in at_once) for at_once in zip(*hands, strict=True))
 
 
-def deal(pieces: Sequence[Piece], ranks: int) -> list[list[Piece]]:
+def assign_to_ranks(pieces: Sequence[Chunk], ranks: int) -> list[list[Chunk]]:
     """Deal a multiple of `ranks` pieces so that the n-th ones of all ranks are alike, and ranks have like sums."""
-    hands: list[list[Piece]] = [[] for _ in range(ranks)]
+    hands: list[list[Chunk]] = [[] for _ in range(ranks)]
     ordered = sorted(pieces, key=lambda piece: -piece.cost)
     for first in range(0, len(ordered), ranks):
         by_load = sorted(range(ranks), key=lambda rank: sum(piece.cost for piece in hands[rank]))

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from dsft.cache import build_once
 from dsft.dataset.chat_format import ChatFormat, Segment
 from dsft.dataset.folding import find_dialogues, sort_rows
-from dsft.dataset.parquet import Cell, find_files, read_columns, read_field, walk
+from dsft.dataset.readers import Cell, find_files, read_columns, read_field, walk
 from dsft.errors import UserError
 
 if TYPE_CHECKING:
@@ -321,7 +321,7 @@ def _tokenize_files(
         for rows in read_columns(files, columns, flags, max_rows):
             segments = [row_segments(cells, cell, chat_format, data_format) for cell, cells in rows]
             for (cell, _), row in zip(rows, chat_format.tokenize(segments), strict=True):
-                kept, level = fit(*row, cell, data_format, counts), _level_number(next(levels))
+                kept, level = truncate_row(*row, cell, data_format, counts), _level_number(next(levels))
                 if kept is not None:
                     cut = len(row[0]) - len(kept[0])
                     front = row[0][: cut if data_format.truncation == "left" else 0]
@@ -354,7 +354,7 @@ def row_segments(cells: tuple, cell: Cell, chat_format: ChatFormat, data_format:
     return chat_format.prompt_and_response(prompt, response, cell)
 
 
-def fit(
+def truncate_row(
     tokens: np.ndarray, is_target: np.ndarray, cell: Cell, data_format: DataFormat, counts: Counts
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """One row within max_length, or None where the row is dropped; `counts` is told what that cost.

@@ -28,7 +28,7 @@ DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_
 FORGETFUL = ("nemotron",)  # model types whose layers do not hand arguments on to attention
 
 
-def why_no_trees(model: Any, attn_implementation: str) -> str | None:
+def tree_unsupported_reason(model: Any, attn_implementation: str) -> str | None:
     """Why a model's attention cannot take the structure of a tree; None where it can.
 
     Args:

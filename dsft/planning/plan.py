@@ -10,11 +10,11 @@ from dsft.backends import backend_class
 from dsft.backends.base import BackendOptions, RunSettings
 from dsft.config import TrainConfig
 from dsft.dataset.batches import GlobalBatches
-from dsft.dataset.micro_batches import Layout, MicroBatches
+from dsft.dataset.micro_batches import MicroBatches, MicroBatchOptions
 from dsft.dataset.tokens import TokenDataset
 from dsft.model.flops import Cost, count_flops
 from dsft.model.lora import LoraOptions
-from dsft.model.tree_attention import why_no_trees
+from dsft.model.tree_attention import tree_unsupported_reason
 from dsft.planning import prediction
 from dsft.planning.activations import ActivationMemory, fit_micro_batches
 from dsft.planning.prediction import GIB, Prediction, ProcessMemory, Setting, gib
@@ -74,14 +74,14 @@ class Memory:
 class RunPlan:
     """How rows become micro-batches, and how much of the model recomputes its activations.
 
-    layout: of micro-batches
+    micro_batches: size and kind of micro-batches
     cost: floating-point operations of the model
     checkpointed_layers: decoder layers that recompute their activations
     parameters, trained: how many values
     tree_unsupported_reason: why the model's attention takes no prefix trees, where that was looked at; else None
     """
 
-    layout: Layout
+    micro_batches: MicroBatchOptions
     cost: Cost
     checkpointed_layers: int
     parameters: int
@@ -121,7 +121,7 @@ class RunPlan:
         layers, budget = fit_micro_batches(memory, free, longest, device, gradient_checkpointing, token_budget)
         sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
         return cls(
-            layout=Layout(ranks, budget, fold=fold, trees=trees),
+            micro_batches=MicroBatchOptions(ranks, budget, fold=fold, trees=trees),
             cost=count_flops(model, lambda parameter: tuple(parameter.shape)),
             checkpointed_layers=layers,
             parameters=sum(size for size, _ in sizes),
@@ -154,7 +154,7 @@ def plan_run(
     setting = Setting(config.backend, options, ranks, lora_options(config))
     model = prediction.shapes(shapes, setting)
     built = backend_class(config.backend).memory(model, options, ranks).built
-    reason = why_no_trees(shapes, config.attn_implementation)
+    reason = tree_unsupported_reason(shapes, config.attn_implementation)
     plan = RunPlan.of_model(
         model,
         options.dtype,
@@ -207,8 +207,8 @@ class Needs:
     def as_dict(self) -> dict[str, Any]:
         """For reports in JSON."""
         return {
-            "predicted_bytes": self.memory.peak,
-            "predicted_parts": self.memory.parts(),
+            "memory_bytes": self.memory.peak,
+            "parts_bytes": self.memory.parts(),
             "available_bytes": self.available,
             "remedies": self.remedies,
             **times(self.step_seconds, self.steps_per_epoch, self.total_steps),
@@ -235,7 +235,7 @@ def times(step_seconds: float, steps_per_epoch: int, total_steps: int) -> dict[s
     return {
         "seconds_per_step": step_seconds,
         "seconds_per_epoch": step_seconds * steps_per_epoch,
-        "seconds_of_run": step_seconds * total_steps,
+        "seconds": step_seconds * total_steps,
         "steps_per_epoch": steps_per_epoch,
         "total_steps": total_steps,
     }
@@ -266,11 +266,11 @@ def predict_needs(
     Raises:
         UserError: a row is longer than the token budget.
     """
-    micro_batches = MicroBatches(data, plan.layout, plan.cost, None)
+    micro_batches = MicroBatches(data, plan.micro_batches, plan.cost, None)
     setting = Setting(
         config.backend,
         options,
-        plan.layout.ranks,
+        plan.micro_batches.ranks,
         lora_options(config),
         checkpointed_layers=plan.checkpointed_layers,
         copies_state=config.async_save,

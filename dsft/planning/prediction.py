@@ -216,7 +216,7 @@ def _unpadded(batch: MicroBatch) -> MicroBatch:
     """Padded rows as a packed row of the same size."""
     count, length = batch.input_ids.shape
     made = chains([length] * count, 1)
-    made.positions, made.labels, made.weights = batch.positions, batch.labels, batch.weights
+    made.logit_positions, made.labels, made.loss_weights = batch.logit_positions, batch.labels, batch.loss_weights
     return made
 
 
@@ -241,7 +241,7 @@ def longest_micro_batch(
         for rank in plan.parts:
             for place, part in enumerate(rank):
                 batch = micro_batches.make(part)
-                size = (batch.input_ids.numel(), len(batch.positions))
+                size = (batch.input_ids.numel(), len(batch.logit_positions))
                 if best is None or size > best[0]:
                     best = (size, plan, place, batch)
     assert best is not None

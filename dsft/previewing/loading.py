@@ -6,7 +6,7 @@ import numpy as np
 
 from dsft.config import PreviewConfig
 from dsft.dataset.chat_format import ChatFormat, Segment
-from dsft.dataset.parquet import Cell, find_files, read_columns
+from dsft.dataset.readers import Cell, find_files, read_columns
 from dsft.dataset.tokens import DataFormat, TokenDataset, load_dataset, row_segments
 from dsft.errors import UserError
 from dsft.previewing.row_checks import Scan

@@ -162,14 +162,14 @@ def _add_figures(preview: Preview, sets: Sets, path: str) -> None:
             rate = measure_matmul(options.dtype, device) * (1 if device.type == "cpu" else ranks)
             preview.needs = predict_needs(config, shapes, options, memory, plan, train, order, rate)
             preview.batches, preview.folding = batches_and_folding(train, order, plan, preview.needs.total_steps)
-            preview.findings += _needs_findings(preview.needs, plan.trained, config)
+            preview.findings += needs_findings(preview.needs, plan.trained, config)
         if val is not None:
             preview.val_folding, _ = fold_ratios(val, [np.arange(len(val))], plan)
     except UserError as error:
         preview.findings.append(Finding("refused", "run", str(error)))
 
 
-def _needs_findings(needs: Needs, trained: int, config: PreviewConfig) -> list[Finding]:
+def needs_findings(needs: Needs, trained: int, config: PreviewConfig) -> list[Finding]:
     """What will not fit: memory, or checkpoints of so many trained values on the disk of the output folder."""
     found = []
     if not needs.fits:

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from dsft.dataset.chat_format import THINK
-from dsft.dataset.parquet import Cell, walk
+from dsft.dataset.readers import Cell, walk
 from dsft.dataset.tokens import DataFormat
 from dsft.errors import UserError
 

@@ -7,8 +7,8 @@ from itertools import groupby, islice
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dsft.dataset.parquet import Cell
-from dsft.dataset.tokens import Counts, DataFormat, count_targets, fit
+from dsft.dataset.readers import Cell
+from dsft.dataset.tokens import Counts, DataFormat, count_targets, truncate_row
 from dsft.errors import UserError
 from dsft.text import visible_text
 
@@ -91,7 +91,7 @@ def view_row(
     tokens, is_target = row
     limit = f"{len(tokens):,} tokens are more than max_length {data_format.max_length}"
     try:
-        kept = fit(tokens, is_target, cell, data_format, Counts())
+        kept = truncate_row(tokens, is_target, cell, data_format, Counts())
     except UserError:
         return _view(number, cell, row, tokenizer, f"refused: {limit}")
     if kept is None:

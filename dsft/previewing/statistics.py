@@ -248,9 +248,9 @@ def batches_and_folding(
         rows=len(data) / in_epoch,
         tokens=data.counts.tokens / in_epoch,
         targets=data.counts.targets / in_epoch,
-        ranks=plan.layout.ranks,
+        ranks=plan.micro_batches.ranks,
         micro_batches=parts / len(planned),
-        token_budget=plan.layout.token_budget,
+        token_budget=plan.micro_batches.token_budget,
         planned=len(planned),
     )
     return batches, folding
@@ -258,16 +258,16 @@ def batches_and_folding(
 
 def fold_ratios(data: TokenDataset, batches: Sequence[np.ndarray], plan: RunPlan) -> tuple[Folding, int]:
     """How much folding saves in these batches (int64 [rows] each), and their micro-batches on each rank in all."""
-    used = "off" if not plan.layout.fold else "trees" if plan.layout.trees else "chains"
+    used = "off" if not plan.micro_batches.fold else "trees" if plan.micro_batches.trees else "chains"
     ratios, parts = {}, 0
     for name, fold, trees in (
         ("trees", True, True),
         ("chains", True, False),
-        ("off", False, plan.layout.trees),
+        ("off", False, plan.micro_batches.trees),
     ):
         if name == "off" and used != "off":
             continue
-        micro_batches = MicroBatches(data, replace(plan.layout, fold=fold, trees=trees), plan.cost, None)
+        micro_batches = MicroBatches(data, replace(plan.micro_batches, fold=fold, trees=trees), plan.cost, None)
         plans = [micro_batches.plan(batch) for batch in batches]
         ratios[name] = sum(plan.row_tokens for plan in plans) / sum(plan.tokens for plan in plans)
         if name == used:

@@ -276,7 +276,7 @@ def _answered(tuned: Judgement, base: Judgement | None, count: int) -> list[Bloc
 
 def _prompts(settings: dict[str, Any], last: int) -> dict[int, tuple[str, str]]:
     """Row -> last words of its prompt, and its response; empty where the file is not as it was."""
-    from dsft.dataset.parquet import find_files, read_columns, walk
+    from dsft.dataset.readers import find_files, read_columns, walk
 
     columns = [str(settings.get("prompt_key")), str(settings.get("response_key"))]
     found: dict[int, tuple[str, str]] = {}

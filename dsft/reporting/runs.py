@@ -270,7 +270,7 @@ def _rows(names: Any, at_most: Any) -> int | None:
     from pyarrow import ArrowException
     from pyarrow.parquet import read_metadata
 
-    from dsft.dataset.parquet import find_files
+    from dsft.dataset.readers import find_files
 
     try:
         total = sum(read_metadata(path).num_rows for path in find_files(names, "train_files"))

@@ -79,7 +79,7 @@ def build_model(
     backend.setup()
     model: Any = backend.load_model(base.source)
     model.config.use_cache = False
-    if plan.layout.trees:
+    if plan.micro_batches.trees:
         model.set_attn_implementation(tree_attention.NAME)
     lora = lora_options(config)
     if lora is not None:

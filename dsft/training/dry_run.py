@@ -55,7 +55,6 @@ class DryRun:
             "tokens": predicted.tokens,
             "measured_bytes": self.measured,
             "predicted_bytes": predicted.before_first_step,
-            "predicted_run_bytes": predicted.peak,
         }
         path = folder / REPORT
         guard_disk(lambda: write_text(path, json.dumps(values, indent=2) + "\n"), path)

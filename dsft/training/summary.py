@@ -23,7 +23,7 @@ def start_lines(
     dtype: str,
 ) -> list[str]:
     """The start-up block, a line each."""
-    train, val, ranks = data.train, data.val, plan.layout.ranks
+    train, val, ranks = data.train, data.val, plan.micro_batches.ranks
     block: list[tuple[str, str]] = [
         (
             "model",
@@ -41,7 +41,7 @@ def start_lines(
         (
             "batch",
             f"{config.train_batch_size:,} rows on {ranks} rank{'' if ranks == 1 else 's'}, at most "
-            f"{plan.layout.token_budget:,} tokens per micro-batch; {needs.steps_per_epoch:,} steps per epoch, "
+            f"{plan.micro_batches.token_budget:,} tokens per micro-batch; {needs.steps_per_epoch:,} steps per epoch, "
             f"{needs.total_steps:,} in all",
         ),
         ("fold", _fold_text(plan)),
@@ -64,9 +64,9 @@ def rows_text(rows: int, tokens: int, targets: int, losses: str, more: str = "")
 
 
 def _fold_text(plan: RunPlan) -> str:
-    if not plan.layout.fold:
+    if not plan.micro_batches.fold:
         text = "off: rows are shuffled one by one, each computed by itself"
-    elif plan.layout.trees:
+    elif plan.micro_batches.trees:
         text = "the rows of a dialogue share a batch, and their common prefixes are computed once"
     else:
         text = f"only rows that continue each other, because {plan.tree_unsupported_reason}"

@@ -107,7 +107,9 @@ class Trainer:
             lambda: plan_run(config, base.shapes, self.options, memory, ranks=size, longest=data.longest),
         )
         train, *val = runtime.together(
-            lambda: [MicroBatches(rows, plan.layout, plan.cost, base.tokenizer.pad_token_id) for rows in data.sets]
+            lambda: [
+                MicroBatches(rows, plan.micro_batches, plan.cost, base.tokenizer.pad_token_id) for rows in data.sets
+            ]
         )
         self.train_micro_batches, self.val_micro_batches = train, val[0] if val else None
         self.needs = runtime.on_main(

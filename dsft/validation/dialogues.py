@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from dsft.config import ValidateConfig
 from dsft.dataset.chat_format import THINK, ChatFormat
 from dsft.dataset.micro_batches import MicroBatches
-from dsft.dataset.parquet import find_files, read_columns, walk
+from dsft.dataset.readers import find_files, read_columns, walk
 from dsft.dataset.tokens import DataFormat, TokenDataset, load_dataset
 from dsft.distributed import runtime
 from dsft.errors import UserError
@@ -193,7 +193,7 @@ def _measure_loss(
     plan = RunPlan.of_model(
         model, model.dtype, device, ranks=world.size, free=free, longest=int(data.lengths.max()), trees=False
     )
-    micro_batches = MicroBatches(data, plan.layout, plan.cost, generator.tokenizer.pad_token_id)
+    micro_batches = MicroBatches(data, plan.micro_batches, plan.cost, generator.tokenizer.pad_token_id)
     loss = mean_loss(model, TargetHead(model), micro_batches, world, device, show_progress=world.is_main)
 
     def check() -> None:

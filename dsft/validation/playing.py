@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from dsft.config import ValidateConfig
 from dsft.dataset.chat_format import ChatFormat
-from dsft.dataset.parquet import Cell, find_files, read_columns
+from dsft.dataset.readers import Cell, find_files, read_columns
 from dsft.distributed.runtime import World
 from dsft.envs import make_environment
 from dsft.envs.base import ACTIONS, SEEDS_WITHOUT_NEW_LEVEL, Environment

@@ -129,7 +129,7 @@ def resumed(life, tmp_path, text, metrics):
 
 
 def told(step):
-    return f"resumed  /x/checkpoint-{step:06d}, goes on at step {step + 1}\noutput   /x"
+    return f"resumed  /x/checkpoint-{step:06d}, resuming at step {step + 1}\noutput   /x"
 
 
 def test_a_run_that_goes_on_as_it_should_passes(life, tmp_path):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from dsft.dataset.batches import GlobalBatches
-from dsft.dataset.micro_batches import Layout, MicroBatches
+from dsft.dataset.micro_batches import MicroBatches, MicroBatchOptions
 from dsft.dataset.tokens import DataFormat, TokenDataset, load_dataset
 from dsft.model.flops import Cost
 from dsft.planning.activations import MOST_TOKENS
@@ -128,7 +128,7 @@ def test_every_step_is_that_of_a_plain_loop(
     assert np.array(found) == pytest.approx(np.array(reference(name)), rel=1e-5)
     if not small and ranks == 1:
         batches = GlobalBatches(data.dialogue, data.sorted_place, ROWS_A_STEP, seed=1)
-        everything = MicroBatches(data, Layout(1, tokens, True, True), Cost(1, 0, 0), 0)
+        everything = MicroBatches(data, MicroBatchOptions(1, tokens, True, True), Cost(1, 0, 0), 0)
         plans = [everything.plan(batches[step]) for step in range(STEPS)]
         assert [line["train/fold_ratio"] for line in lines] == [p.row_tokens / p.tokens for p in plans]
         assert all(line["train/fold_ratio"] > 1.5 for line in lines)
@@ -195,7 +195,7 @@ def test_bfloat16_gradients_are_added_up_in_float32(commands, backend, tiny_mode
 
 def mean_fold_ratio(data: TokenDataset, ranks: int, tokens: int, trees: bool) -> float:
     """Over one epoch of 128 rows a batch."""
-    layout = Layout(ranks, max(tokens, int(data.lengths.max())), True, trees)
+    layout = MicroBatchOptions(ranks, max(tokens, int(data.lengths.max())), True, trees)
     batches = GlobalBatches(data.dialogue, data.sorted_place, 128, seed=1)
     micro_batches = MicroBatches(data, layout, Cost(2e8, 2e5, 6e7), 0)
     assert sum(len(rows) for rows in batches.epoch(0)) == len(data)

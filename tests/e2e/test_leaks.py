@@ -100,7 +100,7 @@ def test_dropped_training_rows_are_part_of_the_run(train, tmp_path):
     assert said["val"].startswith("5 rows, ")
     first = fingerprint(out)
     same = started(train(on_leak="drop_train"))
-    assert same["resumed"].endswith("has all its steps")
+    assert same["resumed"].endswith("already complete")
     assert fingerprint(out) == first
     other = train(on_leak="warn")
     assert other.status == 1
@@ -128,7 +128,7 @@ def test_a_share_of_the_rows_is_split_off_and_kept_for_a_resume(train, tmp_path)
     assert said["data"].startswith("4 rows, ")
     assert metrics(tmp_path / "out", "val/loss")
     resumed = started(train(**split | {"stop_after_steps": None}))
-    assert resumed["resumed"].endswith("goes on at step 2")
+    assert resumed["resumed"].endswith("resuming at step 2")
     assert [line["step"] for line in metrics(tmp_path / "out")] == [1, 2]
     other = train(**split | {"val_fraction": 0.5})
     assert "val_fraction was 0.3, is 0.5" in other.errors[0]

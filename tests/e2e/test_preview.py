@@ -75,7 +75,7 @@ def test_its_figures_are_those_that_training_reports(commands, trained_runs, tmp
     assert re.search(rf"^train +{rows} rows, {int(tokens):,} tokens, {targets} targets ", shown, re.M)
     [steps] = re.findall(r"(\d+) steps in the first epoch, 1 in all", told)
     assert re.search(rf"^steps +{steps} in the first epoch, 1 in all$", shown, re.M)
-    memory = r"^memory +(\d+\.\d\d) GiB a rank predicted"
+    memory = r"^memory +(\d+\.\d\d) GiB per rank predicted"
     [by_training], [by_preview] = (re.findall(memory, text, re.M) for text in (told, shown))
     assert float(by_preview) == pytest.approx(float(by_training), rel=0.1)  # its process has made other things too
     assert re.search(r"^time +\S+ \w+ a step predicted, .*, .* for 1 step$", shown, re.M)

@@ -389,7 +389,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
             ["other flags: seed was 1, is 3; ", "--resume_override seed"],
         ),
         ({"resume_override": "lrr"}, ["resume_override: lrr is no flag that a resume checks (did you mean 'lr'?)"]),
-        ({"resume": "never"}, ["holds checkpoint-000001 and --resume is never; name another folder"]),
+        ({"resume": "never"}, ["holds checkpoint-000001 and --resume is never; name another --output_dir"]),
         ({"resume": "/no/such/run"}, ["--resume /no/such/run: no such folder", "name a run's folder"]),
         ({"resume": str(ROOT / "tests")}, ["tests: the folder holds no complete checkpoint"]),
     ],
@@ -410,7 +410,7 @@ def test_other_rows_than_before(command, one_step, out, tmp_path):
     assert complete(out) == ["checkpoint-000001"]
     done = command.run(train_files=other, resume_override="train_files")
     assert done.status == 0, done.err
-    assert "has all its steps" in done.out
+    assert "already complete" in done.out
 
 
 @pytest.mark.slow
@@ -486,7 +486,7 @@ def test_a_damaged_checkpoint_with_a_sound_one_beside_it(command, three_steps, o
         "from checkpoint-000001"
         for step, what in wrong.items()
     ]
-    assert "goes on at step 2" in done.out
+    assert "resuming at step 2" in done.out
     assert complete(out) == [f"checkpoint-{step:06d}" for step in (1, 2, 3)]
     assert sorted(p.name for p in out.glob("*.damaged")) == ["checkpoint-000002.damaged", "checkpoint-000003.damaged"]
     for resumed, straight in zip(metrics(out), metrics(three_steps), strict=True):
@@ -670,7 +670,7 @@ def test_flags_that_differ_on_one_rank(command, tmp_path, out, changed, parts):
         (
             "no checkpoint",
             [
-                "whether out/checkpoint-000001 is there on rank 1 (False) differ from rank 0's (True); all machines "
+                "whether out/checkpoint-000001 exists on rank 1 (False) differ from rank 0's (True); all machines "
                 "must see the same folder"
             ],
         ),
@@ -829,7 +829,7 @@ def test_a_full_disk_while_logging(command, small_disk, ranks):
 def test_weights_that_are_not_finite(command, tiny_model, tmp_path, out, backend, ranks):
     model = bad_model(tiny_model, tmp_path, "nan")
     done = command.run(backend, ranks, model=model)
-    refused(done, "the loss of step 1 is nan", "nothing was saved", f"look at those of --model {model}")
+    refused(done, "the loss of step 1 is nan", "nothing was saved", f"check those of --model {model}")
     nothing_in(out)
 
 
@@ -874,7 +874,7 @@ def stop(words: list[str], out: Path, how: Callable[[subprocess.Popen], None]) -
 
 def goes_on(command: Command, done: Done, words: list[str], out: Path, name: str, steps: int) -> None:
     """The stopped run has saved its last step, said so, and is finished by the same command."""
-    told = re.search(r"^stopped by (\w+) after step (\d+); to go on: .*dsft.train", done.out, re.M)
+    told = re.search(r"^stopped by (\w+) after step (\d+); to resume: .*dsft.train", done.out, re.M)
     assert told, done.out + done.err
     assert told[1] == name
     step = int(told[2])
@@ -883,7 +883,7 @@ def goes_on(command: Command, done: Done, words: list[str], out: Path, name: str
     assert complete(out) == [f"checkpoint-{step:06d}"]
     again = command.again(words)
     assert again.status == 0, again.err
-    assert f"goes on at step {step + 1}" in again.out
+    assert f"resuming at step {step + 1}" in again.out
     assert complete(out)[-1] == f"checkpoint-{steps:06d}"
     assert [m["step"] for m in metrics(out)] == list(range(1, steps + 1))
 

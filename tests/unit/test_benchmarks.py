@@ -208,7 +208,7 @@ def test_a_result_is_reused_while_case_and_code_are_the_same(tmp_path, monkeypat
 
 def test_random_rows_have_the_length_asked_for_and_fold(tokenizer):
     from dsft.dataset.chat_format import ChatFormat
-    from dsft.dataset.parquet import Cell
+    from dsft.dataset.readers import Cell
 
     form = ChatFormat(tokenizer)
 

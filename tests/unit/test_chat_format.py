@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dsft.dataset.chat_format import ChatFormat
-from dsft.dataset.parquet import Cell
+from dsft.dataset.readers import Cell
 from dsft.dataset.tokens import DataFormat, load_dataset
 from dsft.errors import UserError
 from tests.helpers import MEDICAL, SAMPLE_TRAIN, SAMPLE_VAL

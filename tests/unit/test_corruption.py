@@ -402,7 +402,7 @@ def test_a_run_that_fell_back_gives_the_numbers_it_would_have_given(trained_runs
     assert done.status == 0, done.err
     [warning] = done.err.splitlines()
     assert warning.startswith(f"warning: {newest(run)}/optimizer.safetensors is damaged: its checksum is not the one")
-    assert f"resumed  {older(run)}, goes on at step 2" in done.out
+    assert f"resumed  {older(run)}, resuming at step 2" in done.out
     verify(newest(run))
     for name, content in contents(newest(run)).items():
         if name.endswith(".safetensors"):

@@ -24,7 +24,7 @@ def test_a_path_is_compared_by_its_last_name_alone(tmp_path):
 
 
 def test_a_key_within_a_column_and_a_file(tmp_path):
-    from dsft.dataset.parquet import Cell, find_files, walk
+    from dsft.dataset.readers import Cell, find_files, walk
 
     assert "no key 'txt' (did you mean 'text'?) at this depth (keys: text)" in message(
         walk, {"text": "a"}, ["txt"], Cell("f", 0), "prompt"

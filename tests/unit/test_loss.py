@@ -72,11 +72,11 @@ def test_the_loss_is_float32_where_logits_are_bfloat16():
 def test_positions_point_before_the_targets_and_labels_are_the_targets():
     batch = side_by_side([row([5, 6, 7, 8], [0, 0, 1, 1]), row([9, 3], [0, 1])], pad_token=2)
     assert batch.input_ids.tolist() == [[5, 6, 7, 8], [9, 3, 2, 2]]
-    assert batch.positions.tolist() == [1, 2, 4]
+    assert batch.logit_positions.tolist() == [1, 2, 4]
     assert batch.labels.tolist() == [7, 8, 3]
-    assert batch.weights.tolist() == [1, 1, 1]
-    assert {t.dtype for t in (batch.input_ids, batch.positions, batch.labels)} == {torch.int64}
-    assert batch.weights.dtype == torch.float32
+    assert batch.loss_weights.tolist() == [1, 1, 1]
+    assert {t.dtype for t in (batch.input_ids, batch.logit_positions, batch.labels)} == {torch.int64}
+    assert batch.loss_weights.dtype == torch.float32
     assert (batch.position_ids, batch.tree) == (None, None)
 
 
@@ -85,15 +85,15 @@ def test_a_target_after_a_branch_is_predicted_from_its_parent():
     batch = packed([fold(rows)])
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2]]
-    assert batch.positions.tolist() == [1, 2, 1]
+    assert batch.logit_positions.tolist() == [1, 2, 1]
     assert batch.labels.tolist() == [7, 8, 9]
-    assert batch.weights.tolist() == [1, 1, 2]
+    assert batch.loss_weights.tolist() == [1, 1, 2]
 
 
 def test_a_target_with_the_pad_tokens_id_counts_and_padding_does_not():
     batch = side_by_side([row([5, 6, 2], [0, 1, 1]), row([2, 2], [0, 1])], pad_token=2)
     assert batch.labels.tolist() == [6, 2, 2]
-    assert batch.positions.tolist() == [0, 1, 3]
+    assert batch.logit_positions.tolist() == [0, 1, 3]
 
 
 def test_a_tokenizer_without_a_pad_token_pads_with_any():
@@ -115,7 +115,9 @@ def test_rows_of_the_token_cache_are_copied_not_changed():
 
 def test_a_micro_batch_moves_whole():
     batch = side_by_side([row([5, 6], [0, 1])]).to(torch.device("meta"))
-    assert {t.device.type for t in (batch.input_ids, batch.positions, batch.labels, batch.weights)} == {"meta"}
+    assert {t.device.type for t in (batch.input_ids, batch.logit_positions, batch.labels, batch.loss_weights)} == {
+        "meta"
+    }
     folded = packed([fold([row([5, 6], [0, 1])])]).to(torch.device("meta"))
     assert folded.position_ids.device.type == "meta"
     assert folded.tree is not None

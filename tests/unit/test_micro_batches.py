@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsft.dataset.folding import attention_mask, common_prefix, fold, sort_rows
-from dsft.dataset.micro_batches import Layout, MicroBatches, Piece, cut, deal, spread, waiting_cost
+from dsft.dataset.micro_batches import (
+    Chunk,
+    MicroBatches,
+    MicroBatchOptions,
+    assign_to_ranks,
+    cut,
+    spread,
+    waiting_cost,
+)
 from dsft.errors import UserError
 from dsft.model.flops import Cost
 from tests.helpers import token_dataset
@@ -33,9 +41,9 @@ def dataset(rows):
     return token_dataset([([t for t, _ in row], [m for _, m in row]) for row in rows])
 
 
-def made(rows, ranks, slack, fold_and_trees, cost) -> tuple[MicroBatches, Layout]:
+def made(rows, ranks, slack, fold_and_trees, cost) -> tuple[MicroBatches, MicroBatchOptions]:
     budget = max(map(len, rows)) + slack
-    layout = Layout(ranks, budget, *fold_and_trees)
+    layout = MicroBatchOptions(ranks, budget, *fold_and_trees)
     return MicroBatches(dataset(rows), layout, cost, 0), layout
 
 
@@ -75,7 +83,7 @@ def test_the_plan_counts_what_is_computed_and_learned(rows, ranks, slack, how, c
             tokens += len(folded)
             pairs += int(attention_mask(folded).sum())
             targets += sum(int(batches._data.targets[row]) for row in one)
-        weights += batches.make(part).weights.sum().item()
+        weights += batches.make(part).loss_weights.sum().item()
     assert plan.tokens == tokens
     assert plan.row_tokens == sum(map(len, rows)) >= tokens
     assert plan.targets == targets == weights
@@ -152,12 +160,12 @@ def test_chains_fold_rows_that_continue_each_other_and_no_others():
 def test_a_row_longer_than_the_budget_is_refused_in_one_line():
     data = dataset([[(1, 0), (2, 1)], [(1, 0), (2, 0), (3, 1)]])
     with pytest.raises(UserError) as caught:
-        MicroBatches(data, Layout(2, 2, True, True), Cost(1, 1, 1), 0)
+        MicroBatches(data, MicroBatchOptions(2, 2, True, True), Cost(1, 1, 1), 0)
     assert str(caught.value) == (
         "max_tokens_per_micro_batch is 2, but the longest row has 3 tokens; "
         "raise it, or let --max_length and --truncation make rows shorter"
     )
-    MicroBatches(data, Layout(2, 3, True, True), Cost(1, 1, 1), 0)
+    MicroBatches(data, MicroBatchOptions(2, 3, True, True), Cost(1, 1, 1), 0)
 
 
 # Empty parts
@@ -177,11 +185,11 @@ def test_an_empty_part_gives_loss_zero_and_zero_gradients(model, trees):
 
     if trees:
         model.set_attn_implementation(tree_attention.NAME)
-    batches = MicroBatches(dataset([[(1, 0), (2, 1)]]), Layout(3, 2, True, trees), Cost(1, 1, 1), 0)
+    batches = MicroBatches(dataset([[(1, 0), (2, 1)]]), MicroBatchOptions(3, 2, True, trees), Cost(1, 1, 1), 0)
     parts = batches.plan(np.arange(1)).parts
     assert sorted(len(part) for [part] in parts) == [0, 0, 1]
     batch = batches.make([]).to(torch.device("cpu"))
-    assert len(batch.positions) == len(batch.labels) == len(batch.weights) == 0
+    assert len(batch.logit_positions) == len(batch.labels) == len(batch.loss_weights) == 0
     loss = summed_loss(model, TargetHead(model), batch)
     loss.backward()
     assert loss.item() == 0.0
@@ -247,7 +255,7 @@ def test_ranks_are_done_no_later_than_with_the_most_even_cut_and_one_rank_as_soo
     even = min(max(prices[one][1] for one in way) for way in ways if len(way) <= wanted)
     pieces = cut(lengths, shared, targets, cost, ranks, budget)
     assert len(pieces) in (wanted, wanted + ranks)
-    assert waiting_cost(deal(pieces, ranks)) <= even * wanted / ranks * 1.001
+    assert waiting_cost(assign_to_ranks(pieces, ranks)) <= even * wanted / ranks * 1.001
     if ranks == 1:
         cheapest = min(sum(prices[one][1] for one in way) for way in ways if len(way) <= wanted + 1)
         assert sum(piece.cost for piece in pieces) == pytest.approx(cheapest)
@@ -269,8 +277,8 @@ PIECES = st.lists(st.integers(0, 50), min_size=1, max_size=6)
 @given(PIECES, RANKS)
 def test_every_piece_is_dealt_once_and_the_nth_of_all_ranks_are_neighbours_in_cost(costs, ranks):
     costs = [*costs, *[0] * (-len(costs) % ranks)]
-    pieces = [Piece(slice(i, i + 1), i + 1, float(cost)) for i, cost in enumerate(costs)]
-    hands = deal(pieces, ranks)
+    pieces = [Chunk(slice(i, i + 1), i + 1, float(cost)) for i, cost in enumerate(costs)]
+    hands = assign_to_ranks(pieces, ranks)
     assert sorted(piece.tokens for hand in hands for piece in hand) == list(range(1, len(costs) + 1))
     assert {len(hand) for hand in hands} == {len(costs) // ranks}
     ordered = sorted(costs, reverse=True)
@@ -281,8 +289,8 @@ def test_every_piece_is_dealt_once_and_the_nth_of_all_ranks_are_neighbours_in_co
 
 
 def test_the_rank_with_the_least_so_far_gets_the_most_of_what_comes_next():
-    pieces = [Piece(slice(i, i + 1), 1, float(cost)) for i, cost in enumerate((4, 3, 2, 1))]
-    assert [[piece.cost for piece in hand] for hand in deal(pieces, 2)] == [[4, 1], [3, 2]]
+    pieces = [Chunk(slice(i, i + 1), 1, float(cost)) for i, cost in enumerate((4, 3, 2, 1))]
+    assert [[piece.cost for piece in hand] for hand in assign_to_ranks(pieces, 2)] == [[4, 1], [3, 2]]
 
 
 # Spreading sequences that cannot be one tree

@@ -4,7 +4,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dsft.dataset.parquet import ROWS_AT_ONCE, Cell, find_files, read_columns, walk
+from dsft.dataset.readers import ROWS_AT_ONCE, Cell, find_files, read_columns, walk
 from dsft.dataset.tokens import DataFormat, load_dataset
 from dsft.errors import UserError
 from tests.helpers import write_parquet

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dsft.config import PreviewConfig
-from dsft.dataset.parquet import Cell
+from dsft.dataset.readers import Cell
 from dsft.previewing.preview import Preview, make_preview
 from dsft.previewing.row_checks import Row, script, visible
 from tests.helpers import MEDICAL, SAMPLE_TRAIN, SAMPLE_VAL, write_parquet

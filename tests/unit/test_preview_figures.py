@@ -9,15 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsft.dataset.batches import GlobalBatches
-from dsft.dataset.micro_batches import Layout, MicroBatches
-from dsft.dataset.parquet import Cell
-from dsft.dataset.tokens import Counts, DataFormat, fit, load_dataset
+from dsft.dataset.micro_batches import MicroBatches, MicroBatchOptions
+from dsft.dataset.readers import Cell
+from dsft.dataset.tokens import Counts, DataFormat, load_dataset, truncate_row
 from dsft.errors import UserError
 from dsft.model.flops import Cost
+from dsft.planning.plan import RunPlan
 from dsft.previewing.statistics import (
     MOST_PLANNED,
     Bin,
-    Layouts,
     Truncation,
     batches_and_folding,
     count_duplicates,
@@ -40,8 +40,9 @@ ROWS = [
 ]
 
 
-def layouts(**changes) -> Layouts:
-    return Layouts(**{"ranks": 1, "token_budget": 100, "cost": COST, "fold": True, "why_no_trees": None} | changes)
+def plan(tree_unsupported_reason=None, **changes) -> RunPlan:
+    options = {"ranks": 1, "token_budget": 100, "fold": True, "trees": tree_unsupported_reason is None} | changes
+    return RunPlan(MicroBatchOptions(**options), COST, 0, 10, 10, tree_unsupported_reason)
 
 
 def test_the_figures_of_a_small_set_by_hand():
@@ -78,16 +79,16 @@ def test_padding_is_counted_batch_by_batch_in_an_order_without_folding():
     ],
 )
 def test_the_fold_ratio_by_hand(rows, trees, chains):
-    found, parts = fold_ratios(token_dataset(ROWS), [np.array(rows)], layouts())
+    found, parts = fold_ratios(token_dataset(ROWS), [np.array(rows)], plan())
     assert (found.trees, found.chains, parts) == (trees, chains, 1)
     assert (found.used, found.ratio, found.why) == ("trees", trees, "")
 
 
 def test_which_ratio_training_has():
     data, batches = token_dataset(ROWS), [np.arange(4)]
-    found, _ = fold_ratios(data, batches, layouts(why_no_trees="it has a window"))
+    found, _ = fold_ratios(data, batches, plan(tree_unsupported_reason="it has a window"))
     assert (found.used, found.ratio, found.why) == ("chains", 18 / 14, "it has a window")
-    found, _ = fold_ratios(data, batches, layouts(fold=False))
+    found, _ = fold_ratios(data, batches, plan(fold=False))
     assert (found.used, found.ratio, found.why) == ("off", 1.0, "--fold off")
     assert (found.trees, found.chains) == (18 / 11, 18 / 14)
 
@@ -102,10 +103,10 @@ def test_folding_and_batches_are_those_of_the_trainers_micro_batches(
     """Built here as the Trainer builds them, step by step over the first epoch."""
     monkeypatch.setenv("DSFT_CACHE", str(tmp_path))
     data = load_dataset([str(SAMPLE_TRAIN)], "train_files", tokenizer, DataFormat())
-    given = layouts(ranks=ranks, token_budget=budget, fold=fold, why_no_trees=why)
-    batches, folding = batches_and_folding(data, given, batch_size=16, seed=1, epochs=3, steps=None)
+    given = plan(ranks=ranks, token_budget=budget, fold=fold, tree_unsupported_reason=why)
     order = GlobalBatches(data.dialogue if fold else np.arange(len(data)), data.sorted_place, 16, 1)
-    micro_batches = MicroBatches(data, Layout(ranks, budget, fold=fold, trees=why is None), COST, 0)
+    batches, folding = batches_and_folding(data, order, given, order.first_step(3))
+    micro_batches = MicroBatches(data, MicroBatchOptions(ranks, budget, fold=fold, trees=why is None), COST, 0)
     plans = [micro_batches.plan(order[step]) for step in range(order.first_step(1))]
     assert batches.steps_first_epoch == batches.planned == len(plans)
     assert batches.steps == order.first_step(3)
@@ -116,21 +117,19 @@ def test_folding_and_batches_are_those_of_the_trainers_micro_batches(
     assert batches.targets == pytest.approx(sum(plan.targets for plan in plans) / len(plans))
 
 
-def test_steps_may_be_given():
-    batches, _ = batches_and_folding(token_dataset(ROWS), layouts(), batch_size=2, seed=1, epochs=3, steps=7)
-    assert batches.steps == 7
-
-
 def test_of_a_long_epoch_some_steps_are_laid_out():
     data = token_dataset([([i, 1, 2], [0, 1, 1]) for i in range(3, 203)])
-    batches, folding = batches_and_folding(data, layouts(), batch_size=1, seed=1, epochs=1, steps=None)
+    order = GlobalBatches(np.arange(200), data.sorted_place, 1, 1)
+    batches, folding = batches_and_folding(data, order, plan(), 200)
     assert (batches.steps_first_epoch, batches.planned) == (200, MOST_PLANNED)
     assert (batches.micro_batches, folding.trees) == (1, 1)
 
 
 def test_a_row_longer_than_the_token_budget_is_refused():
+    data = token_dataset(ROWS)
+    order = GlobalBatches(np.arange(len(data)), data.sorted_place, 2, 1)
     with pytest.raises(UserError, match="max_tokens_per_micro_batch is 5, but the longest row has 6 tokens"):
-        batches_and_folding(token_dataset(ROWS), layouts(token_budget=5), batch_size=2, seed=1, epochs=1, steps=None)
+        batches_and_folding(data, order, plan(token_budget=5), 2)
 
 
 # Duplicates
@@ -207,7 +206,7 @@ def test_truncation_is_counted_as_it_is_done(rows, max_length, how):
     worst = []
     for number, (prompt, response) in enumerate(rows):
         mask = np.arange(prompt + response) >= prompt
-        kept = fit(np.ones(prompt + response, np.int32), mask, Cell("f", 0), how_much, Counts())
+        kept = truncate_row(np.ones(prompt + response, np.int32), mask, Cell("f", 0), how_much, Counts())
         loses = kept is None or kept[1].sum() < response
         too_long += prompt + response > max_length
         dropped += kept is None

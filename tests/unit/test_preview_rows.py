@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from dsft.dataset.chat_format import ChatFormat
-from dsft.dataset.parquet import Cell
+from dsft.dataset.readers import Cell
 from dsft.dataset.tokens import DataFormat, load_dataset
 from dsft.previewing.preview import Preview
 from dsft.previewing.render import as_page, coloured, show

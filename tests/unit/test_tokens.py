@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsft.dataset import tokens as module
-from dsft.dataset.parquet import Cell
+from dsft.dataset.readers import Cell
 from dsft.dataset.tokens import Counts, DataFormat, load_dataset, tokenizer_fingerprint
 from dsft.errors import UserError
 from tests.helpers import write_parquet
@@ -124,7 +124,9 @@ def test_a_row_is_kept_whole_or_cut_to_max_length_with_a_target_or_counted_as_dr
     ids = np.arange(prompt + targets, dtype=np.int32)
     mask = ids >= prompt
     counts = Counts()
-    kept = module.fit(ids, mask, Cell("f", 0), DataFormat(max_length=max_length, truncation=truncation), counts)
+    kept = module.truncate_row(
+        ids, mask, Cell("f", 0), DataFormat(max_length=max_length, truncation=truncation), counts
+    )
     if len(ids) <= max_length:
         assert kept is not None
         assert (kept[0].tolist(), counts) == (ids.tolist(), Counts())
