@@ -51,8 +51,8 @@ def errors_page() -> str:
     """Every message with the values that stand in its holes as examples, and its remedy."""
     lines = []
     for title, entries in yaml.safe_load((DOCS / "errors.yaml").read_text(encoding="utf-8")).items():
-        about = entries.pop("about")
-        lines += [f"## {title}", "", about, ""] if title != "Errors" else ["# Errors", "", about, ""]
+        lines += [f"# {title}" if title == "Errors" else f"## {title}", ""]
+        lines += [entries.pop("about"), ""] if "about" in entries else []
         for code, entry in entries.items():
             message = re.sub(r"([{}])\1|[{}]", r"\1", entry["message"])
             lines.append(f'- <a id="{code}"></a>`{message}`\n  {entry["remedy"]}')

@@ -3,7 +3,7 @@
 import importlib.util
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from dsft.config.flags import CommonFlags, ModelFlags, RowFlags, flag, too_small
 from dsft.errors import UserError

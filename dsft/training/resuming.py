@@ -82,7 +82,9 @@ def open_output(folder: CheckpointFolder, resumed: Path | None, warn: Callable[[
     if not folder.is_locked:  # it was not there when this run looked for a checkpoint
         folder.lock()
         if folder.all():
-            raise UserError(f"another run has begun in {root} meanwhile; rerun to resume from it, or name another --output_dir")
+            raise UserError(
+                f"another run has begun in {root} meanwhile; rerun to resume from it, or name another --output_dir"
+            )
     guard_disk(folder.remove_unfinished, root)
     if resumed is None:
         return

@@ -1,7 +1,6 @@
 """Errors that no other test produces. docs/errors.yaml names these tests; tests/conftest.py checks their messages."""
 
 import contextlib
-import io
 import json
 import resource
 import shutil

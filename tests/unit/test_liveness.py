@@ -244,7 +244,7 @@ def test_silence_after_a_failure_is_believed_soon(watch, store, what):
 
 
 def test_what_another_machine_tells_is_the_end_here_too(watch, store):
-    store.beats.verdict = Verdict("it broke")
+    store.beats.verdict = Verdict("the run's launcher has died")
     assert given_up(watch) is store.beats.verdict
 
 
@@ -263,12 +263,12 @@ def test_a_remedy_that_hangs_or_fails_is_left_out(watch, monkeypatch, capfd):
 
     monkeypatch.setattr(liveness, "_within", lambda seconds, work, within=liveness._within: within(0.2, work))
     for remedy, line in (
-        (lambda: time.sleep(60), "error: it broke; all ranks end\n"),
-        (fail, "error: it broke; all ranks end\n"),
-        (lambda: "go on", "error: it broke; all ranks end; go on\n"),
+        (lambda: time.sleep(60), "error: the run's launcher has died; all ranks end\n"),
+        (fail, "error: the run's launcher has died; all ranks end\n"),
+        (lambda: "go on", "error: the run's launcher has died; all ranks end; go on\n"),
     ):
         watch._remedy = remedy
-        watch._say("it broke")
+        watch._say("the run's launcher has died")
         assert capfd.readouterr().err == line
 
 

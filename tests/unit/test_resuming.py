@@ -93,7 +93,10 @@ def test_a_damaged_checkpoint_that_was_named_is_refused(out):
 
 def test_never_refuses_a_used_folder_and_takes_a_new_one(out, tmp_path):
     train(out, 1)
-    assert refusal(out, resume="never") == f"{out} holds checkpoint-000001 and --resume is never; name another --output_dir"
+    assert (
+        refusal(out, resume="never")
+        == f"{out} holds checkpoint-000001 and --resume is never; name another --output_dir"
+    )
     assert resumed(tmp_path / "new", resume="never") is None
 
 
