@@ -88,7 +88,7 @@ def generate(config: GenerateConfig) -> Report:
     splits = {split: size for split, size in splits.items() if size}
     existing = [name for name in ("train.parquet", "test.parquet", REPORT) if (folder / name).exists()]
     if existing:
-        raise UserError(f"{folder / existing[0]} exists; delete it, or name another --output_dir")
+        raise UserError(f"{folder / existing[0]} exists; delete it, or choose another --output_dir")
     guard_disk(lambda: folder.mkdir(parents=True, exist_ok=True), folder)
     report = Report(config.output_dir, _own_flags(config))
     unfinished = {split: folder / f".{split}.parquet.tmp" for split in splits}
@@ -216,7 +216,7 @@ def _different_levels(episodes: Iterator[Episode], report: Report, config: Gener
         if episode.seed - last >= SEEDS_WITHOUT_NEW_LEVEL:
             raise UserError(
                 f"only {len(seen)} different levels were solved in {report.episodes_played} episodes, {wanted} are "
-                f"wanted; lower --train_size or --test_size, or let --env {config.env} be larger"
+                f"wanted; lower --train_size or --test_size, or make the levels of --env {config.env} larger"
             )
 
 

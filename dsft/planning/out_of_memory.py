@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from dsft.config import TrainConfig
 from dsft.errors import UserError
 from dsft.planning.plan import Needs
-from dsft.planning.prediction import WITHIN, gib, is_out_of_memory
+from dsft.planning.prediction import WITHIN, is_out_of_memory
+from dsft.units import gib
 
 
 def fitting_text(remedies: list[str]) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from dsft.backends import backend_class
-from dsft.backends.base import BackendOptions, RunSettings
+from dsft.backends.base import BackendOptions
 from dsft.config import TrainConfig
 from dsft.dataset.batches import GlobalBatches
 from dsft.dataset.micro_batches import MicroBatches, MicroBatchOptions
@@ -17,24 +17,20 @@ from dsft.model.lora import LoraOptions
 from dsft.model.tree_attention import tree_unsupported_reason
 from dsft.planning import prediction
 from dsft.planning.activations import ActivationMemory, fit_micro_batches
-from dsft.planning.prediction import GIB, Prediction, ProcessMemory, Setting, gib
-from dsft.text import duration
+from dsft.planning.prediction import Prediction, ProcessMemory, Setting
+from dsft.units import GIB, duration, gib
 
 
 def backend_options(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> BackendOptions:
-    """What the flags mean to the backend, which reads none.
-
-    Raises:
-        UserError: the file of --ds_config cannot be used, or contradicts a flag.
-    """
-    settings = RunSettings(config.train_batch_size, config.clip_grad, dtype)
+    """What the flags mean to the backend, which reads none."""
     return BackendOptions(
         device=device,
         dtype=dtype,
         trains_base=config.lora_rank == 0,
         clip_grad=config.clip_grad,
+        train_batch_size=config.train_batch_size,
         cpu_offload=config.cpu_offload,
-        library_config=backend_class(config.backend).read_library_config(config.ds_config, settings),
+        config_file=config.ds_config,
     )
 
 
@@ -149,7 +145,7 @@ def plan_run(
         longest: tokens of the longest row, of training and validation.
 
     Raises:
-        UserError: LoRA's targets do not fit the model.
+        UserError: LoRA's targets do not fit the model, or the file of --ds_config cannot be used.
     """
     setting = Setting(config.backend, options, ranks, lora_options(config))
     model = prediction.shapes(shapes, setting)

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dsft.backends.base import Backend
 from dsft.checkpointing.models import resolve_model
+from dsft.checkpointing.resuming import InitialWeights, find_initial_weights
 from dsft.config import TrainConfig
 from dsft.distributed import runtime
 from dsft.loss import TargetHead
@@ -20,7 +21,6 @@ from dsft.model.source import ModelSource, load_tokenizer
 from dsft.planning.activations import recompute_layers
 from dsft.planning.plan import RunPlan, lora_options
 from dsft.training.optimizer import make_schedule
-from dsft.training.resuming import InitialWeights, find_initial_weights
 
 
 @dataclass(frozen=True)

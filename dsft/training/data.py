@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from dsft.config import TrainConfig
 from dsft.dataset.batches import GlobalBatches
 from dsft.dataset.leaks import separate
-from dsft.dataset.tokens import DataFormat, TokenDataset, load_dataset
+from dsft.dataset.tokens import TokenDataset, load_dataset
 from dsft.distributed import runtime
 from dsft.planning.plan import order_rows
 
@@ -48,12 +48,11 @@ def load_data(
     Raises:
         UserError: faults in the files or their rows, on the rank that says so; PeerFailedError on the others.
     """
-    data_format = DataFormat.from_flags(config)
 
     def load(names: list[str], flag: str, max_rows: int | None) -> TokenDataset:
         return runtime.on_first_local_rank(
             world,
-            lambda: load_dataset(names, flag, tokenizer, data_format, max_rows=max_rows, show_progress=world.is_main),
+            lambda: load_dataset(names, flag, tokenizer, config, max_rows=max_rows, show_progress=world.is_main),
         )
 
     train = load(config.train_files, "train_files", config.max_train_rows)

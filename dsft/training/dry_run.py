@@ -13,8 +13,9 @@ from dsft.distributed import runtime
 from dsft.files import guard_disk, write_text
 from dsft.loss import TargetHead, summed_loss
 from dsft.planning.plan import Needs, time_text, times
-from dsft.planning.prediction import GIB, gib, longest_micro_batch
+from dsft.planning.prediction import longest_micro_batch
 from dsft.training.data import RunData
+from dsft.units import GIB, gib
 
 REPORT = "dry_run.json"
 

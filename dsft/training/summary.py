@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from dsft.checkpointing.layout import CheckpointFolder
+from dsft.checkpointing.folder import CheckpointFolder
 from dsft.checkpointing.state import TrainerState
 from dsft.config import TrainConfig
 from dsft.planning.out_of_memory import fitting_text
@@ -73,6 +73,12 @@ def _fold_text(plan: RunPlan) -> str:
     if plan.checkpointed_layers:
         text += f"; {plan.checkpointed_layers} layers recompute their activations"
     return text
+
+
+def resume_hint(folder: CheckpointFolder) -> str:
+    """What to do after the run has ended by the loss of a rank."""
+    latest = folder.latest()
+    return f"rerun the same command to resume from {latest}" if latest else "there is no checkpoint to resume from"
 
 
 def end_lines(config: TrainConfig, folder: CheckpointFolder, state: TrainerState) -> list[str]:

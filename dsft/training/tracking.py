@@ -9,7 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dsft.checkpointing.layout import METRICS
+from dsft.checkpointing.folder import METRICS
+from dsft.checkpointing.state import TrainerState
 from dsft.config import TrainConfig
 from dsft.errors import UserError
 from dsft.files import guard_disk, write_text
@@ -52,10 +53,8 @@ class Tracker(Console):
     Neither does metrics.jsonl at once: what refuses a line is kept in `error`, which ends all ranks together.
     """
 
-    def __init__(
-        self, config: TrainConfig, output_dir: Path, dtype: str, *, total_steps: int, first_step: int, history: str
-    ) -> None:
-        """`first_step` is the last finished step of a resumed run, `history` its lines up to there.
+    def __init__(self, config: TrainConfig, output_dir: Path, dtype: str, state: TrainerState, history: str) -> None:
+        """`state` is where the run starts or resumes, `history` its lines up to there.
 
         Raises:
             UserError: metrics.jsonl cannot be written.
@@ -65,7 +64,7 @@ class Tracker(Console):
         guard_disk(lambda: write_text(self._path, history), self._path)
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         quiet = None if self._enabled else True  # None: no bar where the output is not a terminal
-        self._bar = tqdm(total=total_steps, initial=first_step, unit=" steps", disable=quiet, dynamic_ncols=True)
+        self._bar = tqdm(total=state.total_steps, initial=state.step, unit=" steps", disable=quiet, dynamic_ncols=True)
         self._wandb = _start_wandb(config, output_dir, dtype) if "wandb" in config.logger else None
         self._board = _start_tensorboard(output_dir) if "tensorboard" in config.logger else None
 

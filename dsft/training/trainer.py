@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from dsft.backends import backend_class
-from dsft.checkpointing.layout import CONFIG, CheckpointFolder
-from dsft.checkpointing.state import TrainerState
+from dsft.checkpointing.folder import CONFIG, CheckpointFolder
+from dsft.checkpointing.resuming import InitialWeights, find_resume, open_output, read_history
+from dsft.checkpointing.state import TrainerState, with_command
 from dsft.config import EVERY_EPOCH, TrainConfig
 from dsft.config.values import as_yaml
 from dsft.dataset.micro_batches import MicroBatches
@@ -20,6 +21,7 @@ from dsft.files import guard_disk, write_text
 from dsft.loss import loss_metrics, mean_loss, summed_loss
 from dsft.model.flops import measure_matmul
 from dsft.planning.activations import free_memory
+from dsft.planning.disk import disk_warning
 from dsft.planning.out_of_memory import out_of_memory, refuse
 from dsft.planning.plan import Memory, backend_options, plan_run, predict_needs
 from dsft.processes import launch_command
@@ -28,8 +30,7 @@ from dsft.training.checkpoints import RunCheckpoints
 from dsft.training.data import load_data
 from dsft.training.dry_run import dry_run
 from dsft.training.optimizer import make_optimizer
-from dsft.training.resuming import InitialWeights, find_resume, open_output, read_history
-from dsft.training.summary import end_lines, start_lines
+from dsft.training.summary import end_lines, resume_hint, start_lines
 from dsft.training.tracking import Console, Tracker, warn
 
 
@@ -72,10 +73,12 @@ class Trainer:
             config, self.data, self.plan, self.needs, self.state, self.resume_from, self.device, self.dtype_name
         ):
             self.console.say(line)
+        if world.is_main and (message := disk_warning(config, self.plan.trained, self.needs, self.folder.root)):
+            warn(message)
 
     def _start_runtime(self) -> None:
         config, world = self.config, self.world
-        self.liveness = Liveness(self._how_to_resume, debug=config.debug)
+        self.liveness = Liveness(lambda: resume_hint(self.folder), debug=config.debug)
         self.liveness.start()
         if not config.debug:
             runtime.silence_libraries()
@@ -89,8 +92,8 @@ class Trainer:
         runtime.seed_everything(config.seed, deterministic=config.deterministic)
         self.dtype = runtime.pick_dtype(config.dtype, self.device)
         self.dtype_name = str(self.dtype).removeprefix("torch.")
-        self.options = runtime.together(lambda: backend_options(config, self.device, self.dtype))
-        self.backend = backend_class(config.backend)(self.options)
+        self.options = backend_options(config, self.device, self.dtype)
+        self.backend = runtime.together(lambda: backend_class(config.backend)(self.options))
 
     def _check_visible(self, path: Path | None) -> None:
         exists = str(path is None or path.exists())
@@ -99,7 +102,7 @@ class Trainer:
     def _plan(self, base: BaseModel) -> None:
         """Lay the run out, and predict what it needs; nothing of the model has been read yet."""
         config, data, size = self.config, self.data, self.world.size
-        [free] = runtime.least_over_ranks([free_memory(self.device, self.world)], self.device)
+        [free] = runtime.min_over_ranks([free_memory(self.device, self.world)], self.device)
         [self.matmul_rate] = runtime.sum_over_ranks([measure_matmul(self.dtype, self.device)], self.device)
         memory = Memory.of(self.device, free)
         self.plan = plan = runtime.on_main(
@@ -130,7 +133,7 @@ class Trainer:
             guard_disk(lambda: root.mkdir(parents=True, exist_ok=True), root)
             return
         open_output(self.folder, self.resume_from, warn)
-        text = f"# command: {launch_command()}\n{as_yaml(config)}"
+        text = with_command(as_yaml(config), launch_command(without=("resume", "stop_after_steps")))
         guard_disk(lambda: write_text(root / CONFIG, text), root / CONFIG)
 
     def _restore(self, initial: InitialWeights | None) -> TrainerState:
@@ -146,19 +149,8 @@ class Trainer:
     def _open_console(self) -> Console:
         if self.config.dry_run or not self.world.is_main:
             return Console(enabled=self.world.is_main)
-        return Tracker(
-            self.config,
-            self.folder.root,
-            self.dtype_name,
-            total_steps=self.data.total_steps,
-            first_step=self.state.step,
-            history=read_history(self.resume_from) if self.resume_from else "",
-        )
-
-    def _how_to_resume(self) -> str:
-        """For a run that is ended by the loss of a rank."""
-        latest = self.folder.latest()
-        return f"rerun the same command to resume from {latest}" if latest else "there is no checkpoint to resume from"
+        history = read_history(self.resume_from) if self.resume_from else ""
+        return Tracker(self.config, self.folder.root, self.dtype_name, self.state, history)
 
     # Running
 

@@ -107,7 +107,7 @@ def test_an_output_that_cannot_be_written(commands, words, tmp_path):
     out = file / "below"
     done = commands.run("dsft.train", words(output_dir=out))
     assert done.status == 1
-    assert done.errors == [f"error: cannot write {out}: Not a directory; name another folder, or make it writable"]
+    assert done.errors == [f"error: cannot write {out}: Not a directory; choose another folder, or make it writable"]
     assert done.seconds < SECONDS
 
 
@@ -115,7 +115,7 @@ def test_a_bad_ds_config(commands, words, out, tmp_path):
     settings = tmp_path / "ds.json"
     settings.write_text('{"train_batch_size": 7}')
     done = commands.run("dsft.train", [*words(), "--backend", "zero3", "--ds_config", str(settings)])
-    refused(done, out, "train_batch_size is 7, but --train_batch_size makes it 4")
+    refused(done, out, "train_batch_size is 7, but --train_batch_size sets it to 4")
 
 
 def test_an_unusable_validation_file(commands, words, out, tmp_path):

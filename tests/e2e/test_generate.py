@@ -16,7 +16,8 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from dsft.dataset.tokens import DataFormat, load_dataset
+from dsft.config.flags import RowFlags
+from dsft.dataset.tokens import load_dataset
 from tests.helpers import ROOT, Done, flags, hear_interrupts, run
 
 COMMAND = [sys.executable, "-m", "dsft.generate"]
@@ -247,7 +248,7 @@ def load(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("DSFT_CACHE", str(tmp_path / "cache"))
 
     def load(file: Path, **options: Any) -> list[tuple[list[int], list[bool]]]:
-        data = load_dataset([str(file)], "train_files", tokenizer, DataFormat(max_length=10**5, **options))
+        data = load_dataset([str(file)], "train_files", tokenizer, RowFlags(max_length=10**5, **options))
         return [(tokens.tolist(), mask.tolist()) for tokens, mask in (data[i] for i in range(len(data)))]
 
     return load
@@ -505,7 +506,7 @@ def test_what_exists_is_not_overwritten(tmp_path, name):
     (tmp_path / name).write_text("mine")
     refused(
         run([*COMMAND, *flags(env="frozenlake", train_size=2, output_dir=tmp_path)]),
-        f"{tmp_path / name} exists; delete it, or name another --output_dir",
+        f"{tmp_path / name} exists; delete it, or choose another --output_dir",
     )
     assert names(tmp_path) == [name]
     assert (tmp_path / name).read_text() == "mine"
@@ -523,7 +524,7 @@ def test_a_folder_that_cannot_be_one(tmp_path):
     words = [*COMMAND, *flags(env="frozenlake", train_size=2)]
     refused(run(words), "--output_dir is required: ")
     refused(run([*words, "--output_dir", file]), f"output_dir {file} is a file; name a folder")
-    refused(run([*words, "--output_dir", file / "below"]), f"cannot write {file / 'below'}", "name another folder")
+    refused(run([*words, "--output_dir", file / "below"]), f"cannot write {file / 'below'}", "choose another folder")
     assert names(tmp_path) == ["file"]
     assert file.read_text() == "mine"
 

@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from dsft.checkpointing.folder import CheckpointFolder, find_checkpoint
 from dsft.checkpointing.integrity import COMPLETE, DamagedError, damages, verify
-from dsft.checkpointing.layout import CheckpointFolder, find_checkpoint
+from dsft.checkpointing.resuming import find_resume
 from dsft.checkpointing.state import STATE
 from dsft.cli import parse
 from dsft.config import TrainConfig
-from dsft.training.resuming import find_resume
 from tests.commands import TrainedRuns
 from tests.helpers import contents, message, sign
 
@@ -342,7 +342,7 @@ def test_a_file_less_with_checksums_of_its_own(trained_runs, tmp_path, name):
     without(name, run)
     done = trained_runs.resume("lora", run)
     assert done.status == 1
-    assert done.err.splitlines() == [f"error: {newest(run) / name} is missing; name another checkpoint"]
+    assert done.err.splitlines() == [f"error: {newest(run) / name} is missing; choose another checkpoint"]
 
 
 # Another run's whole checkpoint, sound in itself

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from dsft import checkpoint
-from dsft.backends.base import RunSettings
-from dsft.backends.zero3 import Zero3Backend
+from dsft.backends.base import BackendOptions
+from dsft.backends.ds_config import make_ds_config
 from dsft.cache import build_once, cache_folder
-from dsft.checkpointing.layout import CheckpointFolder
+from dsft.checkpointing.folder import CheckpointFolder
 from dsft.checkpointing.tensor_files import TensorReader
 from dsft.config import CheckpointConfig, MergeConfig, PipelineConfig, ValidateConfig
 from dsft.distributed import runtime
@@ -105,8 +105,10 @@ def test_model_with_a_shape_of_another(tiny_model, tmp_path):
     ],
 )
 def test_ds_config(tmp_path, text):
-    (tmp_path / "ds.json").write_text(text)
-    message(Zero3Backend.read_library_config, str(tmp_path / "ds.json"), RunSettings(4, 1.0, torch.float32))
+    file = tmp_path / "ds.json"
+    file.write_text(text)
+    options = BackendOptions(torch.device("cpu"), torch.float32, True, 1.0, train_batch_size=4, config_file=str(file))
+    message(make_ds_config, options)
 
 
 def test_tensor_in_two_files(tmp_path):

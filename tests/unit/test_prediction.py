@@ -50,7 +50,7 @@ def bare():
 
 
 def setting(backend: str = "fsdp", dtype: torch.dtype = torch.float32, lora=LORA, ranks: int = 1, **more) -> Setting:
-    options = BackendOptions(device=CPU, dtype=dtype, trains_base=lora is None, clip_grad=1.0)
+    options = BackendOptions(device=CPU, dtype=dtype, trains_base=lora is None, clip_grad=1.0, train_batch_size=8)
     return Setting(backend, options, ranks, lora, **more)
 
 

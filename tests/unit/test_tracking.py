@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from dsft.checkpointing.state import TrainerState
 from dsft.config import TrainConfig
 from dsft.errors import UserError
 from dsft.training.tracking import METRICS, WANDB_ID, Tracker
@@ -25,8 +26,8 @@ def open_tracker(tmp_path):
             model="m", train_files=["t"], output_dir="o", logger=list(loggers), lr=1.0, project_name="p",
             experiment_name="n",
         )  # fmt: skip
-        run = {"total_steps": 9, "first_step": first_step, "history": history}
-        opened.append(Tracker(config, tmp_path, "float32", **run))
+        state = TrainerState(first_step, 9, 0.0, "fsdp", 1, "rows")
+        opened.append(Tracker(config, tmp_path, "float32", state, history))
         return opened[-1]
 
     yield open_tracker
