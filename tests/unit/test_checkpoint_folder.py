@@ -214,7 +214,7 @@ def test_nothing_is_renamed_where_no_checkpoint_is_sound(run):
     damage(run.path(2))
     told = message(run.newest_sound, pytest.fail)
     assert told.startswith(f"{run.path(2)}/weights is damaged: ")
-    assert told.endswith("; no older checkpoint is sound; put the file back, or name another --output_dir")
+    assert told.endswith("; no older checkpoint is sound; put the file back, or choose another --output_dir")
     assert names(run) == ["checkpoint-000001", "checkpoint-000002"]
 
 
@@ -342,7 +342,8 @@ def test_reading_needs_no_lock(run, owner):
 def test_a_lock_file_that_cannot_be_made_is_one_line(run):
     (run.root / ".lock").mkdir()
     assert (
-        message(run.lock) == f"cannot write {run.root}/.lock: Is a directory; name another folder, or make it writable"
+        message(run.lock)
+        == f"cannot write {run.root}/.lock: Is a directory; choose another folder, or make it writable"
     )
 
 

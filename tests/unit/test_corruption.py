@@ -342,7 +342,7 @@ def test_a_file_less_with_checksums_of_its_own(trained_runs, tmp_path, name):
     without(name, run)
     done = trained_runs.resume("lora", run)
     assert done.status == 1
-    assert done.err.splitlines() == [f"error: {newest(run) / name} is missing; name another checkpoint"]
+    assert done.err.splitlines() == [f"error: {newest(run) / name} is missing; choose another checkpoint"]
 
 
 # Another run's whole checkpoint, sound in itself

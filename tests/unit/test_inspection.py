@@ -306,7 +306,7 @@ def test_a_folder_that_may_not_be_read_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "iterdir", refuse)
     told = message(inspect, str(tmp_path), verify=True)
-    assert told == f"{tmp_path} cannot be read: Permission denied; make it readable, or name another"
+    assert told == f"{tmp_path} cannot be read: Permission denied; make it readable, or choose another"
 
 
 # What it costs

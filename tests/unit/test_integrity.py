@@ -112,7 +112,7 @@ def test_a_disk_that_cannot_give_a_file_back_means_damage(checkpoint, monkeypatc
 def test_a_file_that_may_not_be_read_is_no_damage(checkpoint, monkeypatch):
     monkeypatch.setattr(integrity, "checksum", refuse(errno.EACCES))
     told = message(verify, checkpoint)
-    assert told == f"{checkpoint}/a.json cannot be read: Permission denied; make it readable, or name another"
+    assert told == f"{checkpoint}/a.json cannot be read: Permission denied; make it readable, or choose another"
     with pytest.raises(integrity.UserError) as caught:
         verify(checkpoint)
     assert not isinstance(caught.value, DamagedError)
@@ -128,7 +128,7 @@ def test_a_list_that_may_not_be_read_is_no_damage(checkpoint, monkeypatch):
     assert not isinstance(caught.value, DamagedError)
     assert (
         str(caught.value)
-        == f"{checkpoint}/COMPLETE cannot be read: Permission denied; make it readable, or name another"
+        == f"{checkpoint}/COMPLETE cannot be read: Permission denied; make it readable, or choose another"
     )
 
 

@@ -78,7 +78,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_older_one_gone_on_from(out):
 def test_no_sound_checkpoint_is_refused(out):
     for checkpoint in train(out, 1, 2):
         damage(checkpoint)
-    assert "no older checkpoint is sound; put the file back, or name another --output_dir" in refusal(out)
+    assert "no older checkpoint is sound; put the file back, or choose another --output_dir" in refusal(out)
     assert names(out) == ["checkpoint-000001", "checkpoint-000002"]
 
 
@@ -95,7 +95,7 @@ def test_never_refuses_a_used_folder_and_takes_a_new_one(out, tmp_path):
     train(out, 1)
     assert (
         refusal(out, resume="never")
-        == f"{out} holds checkpoint-000001 and --resume is never; name another --output_dir"
+        == f"{out} holds checkpoint-000001 and --resume is never; choose another --output_dir"
     )
     assert resumed(tmp_path / "new", resume="never") is None
 
@@ -162,7 +162,7 @@ def test_a_checkpoint_of_another_folder_is_never_mixed_with_a_runs_own(out, tmp_
     told = refusal(out, resume=str(theirs))
     assert told == (
         f"{out} holds checkpoint-000003 of its own, and --resume {theirs} is of another folder; "
-        "leave --resume out to resume from it, or name another --output_dir"
+        "leave --resume out to resume from it, or choose another --output_dir"
     )
     assert {n: c for n, c in contents(out).items() if n != ".lock"} == before
 
@@ -199,7 +199,7 @@ def test_a_folder_in_which_another_run_has_been_meanwhile_is_refused(out):
     assert find_resume(config(out), two, pytest.fail) is None
     train(out, 1)
     told = message(open_output, two, None, pytest.fail)
-    assert told == f"another run has begun in {out} meanwhile; rerun to resume from it, or name another --output_dir"
+    assert told == f"another run has begun in {out} meanwhile; rerun to resume from it, or choose another --output_dir"
 
 
 def test_steps_that_are_taken_again_are_set_aside(out):
@@ -231,7 +231,7 @@ def test_a_checkpoint_that_was_set_aside_is_gone_on_from_under_its_own_step(out)
 def test_an_output_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     told = message(open_output, CheckpointFolder(tmp_path / "file" / "below"), None, pytest.fail)
-    assert told == f"cannot write {tmp_path}/file/below: Not a directory; name another folder, or make it writable"
+    assert told == f"cannot write {tmp_path}/file/below: Not a directory; choose another folder, or make it writable"
 
 
 # First weights

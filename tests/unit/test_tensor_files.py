@@ -209,7 +209,7 @@ def test_numbered_files_read_as_one(shards):
 def test_a_missing_file_is_named(tmp_path):
     assert (
         message(TensorReader, tmp_path, "optimizer")
-        == f"{tmp_path}/optimizer.safetensors is missing; name another checkpoint"
+        == f"{tmp_path}/optimizer.safetensors is missing; choose another checkpoint"
     )
 
 
@@ -217,7 +217,7 @@ def test_a_missing_file_is_named(tmp_path):
 def test_a_missing_numbered_file_is_named(shards, number):
     file = shards[0] / f"model-{number:05d}-of-00003.safetensors"
     file.unlink()
-    assert message(TensorReader, shards[0], "model") == f"{file} is missing; name another checkpoint"
+    assert message(TensorReader, shards[0], "model") == f"{file} is missing; choose another checkpoint"
 
 
 @pytest.mark.parametrize("name", ["00004-of-00003", "00001-of-00004", "x", "00003-of-00003-old"])
@@ -225,7 +225,7 @@ def test_a_file_too_many_is_named(shards, name):
     stray = shards[0] / f"model-{name}.safetensors"
     save_file({"more": torch.ones(1)}, stray)
     told = message(TensorReader, shards[0], "model")
-    assert told == f"{stray} does not belong to {shards[0].name}; name another checkpoint"
+    assert told == f"{stray} does not belong to {shards[0].name}; choose another checkpoint"
 
 
 def test_one_file_and_numbered_ones_are_too_many(shards):
@@ -249,7 +249,7 @@ def test_damaged_safetensors_are_refused_in_one_line(tmp_path, damage):
     file.write_bytes(damage(file.read_bytes()))
     told = message(TensorReader, tmp_path, "adapter_model")
     assert told.startswith(f"{file} is damaged (")
-    assert told.endswith("); name another checkpoint")
+    assert told.endswith("); choose another checkpoint")
 
 
 SHAPE = {"a": (3, 4), "b": (2,)}
@@ -272,7 +272,7 @@ def test_other_tensors_than_the_models_are_refused_by_file_and_name(tmp_path, st
     save_file(stored, tmp_path / "model.safetensors")
     told = message(TensorReader(tmp_path, "model").check, SHAPE)
     assert told.startswith(f"{tmp_path}/model.safetensors")
-    for part in [*parts, "another model or other LoRA flags", "; name another checkpoint"]:
+    for part in [*parts, "another model or other LoRA flags", "; choose another checkpoint"]:
         assert part in told
 
 
