@@ -4,22 +4,22 @@ import shutil
 from pathlib import Path
 
 from dsft.config import TrainConfig
+from dsft.planning.plan import Needs
 from dsft.planning.prediction import checkpoint_bytes, checkpoints_kept
 from dsft.units import gib
 
 
-def disk_warning(config: TrainConfig, trained: int, total_steps: int, steps_per_epoch: int, folder: Path) -> str | None:
+def disk_warning(config: TrainConfig, trained: int, needs: Needs, folder: Path) -> str | None:
     """A line where the checkpoints of a run will not fit on the disk of its folder, else None.
 
     Args:
         config: the flags.
         trained: how many values are trained.
-        total_steps: of the run.
-        steps_per_epoch: of the first epoch.
+        needs: of the run.
         folder: that exists.
     """
     size = checkpoint_bytes(trained)
-    count = checkpoints_kept(total_steps, steps_per_epoch, config.save_steps, config.max_checkpoints)
+    count = checkpoints_kept(needs.total_steps, needs.steps_per_epoch, config.save_steps, config.max_checkpoints)
     try:
         free = shutil.disk_usage(folder).free
     except OSError:

@@ -143,7 +143,7 @@ def needs_findings(needs: Needs, trained: int, config: PreviewConfig) -> list[Fi
     if config.output_dir:
         folder = Path(config.output_dir).expanduser().absolute()
         existing = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
-        message = disk_warning(config, trained, needs.total_steps, needs.steps_per_epoch, existing)
+        message = disk_warning(config, trained, needs, existing)
         found += [Finding("warning", "disk", message)] if message else []
     return found
 
