@@ -91,7 +91,7 @@ def test_the_sites_are_found_in_every_form_of_the_source():
 @pytest.mark.parametrize(
     ("line", "start"),
     [
-        ("x.yaml is damaged (no text); name another checkpoint", "… is damaged (…); name another checkpoint"),
+        ("x.yaml is damaged (no text); choose another checkpoint", "… is damaged (…); choose another checkpoint"),
         ("rank 1 (process 5 on n) has died; where it does not say why, the system may have killed it for lack of "
          "memory; all ranks end", "died; where"),
         ("lr must be above 0, got 0.0", "… must be above 0, got …"),
