@@ -25,7 +25,7 @@ setup(
         "transformers>=5.23",
         "peft>=0.21",
         "accelerate>=1.15",
-        "deepspeed>=0.19.8",
+        "deepspeed>=0.19.8,<0.20",  # dsft/backends/deepspeed_internals.py was read in 0.19.8
         "safetensors>=0.8",
         "pandas>=3",
         "pyarrow>=26",
@@ -38,6 +38,7 @@ setup(
         "filelock>=4.2",
         "tqdm>=4.70",
         "rich>=15",
+        "markdown-it-py>=4",
         "psutil>=7",
         "gguf>=0.19",
         "gymnasium>=1.4",

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from dsft.checkpointing.folder import CheckpointFolder
 from dsft.checkpointing.state import read_state
 from dsft.config import GenerateConfig, MergeConfig, PipelineConfig, ReportConfig, TrainConfig, ValidateConfig
+from dsft.config.games import BASE, PLAYERS, SCRIPTED_PLAYERS, TUNED
 from dsft.config.pipeline import SHARED, STEPS
 from dsft.config.values import as_words, build
 from dsft.envs import make_environment
@@ -35,7 +36,6 @@ from dsft.processes import HeldInterrupt, end_with_parent
 STATE, LOCK = "pipeline.json", ".pipeline.lock"
 PUBLISH = "publish"  # the last step, because the model card contains the results of validation
 WAIT_FOR_OTHER = 60  # seconds that a step of a killed pipeline may take to end
-PLAYERS = ("base model", "fine-tuned model", "expert", "random")
 
 
 class StepFailedError(UserError):
@@ -104,8 +104,8 @@ class Pipeline:
         }
 
     def _validation(self, player: str) -> ValidateConfig:
-        """All players play the same levels, which neither training nor checkpoint selection has seen."""
-        model = {"base model": self.config.model, "fine-tuned model": str(self._tuned_model())}.get(player, player)
+        """Each player meets the same levels, which neither training nor the choice of the checkpoint has seen."""
+        model = {BASE: self.config.model, TUNED: str(self._tuned_model())}.get(player, player)
         own = {
             "model": model,
             "with_thinking": self.train.with_thinking,
@@ -185,7 +185,7 @@ class Pipeline:
     def _flags(self, step: str) -> dict[str, Any]:
         """The flags that a step's results depend on, as JSON stores them."""
         configs = {"generate": self.generate, "train": self.train, "merge": self.merge, PUBLISH: self.merge}
-        config = configs.get(step) or self.validate["fine-tuned model"]
+        config = configs.get(step) or self.validate[TUNED]
         values = {k: v for k, v in asdict(config).items() if k not in ("debug", "config", "num_processes")}
         if step == "merge":
             values["select"] = self.config.select
@@ -262,7 +262,7 @@ class Pipeline:
                 if self.train.lora_rank
                 else {"model": str(checkpoint)}
             )
-            values = asdict(self.validate["base model"]) | weights
+            values = asdict(self.validate[BASE]) | weights
             values |= {"levels": str(self.data / "test.parquet"), "exclude_levels": None}
             values |= {"output": str(folder / f"{checkpoint.name}.json")}
             values["episodes"] = min(values["episodes"], self.generate.test_size)
@@ -274,22 +274,22 @@ class Pipeline:
 
     def _validate(self) -> None:
         for player, config in self.validate.items():
-            if not Path(config.output).is_file():  # written completely or not at all
-                ranks = 1 if config.model in ("expert", "random") else self.config.nproc
+            if not Path(config.output).is_file():  # written whole or not at all
+                ranks = 1 if config.model in SCRIPTED_PLAYERS else self.config.nproc
                 self._run(Job(f"validate-{player.replace(' ', '-')}", "validate", config, ranks))
 
     def _report(self) -> list[str]:
         from dsft.export.model_card import add_results
-        from dsft.reporting.eval_reports import find_judgements, game_lines
+        from dsft.reporting.eval_reports import find_eval_reports, game_lines
         from dsft.reporting.report import write_report
         from dsft.reporting.runs import read_runs
 
         folder = [str(self.root)]
-        judgements = find_judgements(read_runs(folder), [])
+        reports = find_eval_reports(read_runs(folder), [])
         if self.train.lora_rank:
-            guard_disk(lambda: add_results(self.merged, judgements), self.merged)
+            guard_disk(lambda: add_results(self.merged, reports), self.merged)
         written = write_report(ReportConfig(runs=folder))
-        return [*(f"report   {path}" for path in written), *game_lines(judgements)]
+        return [*(f"report   {path}" for path in written), *game_lines(reports)]
 
     def _publish(self) -> None:
         from dsft.export.hub import push

@@ -1,4 +1,4 @@
-"""Text of rows, answers and damaged files, as every terminal, page and file can show it; times in words."""
+"""Text of rows, answers and damaged files, as every terminal, page and file can show it."""
 
 import unicodedata
 
@@ -18,17 +18,9 @@ def printable(text: str) -> str:
     return visible_text(text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
-def duration(seconds: float) -> str:
-    """Seconds in words."""
-    if seconds < 0.05:
-        return f"{1000 * seconds:.0f} ms"
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
+def one_line(error: object) -> str:
+    """An error's message as part of a line of ours."""
+    return " ".join(str(error).split()).rstrip(".")
 
 
 def _is_control(character: str) -> bool:

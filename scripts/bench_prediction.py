@@ -85,7 +85,7 @@ def run(case: str, model: str, folder: Path) -> dict:
         raise SystemExit(f"{case}: {done.stderr[-2000:]}")
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     measured = max(line["memory"] for line in lines)
-    [(predicted, parts)] = re.findall(r"^memory +([\d.]+) GiB a rank predicted \((.*?)\)", done.stdout, re.M)
+    [(predicted, parts)] = re.findall(r"^memory +([\d.]+) GiB per rank predicted \((.*?)\)", done.stdout, re.M)
     error = float(predicted) / measured - 1
     return {"case": case, "predicted_gib": float(predicted), "measured_gib": measured, "error": error, "parts": parts}
 

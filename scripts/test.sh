@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Set-up if it is missing, then the whole test suite with lint and types. --fast leaves out the slow tests.
+# Set-up if needed, then lint, import contract, types and tests. --fast skips the slow tests.
 set -euo pipefail
 
 if [[ "${1:-}" == "--help" || "${1:-}" == "-h" ]]; then
     echo "bash scripts/test.sh [--fast] [pytest arguments]"
-    echo "Lint, types and tests. --fast leaves out the slow end-to-end tests (two minutes instead of twenty)."
+    echo "Lint, import contract, types and tests. --fast skips the slow tests (two minutes instead of twenty)."
     exit 0
 fi
 
@@ -18,6 +18,7 @@ for argument in "$@"; do
 done
 ruff check .
 ruff format --check .
+lint-imports --no-logo
 mypy
 # Two at a time: most of a test is one process that imports torch.
 exec python -m pytest -n 2 --dist loadgroup "${arguments[@]}"

@@ -44,7 +44,7 @@ def start(module, words, folder, environment):
             os.dup2(os.open(path, (os.O_WRONLY | os.O_APPEND) if name else os.O_RDONLY), number)
         os.environ.clear()
         os.environ.update(environment)
-        sys.argv = [module, *words]
+        sys.argv, sys.orig_argv = [module, *words], ["python", "-m", module, *words]
         importlib.import_module(module).main()
         status = 0
     except SystemExit as end:

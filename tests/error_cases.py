@@ -155,7 +155,7 @@ def what_nobody_foresaw(place: Place) -> list[str]:
 
 def files_of(*names: str) -> Case:
     def find(place: Place) -> None:
-        from dsft.dataset.parquet import find_files
+        from dsft.dataset.readers import find_files
 
         find_files([name.format(place.folder) for name in names], "train_files")
 
@@ -166,7 +166,7 @@ cases("files", {"none": files_of(), "empty folder": files_of("{}"), "missing": f
 
 
 def reading(place: Place, file: Path, column: str = "prompt") -> None:
-    from dsft.dataset.parquet import read_columns
+    from dsft.dataset.readers import read_columns
 
     list(read_columns([file], [column], ["prompt_key"], None))
 
@@ -203,7 +203,8 @@ def loading(row: dict[str, Any], **options: Any) -> Case:
     template, eos = options.pop("template", ...), options.pop("eos", ...)
 
     def load(place: Place) -> None:
-        from dsft.dataset.tokens import DataFormat, load_dataset
+        from dsft.config.flags import RowFlags
+        from dsft.dataset.tokens import load_dataset
 
         place.patch.setenv("DSFT_CACHE", str(place.folder / "cache"))
         tokenizer = copy.deepcopy(place.tokenizer)
@@ -212,7 +213,7 @@ def loading(row: dict[str, Any], **options: Any) -> Case:
         if eos is not ...:
             tokenizer.eos_token = eos
         file = write_parquet(place.folder / "rows.parquet", [row])
-        load_dataset([str(file)], "train_files", tokenizer, DataFormat(**options))
+        load_dataset([str(file)], "train_files", tokenizer, RowFlags(**options))
 
     return load
 
@@ -242,7 +243,7 @@ cases(
 @case
 def a_damaged_column_of_levels(place: Place) -> None:
     """Damaged where a struct's field stands."""
-    from dsft.dataset.parquet import read_field
+    from dsft.dataset.readers import read_field
 
     file = write_parquet(place.folder / "rows.parquet", [{"extra_info": {"level": f"{i:016x}"}} for i in range(9)])
     content = bytearray(file.read_bytes())
@@ -282,17 +283,18 @@ def a_row_to_show_that_is_not_there(place: Place) -> None:
 
 @case
 def a_file_that_vanishes(place: Place) -> None:
-    from dsft.dataset.tokens import DataFormat, _cache_key
+    from dsft.config.flags import RowFlags
+    from dsft.dataset.tokens import _cache_key
 
-    _cache_key([place.folder / "rows.parquet"], place.tokenizer, DataFormat(), None)
+    _cache_key([place.folder / "rows.parquet"], place.tokenizer, RowFlags(), None)
 
 
 @case
 def a_row_above_the_token_budget(place: Place) -> None:
-    from dsft.dataset.micro_batches import Layout, MicroBatches
+    from dsft.dataset.micro_batches import MicroBatches, MicroBatchOptions
 
     data = token_dataset([([1] * 12, [False] + [True] * 11)])
-    MicroBatches(data, Layout(1, 10, fold=True, trees=False), None, None)  # type: ignore[arg-type]
+    MicroBatches(data, MicroBatchOptions(1, 10, fold=True, trees=False), None, None)  # type: ignore[arg-type]
 
 
 # Models
@@ -372,7 +374,7 @@ def layers_that_follow_no_tree(place: Place) -> None:
 @case
 def attention_that_asks_for_more_than_a_tree(place: Place) -> None:
     asked = tree()
-    asked.asked.add("softcap")
+    asked.ignored.add("softcap")
     asked.check_use(layers=2)
 
 
@@ -419,10 +421,15 @@ def embedded_model_that_is_another(place: Place) -> None:
 
 def ds_config(text: str | None) -> Case:
     def read(place: Place) -> None:
-        from dsft.backends.ds_config import read_ds_config
+        import torch
 
-        path = place.folder / "ds.json" if text is None else place.file("ds.json", text)
-        read_ds_config(str(path), {"gradient_clipping": ("clip_grad", 1.0)})
+        from dsft.backends.base import BackendOptions
+        from dsft.backends.ds_config import make_ds_config
+
+        path = str(place.folder / "ds.json" if text is None else place.file("ds.json", text))
+        make_ds_config(
+            BackendOptions(torch.device("cpu"), torch.float32, True, 1.0, train_batch_size=4, config_file=path)
+        )
 
     return read
 
@@ -433,20 +440,10 @@ cases(
         str(text): ds_config(text)
         for text in (
             None, "{", "[]", '{"optimizer": {}}', '{"zero_optimization": 3}', '{"gradient_clipping": 3}',
+            '{"zero_optimization": {"sub_group_size": "big"}}',
         )
     },
 )  # fmt: skip
-
-
-@case
-def ds_config_that_deepspeed_refuses(place: Place) -> None:
-    import torch
-
-    from dsft.backends.base import RunSettings
-    from dsft.backends.zero3 import Zero3Backend
-
-    path = place.file("ds.json", '{"zero_optimization": {"sub_group_size": "big"}}')
-    Zero3Backend.read_library_config(str(path), RunSettings(4, 1.0, torch.float32))
 
 
 # The disk and the cache
@@ -730,7 +727,7 @@ cases(
 @case
 def another_run_meanwhile(place: Place) -> None:
     from dsft.checkpointing.folder import CheckpointFolder
-    from dsft.training.resuming import open_output
+    from dsft.checkpointing.resuming import open_output
     from tests.unit.test_resuming import train
 
     train(place.folder / "out", 1)
@@ -739,7 +736,7 @@ def another_run_meanwhile(place: Place) -> None:
 
 @case
 def a_history_that_is_no_text(place: Place) -> None:
-    from dsft.training.resuming import read_history
+    from dsft.checkpointing.resuming import read_history
 
     (place.folder / "metrics.jsonl").write_bytes(b"\xff")
     read_history(place.folder)
@@ -936,10 +933,10 @@ cases(
 
 
 @case
-def a_judgement_that_is_none(place: Place) -> None:
-    from dsft.reporting.eval_reports import find_judgements
+def a_file_that_is_not_an_eval_report(place: Place) -> None:
+    from dsft.reporting.eval_reports import find_eval_reports
 
-    find_judgements([], [str(place.file("report.json", "{}"))])
+    find_eval_reports([], [str(place.file("report.json", "{}"))])
 
 
 # Games
@@ -1072,14 +1069,14 @@ cases(
 
 
 def dialogues(**flags: Any) -> Case:
-    def judge(place: Place) -> None:
+    def read(place: Place) -> None:
         from dsft.validation.dialogues import _read_dialogues
 
         file = write_parquet(place.folder / "rows.parquet", [ROW | {"prompt": "word " * 90}])
         config = validation(place, env=None, data=str(file), **flags)
         _read_dialogues([str(file)], config, place.tokenizer)
 
-    return judge
+    return read
 
 
 cases(
@@ -1096,14 +1093,14 @@ def a_model_without_a_loss(place: Place) -> None:
     import torch
 
     from dsft.distributed.runtime import World
-    from dsft.validation.dialogues import judge_dialogues
+    from dsft.validation.dialogues import evaluate_dialogues
 
     place.patch.setenv("DSFT_CACHE", str(place.folder / "cache"))
     data = write_parquet(place.folder / "row.parquet", [{"prompt": "one plus one?", "response": "two"}])
     config = {"env": None, "data": str(data), "episodes": 1, "max_new_tokens": 1}
     generator = loaded(place, **config)
     generator.model.model.norm.weight.data.fill_(float("nan"))
-    judge_dialogues(validation(place, **config), generator, World(0, 1, 0, 1), torch.device("cpu"))
+    evaluate_dialogues(validation(place, **config), generator, World(0, 1, 0, 1), torch.device("cpu"))
 
 
 # The pipeline
@@ -1286,19 +1283,10 @@ cases(
 
 @case
 def a_dry_run_with_less_memory_than_predicted(place: Place) -> None:
-    import torch
+    from dsft.planning.out_of_memory import refuse
+    from tests.unit.test_plan import needs
 
-    from dsft.backends.base import BackendOptions
-    from dsft.model.source import ModelSource
-    from dsft.planning.prediction import ProcessMemory, Setting, chains, predict
-    from dsft.planning.report import refuse
-
-    options = BackendOptions(torch.device("cpu"), torch.float32, trains_base=True, clip_grad=1.0)
-    bare = ModelSource(str(place.model)).empty(torch.float32)
-    prediction = predict(
-        bare, Setting("fsdp", options, 1, None), chains([50], 4), process=ProcessMemory.of(options.device)
-    )
-    refuse(prediction, prediction.peak / 2, [])
+    refuse(needs(1.0))
 
 
 @case
@@ -1306,7 +1294,7 @@ def memory_that_runs_out(place: Place) -> None:
     import torch
 
     from dsft.config import TrainConfig
-    from dsft.planning.report import out_of_memory
+    from dsft.planning.out_of_memory import out_of_memory
 
     config = TrainConfig(model="m", train_files=["t"], output_dir="o")
     with out_of_memory(config, list):

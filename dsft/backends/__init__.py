@@ -1,4 +1,4 @@
-"""Sharding backends. Each imports its library only when it is chosen."""
+"""Sharding backends. Each imports its library only when it is used."""
 
 from importlib import import_module
 
@@ -8,6 +8,6 @@ BACKENDS = {"fsdp": "dsft.backends.fsdp:FsdpBackend", "zero3": "dsft.backends.ze
 
 
 def backend_class(name: str) -> type[Backend]:
-    """The class of a name in BACKENDS; imports its module."""
+    """Import and return the class registered under `name` in BACKENDS."""
     module, _, class_name = BACKENDS[name].partition(":")
     return getattr(import_module(module), class_name)

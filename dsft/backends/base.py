@@ -2,13 +2,13 @@
 
 After `backward` on every micro-batch of every rank, the gradient of each trainable parameter is the plain SUM of
 the micro-batch gradients over all ranks. The Trainer divides the loss by the global number of targets, once; no
-backend averages. A backend reads no flags and knows no dataset. A third backend is one file.
+backend averages. A backend reads no flags and knows no dataset. A new backend is one file: docs/adding_backend.md.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -16,39 +16,46 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 PARAMETER = "parameter"
-MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, as torch.optim.AdamW names them
+MOMENTS = ("exp_avg", "exp_avg_sq")  # as torch.optim.AdamW names them
+
+MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
+MakeScheduler = Callable[[Optimizer], LambdaLR]
+Read = Callable[[str, str, int, int], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class StateSlice:
-    """What one rank holds of one tensor: neighbours in the flattened tensor. The slices of all ranks are the whole."""
+    """One rank's contiguous part of a flattened tensor. The slices of all ranks make up the tensor, without overlap."""
 
     kind: str
     """PARAMETER, or one of MOMENTS."""
     name: str
-    """Of the parameter."""
+    """Name of the parameter in the unsharded model."""
     shape: tuple[int, ...]
-    """Of the whole tensor."""
+    """Shape of the whole tensor."""
     start: int
-    """Place of the first value in the flattened tensor."""
+    """Index of the first value in the flattened tensor."""
     values: torch.Tensor
-    """float32 1-D, on any device: a view of the live state, which the next step changes."""
+    """float32 [values], on any device, possibly empty. A view of the live state: the next step changes it."""
 
 
 @dataclass(frozen=True)
 class BackendOptions:
-    """What a backend needs to know."""
+    """What a backend needs to know about the run."""
 
     device: torch.device
     dtype: torch.dtype
-    """Compute dtype. Trained parameters and moments are float32 whatever it is."""
+    """Compute dtype. Trained parameters and their moments are always float32."""
     trains_base: bool
-    """Full fine-tuning: the base model's parameters are trained; else they are frozen, kept in `dtype`."""
+    """True for full fine-tuning; under LoRA the base model is frozen and kept in `dtype`."""
     clip_grad: float
-    """Largest global gradient norm; 0 clips nothing."""
+    """Maximum global gradient norm; 0 disables clipping."""
+    train_batch_size: int
+    """Rows per optimizer step over all ranks."""
     cpu_offload: bool = False
-    library_config: dict[str, Any] = field(default_factory=dict)
-    """Settings in the library's own words, already checked (DeepSpeed's JSON)."""
+    """Keep parameters and optimizer state in CPU memory between uses."""
+    config_file: str | None = None
+    """The library's own settings file (DeepSpeed's JSON)."""
 
 
 @dataclass(frozen=True)
@@ -84,132 +91,126 @@ class HeldMemory:
         return self.weights + self.masters + self.gradients + self.moments + self.leftover
 
 
-@dataclass(frozen=True)
-class RunSettings:
-    """What flags have decided and a library's own file must not contradict. The fields have the flags' names."""
-
-    train_batch_size: int
-    clip_grad: float
-    dtype: torch.dtype
-
-
 class Source(Protocol):
-    """A base model that can be built in two ways; see dsft.model.source.ModelSource."""
+    """A base model that can be built whole or module by module; see dsft.model.source.ModelSource."""
 
     def pretrained(self, dtype: torch.dtype) -> nn.Module:
-        """The whole model."""
+        """The model with its weights, by `from_pretrained`."""
 
     def skeleton(self, dtype: torch.dtype) -> nn.Module:
-        """The model with parameters on the meta device."""
+        """The model with its parameters on the meta device."""
 
     def fill(self, module: nn.Module) -> None:
-        """Real values for the meta parameters of one module."""
+        """Load the weights of one module, replacing its parameters on the meta device."""
 
 
 class Backend(ABC):
-    """One sharding library, driven by the Trainer in the order of the methods below.
+    """A sharding library, driven by the Trainer, which calls the methods in the order below.
 
-    `model` is what runs forward, once `prepare` has returned. Methods marked collective run on all ranks.
+    Every rank calls the methods marked collective, in the same order.
     """
 
-    model: nn.Module
     library: str
-    """Name of the package that shards, for the record of versions."""
+    """Distribution name of the sharding library; its version is recorded in checkpoints."""
+    model: nn.Module
+    """The module to call for a forward pass. Set by `prepare`."""
 
     def __init__(self, options: BackendOptions) -> None:
-        self.options = options
-
-    @classmethod
-    def read_library_config(cls, path: str | None, settings: RunSettings) -> dict[str, Any]:
-        """Settings in the library's own words from a user's file; most libraries have none.
+        """Check the options. Called before `setup`, possibly without a process group.
 
         Raises:
-            UserError: a file that cannot be read, or contradicts `settings`.
+            UserError: the options or `config_file` cannot be used.
         """
-        return {}
+        self.options = options
 
     @classmethod
     @abstractmethod
     def memory(cls, model: nn.Module, options: BackendOptions, ranks: int) -> HeldMemory:
-        """What a rank will hold, from shapes alone. Needs no process group.
+        """Memory held by each rank, computed from shapes alone. Needs no process group.
 
         Args:
-            model: parameters on the meta device, wrapped in LoRA or not.
-            options: as for a run.
-            ranks: of the run.
+            model: as it will be trained (with LoRA applied), parameters on the meta device.
+            options: of the run.
+            ranks: number of ranks.
         """
 
     @abstractmethod
     def setup(self) -> None:
-        """Prepare the library, after the process group has started."""
+        """Initialize the library. The process group exists."""
 
     @abstractmethod
     def load_model(self, source: Source) -> nn.Module:
-        """The base model in the form that `prepare` expects, no rank holding all of its weights. Collective."""
+        """Build the base model; ideally no rank ever holds all of its weights. Collective."""
 
     @abstractmethod
-    def prepare(
-        self,
-        model: nn.Module,
-        make_optimizer: Callable[[list[nn.Parameter]], Optimizer],
-        make_scheduler: Callable[[Optimizer], LambdaLR],
-    ) -> None:
-        """Shard the model (wrapped in LoRA or not) and build optimizer and schedule. Collective."""
+    def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer, make_scheduler: MakeScheduler) -> None:
+        """Shard the model, build optimizer and schedule, and set `self.model`. Collective.
+
+        Args:
+            model: what `load_model` returned, with LoRA applied if the run uses it.
+            make_optimizer: parameters -> torch.optim.AdamW.
+            make_scheduler: optimizer -> learning rate schedule, stepped once per optimizer step.
+        """
 
     @abstractmethod
     def backward(self, loss: torch.Tensor, *, last_micro_batch: bool) -> None:
-        """Add a micro-batch's gradient to the sum. Collective."""
+        """Accumulate a micro-batch's gradient; after the last one of a step, it is summed over all ranks. Collective.
+
+        Args:
+            loss: already divided by the global number of targets.
+            last_micro_batch: whether `step` comes next.
+        """
 
     @abstractmethod
     def step(self) -> float:
-        """Clip, update, zero the gradients, advance the schedule. Collective.
+        """Clip, update the parameters, zero the gradients, advance the schedule. Collective.
 
         Returns:
-            The global gradient norm before clipping. Where it is not finite, no weight has changed.
+            The global gradient norm before clipping. If it is not finite, nothing was updated.
         """
 
     @abstractmethod
     def learning_rate(self) -> float:
-        """The rate that the next step uses."""
+        """The learning rate of the next step."""
 
     @abstractmethod
     def state(self) -> Iterator[StateSlice]:
-        """What this rank holds of all trained parameters, then of their moments, in one order on all ranks.
+        """This rank's slices of all trained parameters, then of their moments, in the same order on every rank.
 
-        Needs no other rank.
+        Not collective.
         """
 
     @abstractmethod
-    def load_state(self, read: Callable[[str, str, int, int], torch.Tensor], step: int) -> None:
-        """Go on from stored parameters and moments as if `step` steps had been taken.
+    def load_state(self, read: Read, step: int) -> None:
+        """Restore trained parameters, moments and schedule to their state after `step` optimizer steps. Collective.
 
         Args:
-            read: (PARAMETER or one of MOMENTS, parameter name, start, stop) -> those values of the flattened tensor,
-                float32 1-D on CPU. Each rank asks for what it holds.
+            read: (PARAMETER or one of MOMENTS, parameter name, start, stop) -> values [start, stop) of the flattened
+                tensor, float32 on CPU. Each rank reads only what it holds.
             step: optimizer steps taken so far.
         """
 
     def shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
-        """The full shape of a parameter, which a library may hide behind its shard."""
+        """Shape of the whole parameter, if the library replaces it by a shard."""
         return tuple(parameter.shape)
 
-    def close(self) -> None:  # noqa: B027 (a library may hold nothing)
-        """Free what the library holds."""
+    def close(self) -> None:  # noqa: B027 (optional)
+        """Release the library's resources."""
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a transformers model: the classes it says must not be split."""
+    """The repeated blocks of a transformers model, from its `_no_split_modules` (read in transformers 5.23)."""
     names = set(getattr(model, "_no_split_modules", None) or ())
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that require a gradient, by name; a tied one once."""
+    """Parameters that require gradients, by name; tied parameters once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def set_schedule(scheduler: LambdaLR, step: int) -> None:
-    """Put a schedule where `step` steps would have brought it."""
+    """Set a schedule to its state after `step` steps."""
     scheduler.last_epoch = step
     for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_lr(), strict=True):
         group["lr"] = rate

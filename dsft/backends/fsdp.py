@@ -1,7 +1,7 @@
 """PyTorch's own FSDP2: parameters as DTensors sharded over all ranks."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -9,8 +9,6 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from dsft.backends.base import (
     MOMENTS,
@@ -18,6 +16,9 @@ from dsft.backends.base import (
     Backend,
     BackendOptions,
     HeldMemory,
+    MakeOptimizer,
+    MakeScheduler,
+    Read,
     Source,
     StateSlice,
     decoder_layers,
@@ -28,7 +29,7 @@ from dsft.distributed import runtime
 
 
 class FsdpBackend(Backend):
-    """Each decoder layer is one group, the rest of the model another."""
+    """Each decoder layer is one FSDP group; the rest of the model is the root group."""
 
     library = "torch"
 
@@ -74,18 +75,13 @@ class FsdpBackend(Backend):
         self._mesh = init_device_mesh(self.options.device.type, (torch.distributed.get_world_size(),))
 
     def load_model(self, source: Source) -> nn.Module:
-        """A skeleton; `prepare` fills and shards it layer by layer."""
+        """A model on the meta device, which `prepare` fills and shards layer by layer."""
         self._source = source
-        # With full fine-tuning the sharded parameters are the float32 masters; compute casts them.
+        # In full fine-tuning the sharded parameters are the float32 masters, cast to `dtype` for compute.
         return source.skeleton(torch.float32 if self.options.trains_base else self.options.dtype)
 
-    def prepare(
-        self,
-        model: nn.Module,
-        make_optimizer: Callable[[list[nn.Parameter]], Optimizer],
-        make_scheduler: Callable[[Optimizer], LambdaLR],
-    ) -> None:
-        """Fill and shard one decoder layer after the other: no more than one is ever whole."""
+    def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer, make_scheduler: MakeScheduler) -> None:
+        """Fill and shard one decoder layer at a time, so that no more than one is ever whole."""
         policy: dict = {"mesh": self._mesh}
         if self.options.dtype != torch.float32:
             policy["mp_policy"] = MixedPrecisionPolicy(param_dtype=self.options.dtype, reduce_dtype=torch.float32)
@@ -96,10 +92,10 @@ class FsdpBackend(Backend):
             fully_shard(layer, **policy)
         self._source.fill(model)
         fully_shard(model, **policy)
-        del self._source  # it still has tied weights as they were before they were sharded
+        del self._source  # it still holds unsharded tied weights
         for module in model.modules():
             if isinstance(module, FSDPModule):
-                # The plain sum, as the contract says. Sums only: gloo knows no scaled reduction.
+                # The contract asks for the plain sum, and gloo supports no scaled reduction.
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
         self.model = model
@@ -108,15 +104,14 @@ class FsdpBackend(Backend):
         self._scheduler = make_scheduler(self._optimizer)
 
     def backward(self, loss: torch.Tensor, *, last_micro_batch: bool) -> None:
-        """Gradients are reduced after every micro-batch, so that only shards of them are kept."""
+        """Gradients are reduced after every micro-batch, so that only their shards are kept."""
         self.model.set_is_last_backward(last_micro_batch)  # type: ignore[operator]
         loss.backward()
 
     def step(self) -> float:
-        """See Backend."""
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
         shards = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-        # In float64: on CPU the float32 norm of ten million values is wrong in its fourth digit.
+        # In float64, because on CPU the float32 norm of ten million values is wrong in the fourth digit.
         norms = [torch.linalg.vector_norm(shard, dtype=torch.float64) for shard in shards]
         square = float(torch.stack(norms).square().sum()) if norms else 0.0
         norm = math.sqrt(runtime.sum_over_ranks([square], self.options.device)[0])
@@ -131,18 +126,15 @@ class FsdpBackend(Backend):
         return norm
 
     def learning_rate(self) -> float:
-        """See Backend."""
         return self._optimizer.param_groups[0]["lr"]
 
     def state(self) -> Iterator[StateSlice]:
-        """See Backend."""
         for kind in (PARAMETER, *MOMENTS):
             for name, parameter in self._parameters.items():
                 whole = parameter if kind == PARAMETER else self._optimizer.state[parameter][kind]
                 yield StateSlice(kind, name, tuple(parameter.shape), _range(parameter)[0], _local(whole))
 
-    def load_state(self, read: Callable[[str, str, int, int], torch.Tensor], step: int) -> None:
-        """See Backend."""
+    def load_state(self, read: Read, step: int) -> None:
         for name, parameter in self._parameters.items():
             held = _range(parameter)
             _local(parameter).copy_(read(PARAMETER, name, *held))
@@ -155,13 +147,13 @@ class FsdpBackend(Backend):
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's shard, 1-D, sharing its memory."""
+    """This rank's shard as a 1-D view."""
     tensor = tensor.detach()
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).view(-1)
 
 
 def _range(parameter: nn.Parameter) -> tuple[int, int]:
-    """Where this rank's shard stands in the flattened tensor. FSDP2 shards rows, as torch.chunk cuts them."""
+    """Start and stop of this rank's shard in the flattened tensor. FSDP2 shards dimension 0 as torch.chunk does."""
     assert isinstance(parameter, DTensor)
     assert parameter.placements == (Shard(0),), parameter.placements
     rows = -(-parameter.shape[0] // parameter.device_mesh.size())

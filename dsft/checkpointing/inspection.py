@@ -16,6 +16,7 @@ from dsft.checkpointing.integrity import COMPLETE, damages, listed_files
 from dsft.checkpointing.state import CONFIG, STATE, TrainerState, read_flags, read_state
 from dsft.errors import UserError, did_you_mean_path
 from dsft.files import reason
+from dsft.units import size_text
 
 SET_ASIDE = re.compile(r"checkpoint-(\d{6,})\.(damaged|superseded)(\.\d+)?")
 UNFINISHED = re.compile(r"\.checkpoint-(\d{6,})\.tmp")
@@ -80,7 +81,7 @@ def _checkpoint(folder: Path, *, verify: bool) -> Report:
         cells = [UNKNOWN, "", ""]
         if path.is_file():
             total += path.stat().st_size
-            cells = [_size(path.stat().st_size), "", ""]
+            cells = [size_text(path.stat().st_size), "", ""]
             try:
                 if path.suffix == ".safetensors":
                     cells[1:] = _counts(path)
@@ -94,7 +95,7 @@ def _checkpoint(folder: Path, *, verify: bool) -> Report:
     elif wrong or problems:
         problems = [f"{folder / name} {what}" for name, what in wrong.items()] or problems
         verdict = f"{len(problems)} of {len(rows)} files are damaged"
-    facts.append(("size", f"{_size(total)} in {len(rows)} files"))
+    facts.append(("size", f"{size_text(total)} in {len(rows)} files"))
     table = _table(["file", "size", "tensors", "values", ""], rows, right=(1, 2, 3))
     return Report([*_columns(facts), "", *table, "", *_columns([("checksums", verdict)])], _summary(problems))
 
@@ -195,7 +196,7 @@ class CheckpointSummary:
         if state is not None:
             val_loss = UNKNOWN if state.val_loss is None else f"{state.val_loss:.6f}"
             progress = [str(state.step), f"{state.epoch:.4g}", val_loss]
-        return [self.name, *progress, _size(self.size), ", ".join(self.links)]
+        return [self.name, *progress, size_text(self.size), ", ".join(self.links)]
 
 
 def checkpoints_of(root: Path, *, verify: bool) -> list[CheckpointSummary]:
@@ -254,15 +255,6 @@ def _summary(problems: Sequence[str]) -> str | None:
     if not problems:
         return None
     return problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
-
-
-def _size(count: int) -> str:
-    size, units = float(count), ["KiB", "MiB", "GiB", "TiB"]
-    if size < 1024:
-        return f"{count} B"
-    while size >= 1024 and units:
-        size, unit = size / 1024, units.pop(0)
-    return f"{size:.1f} {unit}"
 
 
 def _columns(facts: Sequence[tuple[str, str]]) -> list[str]:

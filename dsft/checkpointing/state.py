@@ -8,8 +8,11 @@ from typing import Any
 import yaml
 
 from dsft.errors import UserError
+from dsft.text import visible_text
 
 STATE, CONFIG = "trainer_state.json", "config.yaml"
+COMMAND = "# command: "
+"""How the first line of a run's config.yaml starts; the command that started the run follows."""
 
 
 @dataclass
@@ -73,3 +76,17 @@ def read_flags(checkpoint: Path) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}); choose another checkpoint") from error
     return stored
+
+
+def with_command(config: str, command: str) -> str:
+    """The text of a run's config.yaml: the command on one line, in characters that YAML allows, then the flags."""
+    return f"{COMMAND}{visible_text(' '.join(command.splitlines()))}\n{config}"
+
+
+def read_command(folder: Path) -> str | None:
+    """The command that started a run, or None if its config.yaml does not have it."""
+    try:
+        first, _, _ = (folder / CONFIG).read_text(encoding="utf-8").partition("\n")
+    except (OSError, ValueError):
+        return None
+    return first.removeprefix(COMMAND) if first.startswith(COMMAND) else None

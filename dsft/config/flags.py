@@ -77,3 +77,8 @@ class RowFlags:
     """Longest row in tokens, prompt and response together."""
     truncation: Literal["error", "left", "right", "drop"] = flag("error", run_identity=True)
     """A longer row: error stops, left cuts the prompt's front, right cuts the end, drop leaves the row out."""
+
+    def columns(self) -> tuple[list[str], list[str]]:
+        """The columns that are read, and the flag that names each."""
+        names = ["prompt_key", "response_key"] if self.messages_key is None else ["messages_key"]
+        return [getattr(self, name) for name in names], names

@@ -9,17 +9,13 @@ from dsft.config.flags import CommonFlags, ModelFlags, RowFlags, flag
 from dsft.errors import UserError
 
 OWN_FLAGS = {"sokoban": ("dim_x", "dim_y", "num_boxes", "search_depth"), "frozenlake": ("size", "p", "is_slippery")}
-PLAYERS = ("expert", "random")
+SCRIPTED_PLAYERS = ("expert", "random")
+BASE, TUNED = "base model", "fine-tuned model"
+PLAYERS = (BASE, TUNED, *SCRIPTED_PLAYERS)
+"""Who plays in a pipeline, in the order in which reports show them."""
 ONLY_GAMES = (
-    "levels",
-    "exclude_levels",
-    "max_turns",
-    "max_steps",
-    "max_depth",
-    "transcripts",
-    "style",
-    "history_turns",
-)
+    "levels", "exclude_levels", "max_turns", "max_steps", "max_depth", "transcripts", "style", "history_turns",
+)  # fmt: skip
 ONLY_DIALOGUES = tuple(f.name for f in fields(RowFlags) if f.name != "with_thinking")
 
 
@@ -49,7 +45,7 @@ class EnvironmentFlags:
     """FrozenLake: a move goes to either side of its direction in two of three cases."""
 
     def environment_problems(self) -> list[str]:
-        """What is wrong with these flags; the environment itself judges its sizes."""
+        """What is wrong with these flags; the environment itself checks its sizes."""
         problems = [
             f"{n} must be 1 or more, got {getattr(self, n)}" for n in _below_one(self, "max_steps", "max_depth")
         ]
@@ -117,7 +113,7 @@ class GenerateConfig(PromptFlags, EnvironmentFlags, CommonFlags):
 
 @dataclass(kw_only=True)
 class ValidateConfig(PromptFlags, EnvironmentFlags, RowFlags, ModelFlags, CommonFlags):
-    """Judge a model by playing a game (--env), or by its loss and answers on dialogues (--data)."""
+    """Evaluate a model by playing a game (--env), or by its loss and answers on dialogues (--data)."""
 
     model: str = flag(required=True, section="Model")
     """As in training; or a player without a model: expert (the search itself), random (any action, alike)."""
@@ -153,9 +149,9 @@ class ValidateConfig(PromptFlags, EnvironmentFlags, RowFlags, ModelFlags, Common
         problems = self.environment_problems() + self.prompt_problems()
         if (self.env is None) == (self.data is None):
             problems.insert(0, "name either --env (sokoban or frozenlake) or --data (a parquet of dialogues)")
-        if self.model in PLAYERS and self.data is not None and self.env is None:
+        if self.model in SCRIPTED_PLAYERS and self.data is not None and self.env is None:
             problems.append(f"--model {self.model} plays games only; name --env")
-        if self.model in PLAYERS and self.adapter is not None:
+        if self.model in SCRIPTED_PLAYERS and self.adapter is not None:
             problems.append(f"--model {self.model} has no weights; drop --adapter")
         if self.data is not None and self.messages_key is not None:
             problems.append("--data needs prompt and response columns; it cannot go with messages_key")
@@ -174,7 +170,7 @@ class ValidateConfig(PromptFlags, EnvironmentFlags, RowFlags, ModelFlags, Common
         if self.engine == "vllm" and importlib.util.find_spec("vllm") is None:
             problems.append("--engine vllm needs the package vllm; install it, or drop the flag")
         if Path(self.output).is_dir() or not self.output.endswith(".json"):
-            problems.append(f"output must be the name of a .json file, got {self.output}")
+            problems.append(f"output must be a .json file, got {self.output}")
         if problems:
             raise UserError("\n".join(problems))
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dsft.config.flags import CommonFlags, ModelFlags, flag
-from dsft.config.games import PLAYERS, EnvironmentFlags, GenerateConfig, PromptFlags, ValidateConfig
+from dsft.config.games import SCRIPTED_PLAYERS, EnvironmentFlags, GenerateConfig, PromptFlags, ValidateConfig
 from dsft.config.merge import MergeConfig
 from dsft.config.train import TrainConfig
 from dsft.errors import UserError, did_you_mean
@@ -56,7 +56,7 @@ class PipelineConfig(PromptFlags, EnvironmentFlags, ModelFlags, CommonFlags):
         problems += (self.environment_problems() if self.env else []) + self.prompt_problems()
         if self.nproc < 1:
             problems.append(f"nproc must be 1 or more, got {self.nproc}")
-        if self.model in PLAYERS:
+        if self.model in SCRIPTED_PLAYERS:
             problems.append(f"--model {self.model} plays without weights, so it cannot be trained; name a model")
         if Path(self.output_dir).exists() and not Path(self.output_dir).is_dir():
             problems.append(f"output_dir {self.output_dir} is a file; name a folder")

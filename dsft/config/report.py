@@ -11,23 +11,23 @@ HTML = ".html"
 
 @dataclass(kw_only=True)
 class ReportConfig(CommonFlags):
-    """Tell of one run or of several: one HTML page that needs no network, and the same as Markdown beside it."""
+    """Report on one or more runs: a self-contained HTML page, and the same as Markdown next to it."""
 
     runs: list[str] = flag(required=True, section="Report", lone_word=True)
     """Output folders of runs or pipelines. The flag may be left out: python -m dsft.report OUT OUT2."""
-    judgements: list[str] | None = flag(None)
-    """Reports of dsft.validate (.json), besides those in the folders themselves."""
+    eval_reports: list[str] | None = flag(None)
+    """More reports of dsft.validate (.json); those in the runs' folders are found."""
     samples: int = flag(3)
-    """Prompts of each task whose answers before and after training are shown."""
+    """Prompts per task whose answers before and after training are shown."""
     output: str | None = flag(None)
-    """The HTML file, whose neighbour ends in .md; report.html in the first folder by default. Overwritten."""
+    """The HTML file, with the .md next to it; report.html in the first folder by default. Overwritten."""
 
     def check(self) -> None:
-        """Raise UserError with every problem that can be seen before a folder is read."""
-        problems = [] if self.runs else ["--runs names no folder; name a run's output folder"]
+        """Raise UserError with every problem found before a folder is read."""
+        problems = [] if self.runs else ["--runs is empty; name a run's output folder"]
         if self.samples < 0:
             problems.append(f"samples must be 0 or more, got {self.samples}")
         if self.output is not None and (Path(self.output).suffix != HTML or Path(self.output).is_dir()):
-            problems.append(f"output must be the name of a {HTML} file, got {self.output}")
+            problems.append(f"output must be a {HTML} file, got {self.output}")
         if problems:
             raise UserError("\n".join(problems))

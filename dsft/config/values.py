@@ -153,9 +153,13 @@ def as_words(config: Any) -> list[str]:
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if f.metadata["required"] or value != _default(f):
-            text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-            words += [f"--{f.name}", text]
+            words += [f"--{f.name}", value_text(value)]
     return words
+
+
+def value_text(value: Any) -> str:
+    """A flag's value as it is typed."""
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _default(f: "dataclasses.Field[Any]") -> Any:
@@ -196,4 +200,4 @@ def default_text(f: "dataclasses.Field[Any]") -> str:
     default = _default(f)
     if isinstance(default, dict):
         return "none"
-    return ",".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
+    return value_text(default)

@@ -1,7 +1,7 @@
-"""One row to tokens and a mask: template(prompt) + response + end-of-turn, targets on the last two.
+"""One row as tokens and a loss mask: template(prompt) + response + end-of-turn, of which the last two are targets.
 
-The prompt goes through the tokenizer's chat template; the response is tokenised on its own, so the boundary is
-exact, and the mask comes from lengths, never from token ids (pad and end-of-turn are often the same id).
+The prompt goes through the tokenizer's chat template; the response is tokenized on its own, so the boundary is exact.
+The mask comes from lengths, never from token ids: pad and end-of-turn are often the same id.
 """
 
 from dataclasses import dataclass
@@ -11,8 +11,9 @@ import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dsft.dataset.parquet import Cell
+from dsft.dataset.readers import Cell
 from dsft.errors import UserError
+from dsft.text import one_line
 
 THINK = "<think>"
 PROBE_USER, PROBE_ANSWER = "probequestion", "probeanswer"
@@ -20,7 +21,7 @@ PROBE_USER, PROBE_ANSWER = "probequestion", "probeanswer"
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of a row's text: read only, or to be learned (then an end-of-turn token follows)."""
+    """A part of a row's text: context, or a target (then an end-of-turn token follows)."""
 
     text: str
     is_target: bool
@@ -31,26 +32,24 @@ class ChatFormat:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, with_thinking: bool = False) -> None:
         """Raises:
-        UserError: the tokenizer names no token that could end a turn.
+        UserError: the tokenizer has no token that could end a turn.
         """
         self.tokenizer = tokenizer
         self.with_thinking = with_thinking
         self.has_template = bool(tokenizer.chat_template)
         self.marks: list[str] = []
-        end_text = ""
+        after_answer = ""
         if self.has_template:
             probe = [{"role": "user", "content": PROBE_USER}, {"role": "assistant", "content": PROBE_ANSWER}]
-            rendered = self._render(probe, None, generation=False)
-            before, _, rest = rendered.partition(PROBE_USER)
-            between, _, end_text = rest.partition(PROBE_ANSWER)
-            self.marks = self._own_marks([before, between, end_text])
-        self.end_of_turn = self._find_end_of_turn(end_text)
+            before, _, rest = self._render(probe, None, generation=False).partition(PROBE_USER)
+            between, _, after_answer = rest.partition(PROBE_ANSWER)
+            self.marks = self._own_marks([before, between, after_answer])
+        self.end_of_turn = self._find_end_of_turn(after_answer)
 
-    def _find_end_of_turn(self, text_after_answer: str) -> int:
+    def _find_end_of_turn(self, after_answer: str) -> int:
         """The special token that the template puts after an answer; else the end-of-sequence token."""
-        ids = self.tokenizer(text_after_answer, add_special_tokens=False)["input_ids"] if text_after_answer else []
-        special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.get_added_vocab().values())
-        if ids and ids[0] in special:
+        ids = self.tokenizer(after_answer, add_special_tokens=False)["input_ids"] if after_answer else []
+        if ids and ids[0] in {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}:
             return ids[0]
         if self.tokenizer.eos_token_id is None:
             raise UserError(
@@ -59,53 +58,47 @@ class ChatFormat:
             )
         return self.tokenizer.eos_token_id
 
-    def _own_marks(self, pieces: list[str]) -> list[str]:
-        """What tells that a string was formatted with this template: its special tokens, else its literal text."""
+    def _own_marks(self, texts: list[str]) -> list[str]:
+        """What identifies a string formatted with this template: its special tokens, else its literal text."""
         added = [*self.tokenizer.get_added_vocab(), *self.tokenizer.all_special_tokens]
-        marks = [t for t in dict.fromkeys(added) if t.strip() and any(t in piece for piece in pieces)]
-        return marks or [piece.strip() for piece in pieces if piece.strip()]
+        marks = [token for token in dict.fromkeys(added) if token.strip() and any(token in text for text in texts)]
+        return marks or [text.strip() for text in texts if text.strip()]
 
     def _render(self, messages: list[dict[str, str]], cell: Cell | None, *, generation: bool) -> str:
         try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-            where = f"{cell}: " if cell else ""
-            reason = " ".join(str(error).split()).rstrip(".")
             raise UserError(
-                f"{where}the chat template refuses the messages: {reason}; change the row's roles, or name a --model "
-                "whose template takes them"
+                f"{f'{cell}: ' if cell else ''}the chat template refuses the messages: {one_line(error)}; change the "
+                "row's roles, or name a --model whose template takes them"
             ) from error
         assert isinstance(text, str)
         return text
 
     def prompt_and_response(self, prompt: Any, response: Any, cell: Cell) -> list[Segment]:
-        """A prompt (string, or list of messages) and a response (string, or one message) as segments.
+        """A prompt (a string, or a list of messages) and a response (a string, or one message) as segments.
 
         Raises:
             UserError: values of another kind, with file and row.
         """
         answer = _response_text(response, cell)
         if isinstance(prompt, str):
-            formatted = any(mark in prompt for mark in self.marks)
-            if not self.has_template or formatted:
-                text = prompt
-            else:
+            text = prompt
+            if self.has_template and not any(mark in prompt for mark in self.marks):  # else formatted already
                 text = self._render([{"role": "user", "content": prompt}], cell, generation=True)
-        else:
-            if not self.has_template:
-                raise UserError(
-                    f"{cell}: the prompt is a list of messages, but the tokenizer has no chat template; write prompts "
-                    "as strings, or name a --model with a template"
-                )
+        elif self.has_template:
             text = self._render(_messages(prompt, "prompt", cell), cell, generation=True)
+        else:
+            raise UserError(
+                f"{cell}: the prompt is a list of messages, but the tokenizer has no chat template; write prompts "
+                "as strings, or name a --model with a template"
+            )
         if self.with_thinking:
             if not text.rstrip().endswith(THINK):
                 text += THINK
             answer = answer.lstrip().removeprefix(THINK)
         if not text:
-            raise UserError(
-                f"{cell}: the prompt is empty, so the response's first token has nothing to follow; leave the row out"
-            )
+            raise UserError(f"{cell}: the prompt is empty, so nothing predicts the first response token; drop the row")
         return [Segment(text, False), Segment(answer, True)]
 
     def conversation(self, messages: Any, cell: Cell) -> list[Segment]:
@@ -117,7 +110,7 @@ class ChatFormat:
         turns = _messages(messages, "conversation", cell)
         if not self.has_template:
             raise UserError(
-                f"{cell}: --messages_key needs a tokenizer with a chat template; name a --model with one, or give "
+                f"{cell}: --messages_key needs a tokenizer with a chat template; name a --model with one, or use "
                 "prompt and response columns"
             )
         end = str(self.tokenizer.convert_ids_to_tokens(self.end_of_turn))
@@ -129,23 +122,23 @@ class ChatFormat:
             history = self._render(turns[:index], cell, generation=True) if index else ""
             if not history.startswith(so_far) or not history:
                 raise UserError(
-                    f"{cell}: the chat template does not repeat the turns before turn {index} as they were "
-                    "(it may strip thinking, or need a user turn first); give one row a turn with prompt and response"
+                    f"{cell}: the chat template changes the turns before turn {index} (it may strip thinking, or need "
+                    "a user turn first); write one row per turn, with prompt and response"
                 )
             segments += [Segment(history[len(so_far) :], False), Segment(turn["content"], True)]
             so_far = history + turn["content"] + end
         if not segments:
-            raise UserError(f"{cell}: the conversation has no assistant turn, so nothing to learn; leave the row out")
+            raise UserError(f"{cell}: the conversation has no assistant turn, so there is no target; drop the row")
         return segments
 
     def tokenize(self, rows: list[list[Segment]]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Rows of segments as (token ids int32 [length], is-target bool [length]), in one call to the tokenizer."""
-        plain = [segment.text for row in rows for segment in row]
-        encoded = iter(self.tokenizer(plain, add_special_tokens=False)["input_ids"])
+        texts = [segment.text for row in rows for segment in row]
+        encoded = iter(self.tokenizer(texts, add_special_tokens=False)["input_ids"])
+        start = [] if self.has_template else self._start_of_text()
         result = []
         for row in rows:
-            ids: list[int] = [] if self.has_template else self._start_of_text()
-            mask = [False] * len(ids)
+            ids, mask = list(start), [False] * len(start)
             for segment in row:
                 tokens = list(next(encoded)) + ([self.end_of_turn] if segment.is_target else [])
                 ids += tokens

@@ -1,70 +1,33 @@
-"""Tokenised rows: made once on a machine, kept in the cache folder, mapped into memory by every rank."""
+"""Tokenized rows: made once per machine, kept in the cache folder, and memory-mapped by every rank."""
 
 import copy
 import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dsft.cache import build_once
+from dsft.config.flags import RowFlags
 from dsft.dataset.chat_format import ChatFormat, Segment
 from dsft.dataset.folding import find_dialogues, sort_rows
-from dsft.dataset.parquet import Cell, find_files, read_columns, read_field, walk
+from dsft.dataset.readers import Cell, find_files, read_columns, read_field, walk
 from dsft.errors import UserError
-
-if TYPE_CHECKING:
-    from dsft.config.flags import RowFlags
 
 CACHE_FORMAT = 3  # raise it when the same input would give other files
 LEVEL_COLUMN, LEVEL_FIELD = "extra_info", "level"  # where dsft.generate writes it
-LEVEL_ID = re.compile("[0-9a-f]{16}")  # other sets have a level there too, and mean a difficulty
-Truncation = Literal["error", "left", "right", "drop"]
-
-
-@dataclass(frozen=True)
-class DataFormat:
-    """Where a row's text stands in the parquet, and how long it may be."""
-
-    prompt_key: str = "prompt"
-    response_key: str = "response"
-    messages_key: str | None = None
-    prompt_dict_keys: tuple[str, ...] = ()
-    response_dict_keys: tuple[str, ...] = ()
-    with_thinking: bool = False
-    max_length: int = 2048
-    truncation: Truncation = "error"
-
-    @classmethod
-    def from_flags(cls, flags: "RowFlags") -> "DataFormat":
-        """As the flags say."""
-        return cls(
-            flags.prompt_key,
-            flags.response_key,
-            flags.messages_key,
-            tuple(flags.prompt_dict_keys or ()),
-            tuple(flags.response_dict_keys or ()),
-            flags.with_thinking,
-            flags.max_length,
-            flags.truncation,
-        )
-
-    def columns(self) -> tuple[list[str], list[str]]:
-        """The columns that are read, and the flag that names each."""
-        if self.messages_key is not None:
-            return [self.messages_key], ["messages_key"]
-        return [self.prompt_key, self.response_key], ["prompt_key", "response_key"]
+LEVEL_ID = re.compile("[0-9a-f]{16}")  # other datasets have a level there too, and mean a difficulty
 
 
 @dataclass
 class Counts:
-    """What became of the rows."""
+    """How many rows and tokens there are, and what truncation cost."""
 
     rows: int = 0
     tokens: int = 0
@@ -75,7 +38,7 @@ class Counts:
     tokens_dropped: int = 0
 
     def losses(self) -> str:
-        """What truncation cost, in words; empty where it cost nothing."""
+        """What truncation cost, in words; empty if nothing."""
         parts = []
         if self.rows_cut:
             parts.append(f"{self.rows_cut} rows cut by {self.tokens_cut} tokens")
@@ -85,22 +48,22 @@ class Counts:
 
 
 class TokenDataset:
-    """Rows of token ids and target masks, read from memory-mapped files.
+    """Rows of token ids and loss masks in memory-mapped files.
 
-    tokens: int32 [all tokens], is_target: bool [all tokens]; what truncation cut from a row's front stands there too
-    starts, ends: int64 [rows], where a row's own tokens stand in them
+    tokens: int32 [all tokens], is_target: bool [all tokens]; including what truncation cut from the front of a row
+    starts, ends: int64 [rows], range of a row's own tokens in them
     targets: int64 [rows]
-    sorted_place: int64 [rows], grows along rows that are sorted by their tokens: neighbours share beginnings
+    sorted_place: int64 [rows], ascending along rows sorted by their tokens: neighbours share prefixes
     dialogue: int64 [rows], the same number for rows of one dialogue, see dsft.dataset.folding.find_dialogues; of rows
-        as they were before truncation cut their fronts. Numbers grow along rows sorted by their tokens.
+        before truncation cut their front. Numbers ascend along rows sorted by their tokens.
 
-    What only the search for leaks reads, mapped as well:
+    For the search for leaks:
 
-    cut: int64 [rows], tokens that truncation took
-    prompt_starts, prompt_ends: int64 [rows], where the prompt stands in `tokens`, its cut front included
+    cut: int64 [rows], tokens removed by truncation
+    prompt_starts, prompt_ends: int64 [rows], range of the prompt in `tokens`, including what was cut from its front
     row_hash, prompt_hash: uint64 [rows], of tokens and mask, and of the prompt
-    level: uint64 [rows], the environment level of rows that dsft.generate has made; 0 where there is none
-    source: int64 [rows, 2], index of the file among `files`, row in it
+    level: uint64 [rows], the environment's level of rows written by dsft.generate; otherwise 0
+    source: int64 [rows, 2], index into `files`, row in that file
     """
 
     starts: np.ndarray
@@ -118,15 +81,16 @@ class TokenDataset:
 
     def __init__(self, folder: Path, files: Sequence[Path] = ()) -> None:
         """Args:
-        folder: what `save_rows` has filled.
-        files: that the rows come from, for `place`.
+        folder: filled by `save_rows`.
+        files: where the rows come from, for `place`.
         """
-        self.tokens = np.load(folder / "tokens.npy", mmap_mode="r")
-        self.is_target = np.load(folder / "is_target.npy", mmap_mode="r")
-        for name in READ_ARRAYS:
-            setattr(self, name, np.load(folder / f"{name}.npy"))
-        for name in MAPPED_ARRAYS:
-            setattr(self, name, np.load(folder / f"{name}.npy", mmap_mode="r"))
+
+        def load(name: str) -> np.ndarray:
+            return np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))  # a plain view: indexing it is faster
+
+        self.tokens, self.is_target = load("tokens"), load("is_target")
+        for name in PER_ROW:
+            setattr(self, name, load(name))
         self.counts = Counts(**json.loads((folder / "counts.json").read_text(encoding="utf-8")))
         self.fingerprint = folder.name
         self.files = [str(file) for file in files]
@@ -141,23 +105,23 @@ class TokenDataset:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens in each row, int64 [rows]."""
+        """Tokens per row, int64 [rows]."""
         return self.ends - self.starts
 
     def prompt(self, row: int) -> np.ndarray:
-        """Tokens before a row's first target, as they were before truncation: int32 [length]."""
+        """Tokens before a row's first target, before truncation: int32 [length]."""
         return self.tokens[self.prompt_starts[row] : self.prompt_ends[row]]
 
     def place(self, row: int) -> str:
-        """Where a row comes from: file and row in it; its index where the file is not known."""
+        """Where a row comes from: file and row in it, or its index if the file is unknown."""
         file, row_in_file = self.source[row].tolist()
         return str(Cell(self.files[file], row_in_file)) if self.files else f"row {row}"
 
     def subset(self, rows: np.ndarray) -> "TokenDataset":
-        """Some of the rows, read from the same mapped files.
+        """Some of the rows, from the same mapped files.
 
-        Rows that truncation dropped are no dialogue's, so they stay in the counts. The fingerprint follows from that of
-        this dataset and the rows; where those are all of them, it stays.
+        Rows dropped by truncation belong to no dialogue, so they stay in the counts. The fingerprint follows from that
+        of this dataset and the rows; if those are all of them, it stays.
 
         Args:
             rows: int64 [rows], ascending, of whole dialogues: what a dialogue is depends on all its rows.
@@ -165,7 +129,7 @@ class TokenDataset:
         if len(rows) == len(self):
             return self
         chosen = copy.copy(self)
-        for name in (*READ_ARRAYS, *MAPPED_ARRAYS):
+        for name in PER_ROW:
             setattr(chosen, name, getattr(self, name)[rows])
         assert np.isin(self.dialogue, chosen.dialogue).sum() == len(rows)
         chosen.counts = replace(
@@ -180,18 +144,17 @@ class TokenDataset:
         return chosen
 
     def without(self, rows: np.ndarray) -> "TokenDataset":
-        """All but some rows; see `subset`."""
+        """All rows but some; see `subset`."""
         return self.subset(np.setdiff1d(np.arange(len(self)), rows))
 
 
-READ_ARRAYS = ("starts", "ends", "targets", "sorted_place", "dialogue")
-MAPPED_ARRAYS = ("cut", "prompt_starts", "prompt_ends", "row_hash", "prompt_hash", "level", "source")
+PER_ROW = tuple(TokenDataset.__annotations__)
 
 
 class Row(NamedTuple):
-    """A row on its way to the files of a TokenDataset; see there.
+    """A row about to be saved; see TokenDataset.
 
-    front: int32 [length], what truncation took before `tokens`
+    front: int32 [length], what truncation removed before `tokens`
     """
 
     tokens: np.ndarray
@@ -205,10 +168,8 @@ class Row(NamedTuple):
 def save_rows(folder: Path, rows: Sequence[Row], counts: Counts) -> None:
     """Write the files of a TokenDataset; `counts` has what truncation cost, the rest is counted here."""
     fronts = np.array([len(row.front) for row in rows], np.int64)
-    whole, masks = [row.tokens for row in rows], [row.is_target for row in rows]
-    for i in np.flatnonzero(fronts).tolist():
-        whole[i] = np.concatenate([rows[i].front, whole[i]])
-        masks[i] = np.concatenate([np.zeros(fronts[i], bool), masks[i]])
+    whole = [np.concatenate([row.front, row.tokens]) if len(row.front) else row.tokens for row in rows]
+    masks = [np.concatenate([np.zeros(len(row.front), bool), row.is_target]) for row in rows]
     bounds = np.cumsum([0, *map(len, whole)], dtype=np.int64)
     prompts = np.array([max(1, np.argmax(mask)) for mask in masks], np.int64)
     order = whole_order = sort_rows([row.tokens for row in rows])
@@ -238,14 +199,12 @@ def save_rows(folder: Path, rows: Sequence[Row], counts: Counts) -> None:
 
 
 def _hash(*arrays: np.ndarray) -> int:
-    digest = hashlib.blake2b(digest_size=8)
-    for array in arrays:
-        digest.update(array.tobytes())
+    digest = hashlib.blake2b(b"".join(array.tobytes() for array in arrays), digest_size=8)
     return int.from_bytes(digest.digest())
 
 
 def count_targets(is_target: np.ndarray) -> int:
-    """Targets in one row's mask (bool [length]). A row's first token is predicted by nothing, so never counts."""
+    """Targets in one row's mask (bool [length]). A row's first token is never predicted, so it does not count."""
     return int(np.count_nonzero(is_target[1:]))
 
 
@@ -253,35 +212,33 @@ def load_dataset(
     names: Sequence[str],
     flag: str,
     tokenizer: PreTrainedTokenizerBase,
-    data_format: DataFormat,
+    flags: RowFlags,
     *,
     max_rows: int | None = None,
     show_progress: bool = False,
 ) -> TokenDataset:
-    """The tokenised rows of parquet files, from the cache or made now.
+    """The tokenized rows of files, from the cache if possible.
 
     Args:
-        names: files, globs or folders, as the flag gave them.
+        names: files, globs or folders, as given by the flag.
         flag: the flag's name, for messages.
         tokenizer: of the model.
-        data_format: columns, thinking, length and truncation.
+        flags: columns, thinking, length and truncation.
         max_rows: the first N rows only.
-        show_progress: draw a bar where the output is a terminal.
+        show_progress: draw a progress bar if the output is a terminal.
 
     Raises:
-        UserError: for every fault in the files or their rows, with file and row.
+        UserError: a fault in the files or their rows, with file and row.
     """
     files = find_files(names, flag)
-    key = _cache_key(files, tokenizer, data_format, max_rows)
+    key = _cache_key(files, tokenizer, flags, max_rows)
     folder = build_once(
-        f"tokens/{key}", lambda target: _tokenize_files(target, files, tokenizer, data_format, max_rows, show_progress)
+        f"tokens/{key}", lambda target: _tokenize_files(target, files, tokenizer, flags, max_rows, show_progress)
     )
     return TokenDataset(folder, files)
 
 
-def _cache_key(
-    files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, data_format: DataFormat, max_rows: int | None
-) -> str:
+def _cache_key(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, flags: RowFlags, max_rows: int | None) -> str:
     digest = hashlib.sha256()
     for file in files:
         try:
@@ -289,7 +246,9 @@ def _cache_key(
                 digest.update(hashlib.file_digest(handle, "sha256").digest())
         except OSError as error:
             raise UserError(f"{file} cannot be read: {error.strerror}; make it readable, or name another") from error
-    parts = [CACHE_FORMAT, asdict(data_format), max_rows, tokenizer_fingerprint(tokenizer)]
+    settings = {field.name: getattr(flags, field.name) for field in fields(RowFlags)}
+    settings |= {name: list(settings[name] or ()) for name in ("prompt_dict_keys", "response_dict_keys")}
+    parts = [CACHE_FORMAT, settings, max_rows, tokenizer_fingerprint(tokenizer)]
     digest.update(json.dumps(parts, sort_keys=True).encode())
     return digest.hexdigest()[:32]
 
@@ -306,31 +265,28 @@ def _tokenize_files(
     folder: Path,
     files: Sequence[Path],
     tokenizer: PreTrainedTokenizerBase,
-    data_format: DataFormat,
+    flags: RowFlags,
     max_rows: int | None,
     show_progress: bool,
 ) -> None:
-    chat_format = ChatFormat(tokenizer, with_thinking=data_format.with_thinking)
-    columns, flags = data_format.columns()
-    counts = Counts()
-    kept_rows: list[Row] = []
+    chat_format = ChatFormat(tokenizer, with_thinking=flags.with_thinking)
+    counts, kept_rows = Counts(), []
     index = {str(file): i for i, file in enumerate(files)}
     levels = read_field(files, LEVEL_COLUMN, LEVEL_FIELD)
-    bar = tqdm(unit=" rows", desc="tokenising", disable=None if show_progress else True)
-    with bar:
-        for rows in read_columns(files, columns, flags, max_rows):
-            segments = [row_segments(cells, cell, chat_format, data_format) for cell, cells in rows]
+    with tqdm(unit=" rows", desc="tokenizing", disable=None if show_progress else True) as bar:
+        for rows in read_columns(files, *flags.columns(), max_rows):
+            segments = [row_segments(cells, cell, chat_format, flags) for cell, cells in rows]
             for (cell, _), row in zip(rows, chat_format.tokenize(segments), strict=True):
-                kept, level = fit(*row, cell, data_format, counts), _level_number(next(levels))
+                kept, level = truncate_row(*row, cell, flags, counts), _level_number(next(levels))
                 if kept is not None:
                     cut = len(row[0]) - len(kept[0])
-                    front = row[0][: cut if data_format.truncation == "left" else 0]
+                    front = row[0][: cut if flags.truncation == "left" else 0]
                     kept_rows.append(Row(*kept, front, cut, level, (index[cell.file], cell.row)))
             bar.update(len(rows))
     if not kept_rows:
         raise UserError(
             f"no row of {', '.join(map(str, files))} is left: {counts.losses()}; raise max_length "
-            f"({data_format.max_length}) or change truncation ({data_format.truncation})"
+            f"({flags.max_length}) or change truncation ({flags.truncation})"
         )
     save_rows(folder, kept_rows, counts)
 
@@ -340,46 +296,44 @@ def _level_number(level: Any) -> int:
     return int(level, 16) if isinstance(level, str) and LEVEL_ID.fullmatch(level) else 0
 
 
-def row_segments(cells: tuple, cell: Cell, chat_format: ChatFormat, data_format: DataFormat) -> list[Segment]:
-    """What a row of the columns read becomes, before it is tokenised.
+def row_segments(cells: tuple, cell: Cell, chat_format: ChatFormat, flags: RowFlags) -> list[Segment]:
+    """The text of a row, given the values of its columns.
 
     Raises:
         UserError: values of another kind than the flags say, with file and row.
     """
-    if data_format.messages_key is not None:
-        messages = walk(cells[0], data_format.prompt_dict_keys, cell, data_format.messages_key)
-        return chat_format.conversation(messages, cell)
-    prompt = walk(cells[0], data_format.prompt_dict_keys, cell, data_format.prompt_key)
-    response = walk(cells[1], data_format.response_dict_keys, cell, data_format.response_key)
+    if flags.messages_key is not None:
+        return chat_format.conversation(walk(cells[0], flags.prompt_dict_keys, cell, flags.messages_key), cell)
+    prompt = walk(cells[0], flags.prompt_dict_keys, cell, flags.prompt_key)
+    response = walk(cells[1], flags.response_dict_keys, cell, flags.response_key)
     return chat_format.prompt_and_response(prompt, response, cell)
 
 
-def fit(
-    tokens: np.ndarray, is_target: np.ndarray, cell: Cell, data_format: DataFormat, counts: Counts
+def truncate_row(
+    tokens: np.ndarray, is_target: np.ndarray, cell: Cell, flags: RowFlags, counts: Counts
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """One row within max_length, or None where the row is dropped; `counts` is told what that cost.
+    """Tokens and mask within max_length, or None if the row is dropped; what that costs is added to `counts`.
 
     Raises:
         UserError: the row is too long, and nothing may be cut.
     """
-    surplus = len(tokens) - data_format.max_length
-    if surplus > 0:
-        if data_format.truncation == "error":
-            raise UserError(
-                f"{cell} has {len(tokens)} tokens, max_length is {data_format.max_length}; raise --max_length, "
-                "or choose --truncation left, right or drop"
-            )
-        if data_format.truncation == "right":
-            kept = slice(0, data_format.max_length)
-        elif data_format.truncation == "left" and surplus < np.argmax(is_target):
-            kept = slice(surplus, None)  # at least one token stays before the first target: it predicts it
-        else:
-            kept = slice(0, 0)
-        if not is_target[kept][1:].any():
-            counts.rows_dropped += 1
-            counts.tokens_dropped += len(tokens)
-            return None
-        counts.rows_cut += 1
-        counts.tokens_cut += surplus
-        tokens, is_target = tokens[kept], is_target[kept]
-    return tokens, is_target
+    surplus = len(tokens) - flags.max_length
+    if surplus <= 0:
+        return tokens, is_target
+    if flags.truncation == "error":
+        raise UserError(
+            f"{cell} has {len(tokens)} tokens, max_length is {flags.max_length}; raise --max_length, "
+            "or choose --truncation left, right or drop"
+        )
+    kept = slice(0)
+    if flags.truncation == "right":
+        kept = slice(flags.max_length)
+    elif flags.truncation == "left" and surplus < np.argmax(is_target):
+        kept = slice(surplus, None)  # a token stays before the first target, to predict it
+    if not is_target[kept][1:].any():
+        counts.rows_dropped += 1
+        counts.tokens_dropped += len(tokens)
+        return None
+    counts.rows_cut += 1
+    counts.tokens_cut += surplus
+    return tokens[kept], is_target[kept]

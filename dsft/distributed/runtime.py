@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -212,6 +212,16 @@ def together(work: Callable[[], Result]) -> Result:
     if error is not None:
         raise error
     return result  # type: ignore[return-value]
+
+
+def fail_together(message: str) -> NoReturn:
+    """Raise a UserError that all ranks have at the same place, so that one of them prints it."""
+
+    def fail() -> NoReturn:
+        raise UserError(message)
+
+    together(fail)
+    raise AssertionError
 
 
 def on_first_local_rank(world: World, work: Callable[[], Result]) -> Result:

@@ -216,7 +216,7 @@ def _different_levels(episodes: Iterator[Episode], report: Report, config: Gener
         if episode.seed - last >= SEEDS_WITHOUT_NEW_LEVEL:
             raise UserError(
                 f"only {len(seen)} different levels were solved in {report.episodes_played} episodes, {wanted} are "
-                f"wanted; lower --train_size or --test_size, or let --env {config.env} be larger"
+                f"wanted; lower --train_size or --test_size, or make the levels of --env {config.env} larger"
             )
 
 

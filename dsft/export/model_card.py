@@ -1,8 +1,9 @@
-"""The card of a merged model, README.md in the Hub's format: where it comes from, how it was made, what it reaches."""
+"""The model card of a merged model (README.md in the Hub's format): base model, training, results."""
 
 import json
 import math
 import re
+import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -14,41 +15,38 @@ from huggingface_hub.constants import REPOCARD_NAME
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from dsft.checkpointing.state import TrainerState, read_flags, read_state
+from dsft.checkpointing.state import TrainerState, read_command, read_flags, read_state
+from dsft.config.games import TUNED
+from dsft.config.values import value_text
 from dsft.errors import UserError
 from dsft.files import write_text
 from dsft.model.embedded import HUB_NAME, LICENSE
 from dsft.model.embedded import NAME as EMBEDDED
-from dsft.reporting.document import Block, Document, Heading, Lines, Mono, Table, Text
-from dsft.reporting.eval_reports import TUNED, Judgement, tables
-from dsft.reporting.markdown import as_markdown, blocks_as_markdown
-from dsft.reporting.runs import listed, training_command
+from dsft.reporting.document import Block, Mono, as_markdown, fenced, heading, paragraph, table
+from dsft.reporting.eval_reports import EvalReport, result_tables
 
 HYPERPARAMETERS = (
     "lora_rank", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "lr", "betas",
     "weight_decay", "warmup_ratio", "schedule", "min_lr_ratio", "clip_grad", "train_batch_size", "max_length",
     "truncation", "fold", "total_epochs", "seed", "dtype",
 )  # fmt: skip
-PLAYED = "## Results: "
-COMMAND = "The training command, with the names of files and folders where their whole paths were given:"
+RESULTS = "## Results: "
+COMMAND = "The training command; absolute paths are shortened to their last name:"
 
 
 def model_card(checkpoint: Path, base_name: str, base_path: str, *, name: str, place: str, dtype: str) -> ModelCard:
-    """The card of a LoRA checkpoint merged into its base.
+    """The card of a LoRA checkpoint merged into its base. It says less if the checkpoint's own files say less.
 
     Args:
         checkpoint: that was merged.
         base_name: of the base, as the adapter names it.
-        base_path: where the base was loaded from: its folder, or its name on the Hub.
+        base_path: the base's local folder, or its name on the Hub.
         name: of the merged model.
         place: what from_pretrained takes to load it.
         dtype: of the merged weights.
-
-    Returns:
-        A card whose metadata huggingface_hub reads back. It says less where the checkpoint's own files say less.
     """
     base, licence = _lineage(base_name, base_path)
-    flags, state = _origin(checkpoint)
+    flags, state, command = _origin(checkpoint)
     losses = _losses(flags, state)
     fields = licence | ({"base_model_relation": "finetune"} if base else {})
     data = ModelCardData(
@@ -61,57 +59,60 @@ def model_card(checkpoint: Path, base_name: str, base_path: str, *, name: str, p
         **fields,
     )
     blocks: list[Block] = [
-        Text(
+        heading(1, name),
+        paragraph(
             f"{flags.get('model', _public(base_name))}, fine-tuned with LoRA by dsft and merged: the adapter of "
             f"{checkpoint.name} is added to the base model's weights, which are {dtype.removeprefix('torch.')} here."
         ),
-        Text(_licence_words(licence)),
-        Heading(2, "Use"),
-        Lines(
+        paragraph(_licence_words(licence)),
+        heading(2, "Use"),
+        fenced(
             "from transformers import pipeline\n\n"
             f"generate = pipeline('text-generation', model={place!r})\n"
             "generate([{'role': 'user', 'content': '…'}])",
             "python",
         ),
-        Heading(2, "Training"),
-        *_training(flags, state),
+        heading(2, "Training"),
+        *_training(flags, state, command),
     ]
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{as_markdown(Document(name, blocks))}")
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{as_markdown(blocks)}")
 
 
 def name_of(folder: Path) -> str:
-    """What a merged model is called that has no repository: after its folder, or what that is the merged model of."""
+    """The name of a merged model without a repository: its folder's, or its run's for a folder called merged."""
     folder = folder.resolve()
     return folder.parent.name if folder.name == "merged" else folder.name
 
 
-def add_results(folder: Path, judgements: Sequence[Judgement]) -> None:
-    """Add what a merged model has reached to its card; what was added before is replaced.
+def add_results(folder: Path, eval_reports: Sequence[EvalReport]) -> None:
+    """Add evaluation results to a merged model's card, in place of earlier ones.
 
     Args:
         folder: of the merged model.
-        judgements: of this model, of others beside it.
+        eval_reports: of this model and those it is compared with.
     """
     path = folder / REPOCARD_NAME
-    if not path.is_file() or not judgements:
+    if not path.is_file() or not eval_reports:
         return
     card = ModelCard.load(path)
-    judgements = [
-        replace(j, player=_public(j.player), report=j.report | {"settings": _public(j.report["settings"])})
-        for j in judgements
+    reports = [
+        replace(
+            report, model=_public(report.model), values=report.values | {"settings": _public(report.values["settings"])}
+        )
+        for report in eval_reports
     ]
-    own = [result for j in judgements if j.player == TUNED for result in _reached(j)]
+    own = [result for report in reports if report.model == TUNED for result in _results(report)]
     kept = [r for r in card.data.eval_results or [] if r.dataset_type not in {result.dataset_type for result in own}]
     if own:
         card.data.eval_results = [*kept, *own]
         card.data.model_name = card.data.model_name or name_of(folder)
-    text = card.text.partition(f"\n{PLAYED}")[0].rstrip("\n")
-    card.text = f"{text}\n\n{blocks_as_markdown(tables(judgements, several=False))}"
+    text = card.text.partition(f"\n{RESULTS}")[0].rstrip("\n")
+    card.text = f"{text}\n\n{as_markdown(result_tables(reports, several=False))}"
     write_text(path, str(card))
 
 
 def _public(value: Any) -> Any:
-    """A flag's value as others may read it: of paths that tell where this machine keeps its files, the last name."""
+    """A value without this machine's folders: of absolute paths, the last name."""
     if isinstance(value, dict):
         return {name: _public(inner) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -122,9 +123,9 @@ def _public(value: Any) -> Any:
 
 
 def _lineage(base_name: str, base_path: str) -> tuple[str | None, dict[str, Any]]:
-    """The base's name on the Hub, and the licence fields, as far as its own card or name says them.
+    """The base's name on the Hub, and the licence fields of its card.
 
-    A base in a local folder has no name there; what its card names as its base is the closest model that has one.
+    A base in a local folder has no name on the Hub; then it is the base that its own card names.
     """
     if base_name == EMBEDDED:
         return HUB_NAME, {"license": LICENSE}
@@ -155,46 +156,46 @@ def _card_of(base_path: str) -> dict[str, Any]:
 
 
 def _licence_words(licence: dict[str, Any]) -> str:
-    name = listed(licence["license"])
+    name = value_text(licence["license"])
     if name == "unknown":
-        return "Licence: unknown. The base model comes without a card that names one; look before you pass this on."
-    return f"Licence: {licence.get('license_name', name)}, as the base model's card says."
+        return "Licence: unknown. The base model has no card that names one; check before you share this model."
+    return f"Licence: {licence.get('license_name', name)}, according to the base model's card."
 
 
-def _origin(checkpoint: Path) -> tuple[dict[str, Any], TrainerState | None]:
-    """Public flags and state of the run; an adapter that is no checkpoint of dsft has neither."""
+def _origin(checkpoint: Path) -> tuple[dict[str, Any], TrainerState | None, str | None]:
+    """Public flags, state and command of the run; an adapter that is not a checkpoint of dsft has none."""
     flags: dict[str, Any] = {}
-    state = None
+    state = command = None
     with suppress(UserError):
         flags = _public(read_flags(checkpoint))
     with suppress(UserError):
         state = read_state(checkpoint)
-    return flags, state
+    with suppress(ValueError):  # somebody has edited it
+        command = _public_command(read_command(checkpoint.resolve().parent) or "")
+    return flags, state, command
 
 
-def _training(flags: dict[str, Any], state: TrainerState | None) -> list[Block]:
-    blocks: list[Block] = []
-    rows = [(Mono(name), Mono(listed(flags[name]))) for name in HYPERPARAMETERS if flags.get(name) is not None]
+def _public_command(command: str) -> str:
+    """A command whose words name none of this machine's folders, alone, after a flag's = or in a list."""
+    words = [re.split(r"([=,'\"\[\](){}]+\s*)", word) for word in shlex.split(command)]
+    return shlex.join("".join(map(_public, parts)) for parts in words)
+
+
+def _training(flags: dict[str, Any], state: TrainerState | None, command: str | None) -> list[Block]:
+    rows = [(name, value_text(flags[name])) for name in HYPERPARAMETERS if flags.get(name) is not None]
     if state is not None:
-        val_loss = "none" if state.val_loss is None else f"{state.val_loss:.6f}"
         rows += [
-            (Mono("steps"), Mono(f"{state.step} of {state.total_steps}, {state.epoch:.4g} epochs")),
-            (Mono("backend"), Mono(f"{state.backend}, ranks: {state.world_size}")),
-            (Mono("val/loss"), Mono(val_loss)),
-            (Mono("versions"), Mono(", ".join(f"{key} {value}" for key, value in state.versions.items()))),
+            ("steps", f"{state.step} of {state.total_steps}, {state.epoch:.4g} epochs"),
+            ("backend", f"{state.backend}, ranks: {state.world_size}"),
+            ("val/loss", "none" if state.val_loss is None else f"{state.val_loss:.6f}"),
+            ("versions", ", ".join(f"{key} {value}" for key, value in state.versions.items())),
         ]
-    if rows:
-        blocks.append(Table(("setting", "value"), rows))
-    files = listed(flags.get("train_files") or [])
+    blocks: list[Block] = [table(("setting", "value"), [tuple(map(Mono, row)) for row in rows])] if rows else []
     if state is not None:
-        blocks.append(
-            Text(f"Rows: {files or 'unknown'}; fingerprint of the tokenised rows: {state.data}. The loss is the mean "
-                 "negative log-likelihood of a token of the responses.")
-        )  # fmt: skip
-    command = training_command(flags, state.world_size if state is not None else 1) if flags else None
-    if command:
-        blocks += [Text(COMMAND), Lines(command, "bash")]
-    return blocks
+        files = value_text(flags.get("train_files") or "unknown")
+        loss_text = "The loss is the mean negative log-likelihood per response token."
+        blocks.append(paragraph(f"Rows: {files}; fingerprint of the tokenised rows: {state.data}. {loss_text}"))
+    return blocks + ([paragraph(COMMAND), fenced(command, "bash")] if command else [])
 
 
 def _losses(flags: dict[str, Any], state: TrainerState | None) -> list[EvalResult] | None:
@@ -207,20 +208,20 @@ def _losses(flags: dict[str, Any], state: TrainerState | None) -> list[EvalResul
     return [_result(", ".join(files), "validation", *value) for value in values]
 
 
-def _reached(judgement: Judgement) -> list[EvalResult]:
-    report = judgement.report
-    if judgement.is_game:
-        interval = " to ".join(f"{bound:.4f}" for bound in report["success_interval"])
-        name = f"Success rate, {report['episodes']} levels, 95 % interval {interval}"
-        return [_result(judgement.task, "levels of other seeds", "success_rate", name, report["success_rate"])]
-    values = [("well_formed_rate", "Well formed answers", report["well_formed_rate"])]
-    if isinstance(report["val/loss"], float) and math.isfinite(report["val/loss"]):
-        values.insert(0, ("loss", "Loss", report["val/loss"]))
-    return [_result(Path(judgement.task).stem, "test", *value) for value in values]
+def _results(report: EvalReport) -> list[EvalResult]:
+    values = report.values
+    if report.is_game:
+        interval = " to ".join(f"{bound:.4f}" for bound in values["success_interval"])
+        name = f"Success rate, {values['episodes']} levels, 95 % interval {interval}"
+        return [_result(report.task, "levels of other seeds", "success_rate", name, values["success_rate"])]
+    figures = [("well_formed_rate", "Well formed answers", values["well_formed_rate"])]
+    if isinstance(values["val/loss"], float) and math.isfinite(values["val/loss"]):
+        figures.insert(0, ("loss", "Loss", values["val/loss"]))
+    return [_result(Path(report.task).stem, "test", *figure) for figure in figures]
 
 
 def _result(dataset: str, split: str, kind: str, name: str, value: float) -> EvalResult:
-    """One figure, as the Hub's model-index has it. A dataset's type is its id there, which a local file has not."""
+    """One figure for the Hub's model-index. A dataset's type is its id on the Hub; local data gets a slug."""
     slug = re.sub(r"[^a-z0-9]+", "-", dataset.lower()).strip("-") or "local"
     return EvalResult(
         task_type="text-generation",

@@ -22,13 +22,14 @@ from dsft.dataset.batches import GlobalBatches
 from dsft.dataset.folding import fold
 from dsft.dataset.micro_batches import MicroBatch, MicroBatches, Plan, packed
 from dsft.distributed import runtime
+from dsft.errors import UserError
 from dsft.loss import TargetHead, summed_loss
 from dsft.model import tree_attention
 from dsft.model.lora import LoraOptions, add_lora
 from dsft.planning.activations import ActivationMemory, AllocationTrace, recompute_layers
 from dsft.planning.heap import heap_peaks
+from dsft.units import GIB
 
-GIB = 2**30
 PASSES = 2  # played to malloc
 HEAP_GROWTH = 1.3  # by further passes, whose objects that outlive them spoil holes; 1.1 to 1.8 measured
 WITHIN = 0.15  # relative error of a prediction, see docs/benchmarks.md
@@ -216,7 +217,7 @@ def _unpadded(batch: MicroBatch) -> MicroBatch:
     """Padded rows as a packed row of the same size."""
     count, length = batch.input_ids.shape
     made = chains([length] * count, 1)
-    made.positions, made.labels, made.weights = batch.positions, batch.labels, batch.weights
+    made.logit_positions, made.labels, made.loss_weights = batch.logit_positions, batch.labels, batch.loss_weights
     return made
 
 
@@ -241,7 +242,7 @@ def longest_micro_batch(
         for rank in plan.parts:
             for place, part in enumerate(rank):
                 batch = micro_batches.make(part)
-                size = (batch.input_ids.numel(), len(batch.positions))
+                size = (batch.input_ids.numel(), len(batch.logit_positions))
                 if best is None or size > best[0]:
                     best = (size, plan, place, batch)
     assert best is not None
@@ -346,7 +347,10 @@ def remedies(prediction: Prediction, bare: Any, setting: Setting, *, longest: in
     for words, changed in tried:
         if words.endswith(" ranks") and any(one.split(",")[0].endswith(" ranks") for one in found):
             continue  # fewer of them do
-        tokens = most_tokens(changed)
+        try:
+            tokens = most_tokens(changed)
+        except UserError:  # --ds_config contradicts the flag
+            continue
         if tokens is None:
             continue
         fewer = f"--max_tokens_per_micro_batch {tokens}" if tokens < prediction.tokens else ""
@@ -359,11 +363,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, (RuntimeError, OSError)) and any(word in str(error) for word in OUT_OF_MEMORY)
-
-
-def gib(size: float) -> str:
-    """Bytes in words."""
-    return f"{size / GIB:.2f} GiB"
 
 
 def checkpoint_bytes(trained: int) -> int:

@@ -1,74 +1,98 @@
-"""What a run tells: metrics.jsonl, the console, wandb, tensorboard. Rank 0 only."""
+"""Metrics and messages of a run: metrics.jsonl, the console, wandb, tensorboard. Rank 0 only."""
 
 import json
 import sys
 import uuid
-from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from dsft.checkpointing.folder import METRICS
+from dsft.checkpointing.state import TrainerState
+from dsft.config import TrainConfig
+from dsft.errors import UserError
 from dsft.files import guard_disk, write_text
 
 WANDB_ID = ".wandb_id"
 
 
-class Tracker:
-    """Writes one line a step and one an evaluation. wandb and tensorboard never stop a run."""
+class Console:
+    """Messages of a run that logs no metrics: a dry run, or a rank other than 0."""
 
-    def __init__(
-        self,
-        output_dir: Path,
-        loggers: Sequence[str],
-        *,
-        project: str,
-        name: str,
-        config: dict[str, Any],
-        total_steps: int,
-        first_step: int,
-        history: str,
-    ) -> None:
-        """`first_step` is the last finished step of a resumed run, `history` its lines up to there."""
-        self._path = output_dir / METRICS
-        guard_disk(lambda: write_text(self._path, history), self._path)
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-        quiet = True if "console" not in loggers else None  # None: no bar where the output is no terminal
-        self._console = "console" in loggers
-        self._bar = tqdm(total=total_steps, initial=first_step, unit=" steps", disable=quiet, dynamic_ncols=True)
-        self._wandb = _start_wandb(output_dir, project, name, config) if "wandb" in loggers else None
-        self._board = _start_tensorboard(output_dir) if "tensorboard" in loggers else None
+    error: UserError | None = None
+    """Why metrics.jsonl can no longer be written; the run has to end."""
+
+    def __init__(self, *, enabled: bool) -> None:
+        self._enabled = enabled
+
+    @property
+    def metrics_bytes(self) -> int:
+        """Length of metrics.jsonl so far."""
+        return 0
+
+    def say(self, line: str) -> None:
+        """One line on standard output."""
+        if self._enabled:
+            print(line, flush=True)
 
     def step(self, metrics: dict[str, Any]) -> None:
-        """A training step's metrics.
+        """Log a training step's metrics."""
+
+    def evaluation(self, metrics: dict[str, Any]) -> None:
+        """Log an evaluation's metrics."""
+
+    def close(self) -> None:
+        """Flush and close everything."""
+
+
+class Tracker(Console):
+    """Logs one line per step and evaluation. wandb and tensorboard never stop a run.
+
+    Neither does metrics.jsonl at once: what refuses a line is kept in `error`, which ends all ranks together.
+    """
+
+    def __init__(self, config: TrainConfig, output_dir: Path, dtype: str, state: TrainerState, history: str) -> None:
+        """`state` is where the run starts or resumes, `history` its lines up to there.
 
         Raises:
             UserError: metrics.jsonl cannot be written.
         """
+        super().__init__(enabled="console" in config.logger)
+        self._path = output_dir / METRICS
+        guard_disk(lambda: write_text(self._path, history), self._path)
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        quiet = None if self._enabled else True  # None: no bar where the output is not a terminal
+        self._bar = tqdm(total=state.total_steps, initial=state.step, unit=" steps", disable=quiet, dynamic_ncols=True)
+        self._wandb = _start_wandb(config, output_dir, dtype) if "wandb" in config.logger else None
+        self._board = _start_tensorboard(output_dir) if "tensorboard" in config.logger else None
+
+    def say(self, line: str) -> None:
+        """One line on standard output, above the bar."""
+        if self._enabled:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+
+    def step(self, metrics: dict[str, Any]) -> None:
+        """See Console."""
         self._bar.update()
         self._bar.set_postfix_str(f"loss {metrics['train/loss']:.4f}, lr {metrics['train/lr']:.2e}")
         self._log(metrics)
 
     def evaluation(self, metrics: dict[str, Any]) -> None:
-        """An evaluation's metrics; see step."""
+        """See Console."""
         loss, perplexity = metrics["val/loss"], metrics["val/perplexity"]
         self.say(f"step {metrics['step']}: val/loss {loss:.6f}, val/perplexity {perplexity:.4f}")
         self._log(metrics)
 
-    def say(self, line: str) -> None:
-        """One line on the console, above the bar."""
-        if self._console:
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
-
     @property
-    def length(self) -> int:
-        """Bytes of metrics.jsonl so far."""
+    def metrics_bytes(self) -> int:
+        """See Console."""
         return self._file.tell()
 
     def close(self) -> None:
-        """Flush and close everything."""
+        """See Console."""
         self._bar.close()
         self._file.close()
         if self._board is not None:
@@ -81,7 +105,13 @@ class Tracker:
             self._file.write(json.dumps(metrics) + "\n")
             self._file.flush()
 
-        guard_disk(write, self._path)
+        if self.error is not None:
+            return
+        try:
+            guard_disk(write, self._path)
+        except UserError as error:
+            self.error = error
+            return
         values = {key: value for key, value in metrics.items() if key != "step"}
         if self._wandb is not None:
             self._wandb = _shielded("wandb", lambda: (self._wandb.log(values, step=metrics["step"]), self._wandb)[1])
@@ -89,16 +119,21 @@ class Tracker:
             self._board = _shielded("tensorboard", lambda: _add_scalars(self._board, values, metrics["step"]))
 
 
+def warn(line: str) -> None:
+    """Tell the user of something that does not stop the run."""
+    print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
 def _shielded(library: str, work: Any) -> Any:
     """The result of `work`, or None with a line on standard error: tracking must not stop training."""
     try:
         return work()
     except Exception as error:
-        print(f"warning: {library} is off: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+        warn(f"{library} is off: {' '.join(str(error).split())[:200]}")
         return None
 
 
-def _start_wandb(output_dir: Path, project: str, name: str, config: dict[str, Any]) -> Any:
+def _start_wandb(config: TrainConfig, output_dir: Path, dtype: str) -> Any:
     def start() -> Any:
         import wandb
 
@@ -106,7 +141,13 @@ def _start_wandb(output_dir: Path, project: str, name: str, config: dict[str, An
         run_id = stored.read_text(encoding="utf-8") if stored.is_file() else uuid.uuid4().hex[:8]
         settings = wandb.Settings(silent=True, init_timeout=60)
         run = wandb.init(
-            project=project, name=name, config=config, dir=output_dir, id=run_id, resume="allow", settings=settings
+            project=config.project_name,
+            name=config.experiment_name or output_dir.resolve().name,
+            config=asdict(config) | {"dtype": dtype},
+            dir=output_dir,
+            id=run_id,
+            resume="allow",
+            settings=settings,
         )
         write_text(stored, run_id)
         return run

@@ -1,1 +1,1 @@
-"""Judging a model: by playing games, and by its loss and answers on dialogues."""
+"""Evaluation of models: success in games, loss and answers on dialogues."""

@@ -1,4 +1,4 @@
-"""Judging a model on dialogues: its loss on their responses, and the form of the answers it gives itself."""
+"""Evaluates a model on dialogues: the loss on their responses, and the form of the answers it generates."""
 
 import math
 import re
@@ -13,15 +13,15 @@ from transformers import PreTrainedTokenizerBase
 
 from dsft.config import ValidateConfig
 from dsft.dataset.chat_format import THINK, ChatFormat
-from dsft.dataset.micro_batches import Layout, MicroBatches
-from dsft.dataset.parquet import find_files, read_columns, walk
-from dsft.dataset.tokens import DataFormat, TokenDataset, load_dataset
+from dsft.dataset.micro_batches import MicroBatches
+from dsft.dataset.readers import find_files, read_columns, walk
+from dsft.dataset.tokens import TokenDataset, load_dataset
 from dsft.distributed import runtime
 from dsft.errors import UserError
 from dsft.loss import TargetHead, loss_metrics, mean_loss
-from dsft.model.flops import count_flops
-from dsft.planning.activations import ActivationMemory, free_memory, token_budget
-from dsft.validation.generation import TransformersGenerator, VllmGenerator
+from dsft.planning.activations import free_memory
+from dsft.planning.plan import RunPlan
+from dsft.validation.generation import Generator, TransformersGenerator
 from dsft.validation.statistics import wilson_interval
 
 UNTAGGED = r"(?:(?!</?(?:think|answer)>).)*"
@@ -34,8 +34,8 @@ LABEL = re.compile(r"\b(Question|Diagnosis|Recommendation):")
 class Answer:
     """What an answer's text is.
 
-    in_form: thinking, then an answer, in their tags, and nothing else but whitespace
-    kind: what its one answer block holds, in form or not; None where it is neither of the two, or not one block
+    in_form: thinking, then an answer, each in its tags, and nothing else but whitespace
+    kind: of its only answer block, in form or not; None if it is neither of the two, or there is not exactly one block
     question: the question it asks
     """
 
@@ -44,8 +44,8 @@ class Answer:
     question: str | None = None
 
 
-def parse_answer(text: str, *, with_thinking: bool = False) -> Answer:
-    """What an answer is; `with_thinking` says that its prompt ended in <think>, so that it does not begin with that."""
+def classify_answer(text: str, *, with_thinking: bool = False) -> Answer:
+    """What an answer is; `with_thinking` means that the prompt already ended in <think>."""
     if with_thinking:
         text = THINK + text
     in_form = FORM.fullmatch(text) is not None
@@ -59,10 +59,7 @@ def parse_answer(text: str, *, with_thinking: bool = False) -> Answer:
 
 
 def _parts(content: str) -> dict[str, str]:
-    """Label -> text of an answer block; empty where text precedes the labels, one comes twice, or has no text.
-
-    A `Question:` part may hold several sentences: doctors ask a few related things in one turn.
-    """
+    """Label -> text of an answer block; empty if text precedes the labels, or a label is repeated or has no text."""
     before, *rest = LABEL.split(content)
     labels, texts = rest[::2], [text.strip() for text in rest[1::2]]
     if before.strip() or len(set(labels)) < len(labels) or not all(texts):
@@ -71,7 +68,7 @@ def _parts(content: str) -> dict[str, str]:
 
 
 def normalize(question: str) -> str:
-    """A question's words: case, punctuation and whitespace do not tell two questions apart."""
+    """A question without case, punctuation and extra whitespace."""
     kept = (" " if unicodedata.category(c).startswith("P") else c for c in question.casefold())
     return " ".join("".join(kept).split())
 
@@ -79,8 +76,8 @@ def normalize(question: str) -> str:
 def earlier_questions(prompt: str | list[dict[str, str]]) -> frozenset[str]:
     """The normalized questions that a prompt's assistant turns have asked.
 
-    A plain string does not say whose its words are, so there every answer block counts. What instructions give as
-    an example of the form does not begin with its label, or has no word, so it is no question.
+    A plain string has no turns, so there every answer block counts. The examples in instructions do not: they lack
+    the label at their start, or words.
     """
     if isinstance(prompt, str):
         blocks = BLOCK.findall(prompt)
@@ -91,8 +88,8 @@ def earlier_questions(prompt: str | list[dict[str, str]]) -> frozenset[str]:
     return frozenset(filter(None, map(normalize, questions)))
 
 
-def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The shares of judged answers, each with its 95 % interval. Well formed: in form, and of one of the two kinds."""
+def summarize_answers(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Shares of answers, each with its 95 % interval. Well formed: in form, and of one of the two kinds."""
     questions = [row for row in rows if row["kind"] == "question"]
     shares = {
         "form": (sum(row["in_form"] for row in rows), len(rows)),
@@ -108,44 +105,38 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return report
 
 
-def judge_dialogues(
-    config: ValidateConfig,
-    generator: TransformersGenerator | VllmGenerator,
-    world: runtime.World,
-    device: torch.device,
-) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
-    """Judge a model on the rows of --data: loss on all of them, answers to the first --episodes. On every rank.
+def evaluate_dialogues(
+    config: ValidateConfig, generator: Generator, world: runtime.World, device: torch.device
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Evaluate on the rows of --data, on every rank: the loss on all of them, answers to the first --episodes.
 
     Returns:
-        The report, and the answered rows in file order; None on the ranks other than 0.
+        The report and the answered rows in file order.
 
     Raises:
-        UserError: faults in the files or their rows, on the rank that says so; PeerFailedError on the others.
+        UserError: invalid files or rows, on the rank that reports it; PeerFailedError on the others.
     """
     assert config.data is not None
     names, tokenizer = [config.data], generator.tokenizer
     dialogues = runtime.together(lambda: _read_dialogues(names, config, tokenizer))
-    data_format = DataFormat.from_flags(config)
     data = runtime.on_first_local_rank(
-        world, lambda: load_dataset(names, "data", tokenizer, data_format, show_progress=world.is_main)
+        world, lambda: load_dataset(names, "data", tokenizer, config, show_progress=world.is_main)
     )
     runtime.check_same_everywhere(data.fingerprint, "the rows of --data", "give all machines the same file and model")
+    losses: dict[str, Any] = {"val/loss": None, "val/perplexity": None}
     if isinstance(generator, TransformersGenerator):
-        losses: dict[str, Any] = _measure_loss(config, generator, data, world, device)
+        losses = dict(_measure_loss(config, generator, data, world, device))
     else:
-        note = "vLLM gives no losses; --engine transformers does"
-        losses = {"val/loss": None, "val/perplexity": None, "loss_note": note}
+        losses["loss_note"] = "vLLM gives no losses; --engine transformers does"
     rows = _answer(config, generator, dialogues, world)
-    if rows is None:
-        return None
     counts = {"rows": len(data), "rows_cut": data.counts.rows_cut, "rows_dropped": data.counts.rows_dropped}
     cut = {"prompts_cut": sum(dialogue.is_cut for dialogue in dialogues)}
-    return counts | losses | summarize(rows) | cut, rows
+    return counts | losses | summarize_answers(rows) | cut, rows
 
 
 @dataclass(frozen=True)
 class _Dialogue:
-    """A row's prompt as the model gets it, and what was asked in it."""
+    """A row's prompt as the model gets it, and the questions asked in it."""
 
     tokens: list[int]
     is_cut: bool
@@ -156,11 +147,11 @@ def _read_dialogues(
     names: Sequence[str], config: ValidateConfig, tokenizer: PreTrainedTokenizerBase
 ) -> list[_Dialogue]:
     """The first --episodes rows."""
-    room = config.max_length - config.max_new_tokens
-    if room < 1:
+    available = config.max_length - config.max_new_tokens
+    if available < 1:
         raise UserError(
-            f"--max_length {config.max_length} leaves no room for a prompt beside --max_new_tokens "
-            f"{config.max_new_tokens}; raise the first, or lower the second"
+            f"--max_length {config.max_length} leaves no tokens for a prompt with --max_new_tokens "
+            f"{config.max_new_tokens}; raise the first or lower the second"
         )
     chat_format = ChatFormat(tokenizer, with_thinking=config.with_thinking)
     columns = [config.prompt_key, config.response_key]
@@ -171,12 +162,13 @@ def _read_dialogues(
             response = walk(response, config.response_dict_keys, cell, config.response_key)
             read_only = chat_format.prompt_and_response(prompt, response, cell)[:1]
             ids, _ = chat_format.tokenize([read_only])[0]
-            if len(ids) > room and config.truncation == "error":
+            if len(ids) > available and config.truncation == "error":
                 raise UserError(
-                    f"{cell} has a prompt of {len(ids)} tokens, --max_length {config.max_length} leaves {room} beside "
-                    f"--max_new_tokens {config.max_new_tokens}; raise --max_length, or choose --truncation left"
+                    f"{cell} has a prompt of {len(ids)} tokens, --max_length {config.max_length} leaves {available} "
+                    f"with --max_new_tokens {config.max_new_tokens}; raise --max_length, or choose --truncation left"
                 )
-            dialogues.append(_Dialogue(ids[-room:].tolist(), len(ids) > room, earlier_questions(prompt)))
+            asked = earlier_questions(prompt)
+            dialogues.append(_Dialogue(ids[-available:].tolist(), len(ids) > available, asked))
     return dialogues
 
 
@@ -187,59 +179,40 @@ def _measure_loss(
     world: runtime.World,
     device: torch.device,
 ) -> dict[str, float]:
-    """The Trainer's figure."""
+    """The same figure as the Trainer's."""
     model = generator.model
-    memory = ActivationMemory.of(model, model.dtype)
     [free] = runtime.min_over_ranks([free_memory(device, world)], device)
-    budget = token_budget(memory, free, int(data.lengths.max()), 0, device)
-    layout = Layout(world.size, budget, fold=True, trees=False)
-    cost = count_flops(model, lambda parameter: tuple(parameter.shape))
-    micro_batches = MicroBatches(data, layout, cost, generator.tokenizer.pad_token_id)
+    plan = RunPlan.of_model(
+        model, model.dtype, device, ranks=world.size, free=free, longest=int(data.lengths.max()), trees=False
+    )
+    micro_batches = MicroBatches(data, plan.micro_batches, plan.cost, generator.tokenizer.pad_token_id)
     loss = mean_loss(model, TargetHead(model), micro_batches, world, device, show_progress=world.is_main)
 
     def check() -> None:
         if not math.isfinite(loss):
             remedy = "" if config.dtype == "float32" else ", or try --dtype float32"
-            raise UserError(f"the loss on --data {config.data} is {loss}; look at the weights of the model{remedy}")
+            raise UserError(f"the loss on --data {config.data} is {loss}; check the model's weights{remedy}")
 
     runtime.together(check)
     return loss_metrics(loss)
 
 
 def _answer(
-    config: ValidateConfig,
-    generator: TransformersGenerator | VllmGenerator,
-    dialogues: Sequence[_Dialogue],
-    world: runtime.World,
-) -> list[dict[str, Any]] | None:
-    """Generate and judge an answer to each dialogue; rank 0 gets them, in file order."""
-    # Prompts of like length share a batch, which keeps padding small; longest first, so that memory fails early.
-    order = sorted(range(len(dialogues)), key=lambda row: -len(dialogues[row].tokens))
-    mine = order[world.rank :: world.size]
-    judged = []
+    config: ValidateConfig, generator: Generator, dialogues: Sequence[_Dialogue], world: runtime.World
+) -> list[dict[str, Any]]:
+    """Generate an answer to each dialogue and classify it; every rank gets all of them, in file order."""
+    # Prompts of similar length share a batch, which keeps padding small; longest first, so that memory fails early.
+    order = sorted(range(len(dialogues)), key=lambda row: -len(dialogues[row].tokens))[world.rank :: world.size]
+    answered = []
     runtime.seed_step(config.seed, 0, world.rank)
-    with tqdm(total=len(mine), desc="answers", unit=" rows", disable=None if world.is_main else True) as bar:
-        for start in range(0, len(mine), config.batch_size):
-            members = mine[start : start + config.batch_size]
+    with tqdm(total=len(order), desc="answers", unit=" rows", disable=None if world.is_main else True) as bar:
+        for start in range(0, len(order), config.batch_size):
+            members = order[start : start + config.batch_size]
             texts = generator([dialogues[row].tokens for row in members])
-            judged += [
-                _judge(row, dialogues[row], text, config.with_thinking)
-                for row, text in zip(members, texts, strict=True)
-            ]
+            for row, text in zip(members, texts, strict=True):
+                dialogue, answer = dialogues[row], classify_answer(text, with_thinking=config.with_thinking)
+                repeated = None if answer.question is None else normalize(answer.question) in dialogue.asked
+                result = {"row": row, "prompt_tokens": len(dialogue.tokens), "answer": text}
+                answered.append(result | {"in_form": answer.in_form, "kind": answer.kind, "repeated": repeated})
             bar.update(len(members))
-    parts = runtime.gather_objects(judged)
-    if not world.is_main:
-        return None
-    return sorted((row for part in parts for row in part), key=lambda row: row["row"])
-
-
-def _judge(row: int, dialogue: _Dialogue, text: str, with_thinking: bool) -> dict[str, Any]:
-    answer = parse_answer(text, with_thinking=with_thinking)
-    return {
-        "row": row,
-        "prompt_tokens": len(dialogue.tokens),
-        "answer": text,
-        "in_form": answer.in_form,
-        "kind": answer.kind,
-        "repeated": None if answer.question is None else normalize(answer.question) in dialogue.asked,
-    }
+    return sorted((row for part in runtime.gather_objects(answered) for row in part), key=lambda row: row["row"])

@@ -1,4 +1,4 @@
-"""One validation run: ranks, player or model, the report and the file of all episodes."""
+"""One evaluation: ranks, player or model, the report and the file of all episodes or rows."""
 
 import json
 import time
@@ -14,15 +14,23 @@ from dsft.config import ValidateConfig
 from dsft.distributed import runtime
 from dsft.files import guard_disk, write_text
 from dsft.validation.generation import load_generator
-from dsft.validation.playing import ExpertPlayer, ModelPlayer, Player, RandomPlayer, choose_levels, play, summarize
+from dsft.validation.playing import (
+    ExpertPlayer,
+    ModelPlayer,
+    Player,
+    RandomPlayer,
+    choose_levels,
+    play,
+    summarize_episodes,
+)
 
-Judged = tuple[dict[str, Any], list[dict[str, Any]]]
-"""A summary, and what it sums up: a dict an episode or row."""
+Results = tuple[dict[str, Any], list[dict[str, Any]]]
+"""A summary, and a dict for each episode or row that it summarizes."""
 NOT_SETTINGS = ("config", "debug", "output", "transcripts")
 
 
 def validate(config: ValidateConfig) -> list[str]:
-    """Judge a model and write the report.
+    """Evaluate a model and write the report.
 
     Returns:
         Lines for the console, on rank 0; none on the others.
@@ -39,13 +47,35 @@ def validate(config: ValidateConfig) -> list[str]:
         runtime.start_process_group(world, device)
     runtime.seed_everything(config.seed)
     started = time.perf_counter()
-    judged = _judge_game(config, world, device) if config.env else _judge_dialogues(config, world, device)
-    return runtime.together(lambda: _write(config, judged, time.perf_counter() - started) if judged else [])
+    summary, rows = _evaluate_game(config, world, device) if config.env else _evaluate_dialogues(config, world, device)
+    seconds = time.perf_counter() - started
+    return runtime.together(lambda: _write(config, summary, rows, seconds) if world.is_main else [])
 
 
-def _write(config: ValidateConfig, judged: Judged, seconds: float) -> list[str]:
+def _evaluate_game(config: ValidateConfig, world: runtime.World, device: torch.device) -> Results:
+    def prepare() -> tuple[Any, Player]:
+        levels = choose_levels(config)
+        if config.model == "expert":
+            return levels, ExpertPlayer()
+        if config.model == "random":
+            return levels, RandomPlayer(config.seed)
+        return levels, ModelPlayer(load_generator(config, device), config)
+
+    levels, player = runtime.together(prepare)
+    gathered = runtime.gather_objects(play(config, player, levels, world))
+    outcomes = sorted((outcome for part in gathered for outcome in part), key=lambda outcome: outcome.episode)
+    return summarize_episodes(outcomes, config.transcripts), [asdict(outcome) for outcome in outcomes]
+
+
+def _evaluate_dialogues(config: ValidateConfig, world: runtime.World, device: torch.device) -> Results:
+    from dsft.validation.dialogues import evaluate_dialogues
+
+    generator = runtime.together(lambda: load_generator(config, device))
+    return evaluate_dialogues(config, generator, world, device)
+
+
+def _write(config: ValidateConfig, summary: dict[str, Any], rows: list[dict[str, Any]], seconds: float) -> list[str]:
     """The report and the file of all episodes or rows."""
-    summary, rows = judged
     report = {
         "model": config.model,
         "adapter": config.adapter,
@@ -62,48 +92,26 @@ def _write(config: ValidateConfig, judged: Judged, seconds: float) -> list[str]:
     return [*(_game_lines(summary) if config.env else _dialogue_lines(summary)), f"report   {output}"]
 
 
-def _judge_game(config: ValidateConfig, world: runtime.World, device: torch.device) -> Judged | None:
-    def prepare() -> tuple[Any, Player]:
-        levels = choose_levels(config)
-        if config.model == "expert":
-            return levels, ExpertPlayer()
-        if config.model == "random":
-            return levels, RandomPlayer(config.seed)
-        return levels, ModelPlayer(load_generator(config, device), config)
-
-    levels, player = runtime.together(prepare)
-    gathered = runtime.gather_objects(play(config, player, levels, world))
-    if not world.is_main:
-        return None
-    outcomes = sorted((outcome for part in gathered for outcome in part), key=lambda outcome: outcome.episode)
-    return summarize(outcomes, config.transcripts), [asdict(outcome) for outcome in outcomes]
-
-
-def _judge_dialogues(config: ValidateConfig, world: runtime.World, device: torch.device) -> Judged | None:
-    from dsft.validation.dialogues import judge_dialogues
-
-    generator = runtime.together(lambda: load_generator(config, device))
-    return judge_dialogues(config, generator, world, device)
+def _share(summary: dict[str, Any], name: str) -> str:
+    low, high = summary[f"{name}_interval"]
+    return f"{summary[f'{name}_rate']:.1%} (95 % interval {low:.1%} to {high:.1%})"
 
 
 def _game_lines(summary: dict[str, Any]) -> list[str]:
-    low, high = summary["success_interval"]
     over = summary["moves_over_optimum"]
     return [
-        f"solved   {summary['solved']} of {summary['episodes']} levels: {summary['success_rate']:.1%} "
-        f"(95 % interval {low:.1%} to {high:.1%})",
+        f"solved   {summary['solved']} of {summary['episodes']} levels: {_share(summary, 'success')}",
         f"moves    {'no level was solved' if over is None else f'{over:.2f} over the optimum on solved levels'}",
         f"answers  {summary['turns']}, {summary['invalid_answer_rate']:.1%} of them invalid",
     ]
 
 
 def _dialogue_lines(summary: dict[str, Any]) -> list[str]:
-    """A line a figure; a share with its interval."""
-    lines = []
+    """One line per figure; a share with its interval."""
+    shown = {}
     for key, value in summary.items():
-        interval = summary.get(key.replace("_rate", "_interval")) if key.endswith("_rate") else None
-        if interval is not None and value is not None:
-            lines.append(f"{key:<24} {value:.1%} (95 % interval {interval[0]:.1%} to {interval[1]:.1%})")
+        if key.endswith("_rate") and value is not None:
+            shown[key] = _share(summary, key.removesuffix("_rate"))
         elif not key.endswith("_interval"):
-            lines.append(f"{key:<24} {value:.6f}" if isinstance(value, float) else f"{key:<24} {value}")
-    return lines
+            shown[key] = f"{value:.6f}" if isinstance(value, float) else str(value)
+    return [f"{key:<24} {text}" for key, text in shown.items()]

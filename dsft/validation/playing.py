@@ -1,8 +1,8 @@
-"""Playing a game with a model, the expert or at random: many episodes side by side, and what came of them."""
+"""Plays many episodes of a game side by side, with a model, the expert or at random."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import count, islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from dsft.config import ValidateConfig
 from dsft.dataset.chat_format import ChatFormat
-from dsft.dataset.parquet import Cell, find_files, read_columns
+from dsft.dataset.readers import Cell, find_files, read_columns
 from dsft.distributed.runtime import World
 from dsft.envs import make_environment
 from dsft.envs.base import ACTIONS, SEEDS_WITHOUT_NEW_LEVEL, Environment
@@ -22,7 +22,7 @@ from dsft.validation.statistics import wilson_interval
 
 @dataclass(frozen=True)
 class Level:
-    """A level to play. `level_id` is known where it comes from a file."""
+    """A level to play."""
 
     seed: int
     level_id: str | None = None
@@ -30,7 +30,7 @@ class Level:
 
 @dataclass
 class Game:
-    """One episode while it is played."""
+    """One episode in progress."""
 
     number: int
     environment: Environment
@@ -41,7 +41,7 @@ class Game:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One episode as it ended: a line of the JSONL file."""
+    """One finished episode: a line of the .jsonl file."""
 
     episode: int
     seed: int
@@ -55,7 +55,7 @@ class Outcome:
 
 
 class Player(Protocol):
-    """Who gives the answers."""
+    """Gives the answers."""
 
     def __call__(self, games: Sequence[Game]) -> list[str]:
         """An answer for each of the games."""
@@ -63,7 +63,7 @@ class Player(Protocol):
 
 
 class ExpertPlayer:
-    """The search itself: the ceiling."""
+    """The search: the upper bound."""
 
     def __call__(self, games: Sequence[Game]) -> list[str]:
         """The first action of the best plan from each game's position."""
@@ -71,7 +71,7 @@ class ExpertPlayer:
 
 
 class RandomPlayer:
-    """Any of the four actions with equal probability: the floor. Depends on (seed, episode) alone."""
+    """Uniformly random actions: the lower bound. Depends on (seed, episode) only."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
@@ -86,7 +86,7 @@ class RandomPlayer:
 
 
 class ModelPlayer:
-    """A model that reads the conversation so far and answers. Its prompts become tokens as they do in training."""
+    """A model that reads the conversation so far, tokenized as in training."""
 
     def __init__(self, generator: Generator, config: ValidateConfig) -> None:
         self._generator = generator
@@ -104,7 +104,7 @@ class ModelPlayer:
 
 
 def choose_levels(config: ValidateConfig) -> list[Level]:
-    """The levels to play: of a file, or of the seeds from config.seed on; no level twice, none that is excluded.
+    """The levels of a file, or of the seeds from config.seed on; without repetitions and excluded levels.
 
     Raises:
         UserError: files without levels, or too few levels.
@@ -119,18 +119,19 @@ def choose_levels(config: ValidateConfig) -> list[Level]:
                 f"--levels {config.levels} has {len(levels)} levels to play, --episodes is {config.episodes}; lower it"
             )
         return levels[: config.episodes]
-    environment, levels, seed, last = make_environment(config), [], config.seed, config.seed
-    while len(levels) < config.episodes:
+    environment, levels, last = make_environment(config), [], config.seed
+    for seed in count(config.seed):
+        if len(levels) == config.episodes:
+            break
         environment.reset(seed)
         if environment.level_id not in excluded:
             excluded.add(environment.level_id)
             levels.append(Level(seed, environment.level_id))
             last = seed
-        seed += 1
-        if seed - last > SEEDS_WITHOUT_NEW_LEVEL:
+        if seed - last >= SEEDS_WITHOUT_NEW_LEVEL:
             raise UserError(
                 f"only {len(levels)} different levels were found that are not excluded, --episodes is "
-                f"{config.episodes}; lower it, or let --env {config.env} be larger"
+                f"{config.episodes}; lower it, or make the levels of --env {config.env} larger"
             )
     return levels
 
@@ -147,28 +148,25 @@ def _read_levels(name: str, flag: str) -> list[Level]:
 
 
 def play(config: ValidateConfig, player: Player, levels: Sequence[Level], world: World) -> list[Outcome]:
-    """Play this rank's share of the levels, batch_size of them side by side.
+    """Play this rank's share of the levels, batch_size of them at a time.
 
     Raises:
-        UserError: a level that its seed does not make with these flags.
+        UserError: a level differs from what its seed gives with these flags.
     """
-    waiting = iter(list(enumerate(levels))[world.rank :: world.size])
-    share = len(range(world.rank, len(levels), world.size))
+    share = list(enumerate(levels))[world.rank :: world.size]
+    waiting = iter(share)
     games: list[Game] = []
     outcomes: list[Outcome] = []
-    with tqdm(total=share, desc="episodes", unit="episode", disable=None if world.is_main else True) as bar:
-        while True:
+    with tqdm(total=len(share), desc="episodes", unit="episode", disable=None if world.is_main else True) as bar:
+        while len(outcomes) < len(share):
             games += [_start(config, *new) for new in islice(waiting, config.batch_size - len(games))]
-            if not games:
-                return outcomes
-            for game, answer in zip(games, player(games), strict=True):
+            for game, answer in zip(list(games), player(games), strict=True):
                 _take(game, answer)
-            for game in games:
                 if game.environment.over or len(game.conversation.answers) >= (config.max_turns or config.max_steps):
+                    games.remove(game)
                     outcomes.append(_outcome(game))
                     bar.update()
-            ended = {outcome.episode for outcome in outcomes}
-            games = [game for game in games if game.number not in ended]
+    return outcomes
 
 
 def _start(config: ValidateConfig, number: int, level: Level) -> Game:
@@ -176,14 +174,14 @@ def _start(config: ValidateConfig, number: int, level: Level) -> Game:
     state = environment.reset(level.seed)
     if level.level_id not in (None, environment.level_id):
         raise UserError(
-            f"--levels {config.levels}: with these flags seed {level.seed} makes another level than the file's; "
-            "give the flags of dsft.generate (they stand in generate.json)"
+            f"--levels {config.levels}: with these flags seed {level.seed} gives another level than the file's; "
+            "use the flags of dsft.generate (see generate.json)"
         )
     return Game(number, environment, Conversation(instruction(environment), [state]), level)
 
 
 def _take(game: Game, answer: str) -> None:
-    """One answer, and the position that follows. An answer in another form moves nothing."""
+    """Apply one answer; an invalid one moves nothing."""
     game.conversation.answers.append(answer)
     action = parse_answer(answer)
     if action is None:
@@ -209,8 +207,8 @@ def _outcome(game: Game) -> Outcome:
     )
 
 
-def summarize(outcomes: Sequence[Outcome], transcripts: int) -> dict[str, Any]:
-    """Success rate with its 95 % interval, moves over the optimum, invalid answers, and some whole conversations."""
+def summarize_episodes(outcomes: Sequence[Outcome], transcripts: int) -> dict[str, Any]:
+    """Success rate with its 95 % interval, moves over the optimum, invalid answers, and a few conversations."""
     solved = [outcome for outcome in outcomes if outcome.solved]
     failed = [outcome for outcome in outcomes if not outcome.solved]
     turns = sum(outcome.turns for outcome in outcomes)

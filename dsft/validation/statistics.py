@@ -1,4 +1,4 @@
-"""How sure a measured share is."""
+"""Confidence interval of a share."""
 
 import math
 
@@ -6,9 +6,9 @@ Z = 1.959963984540054  # the standard normal distribution's 97.5 % quantile: 95 
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """The 95 % score interval of a share; (0, 1) where nothing was tried.
+    """The 95 % score interval of a share; (0, 1) without trials.
 
-    Unlike the textbook's normal interval it stays within 0..1, and says something at shares of 0 and 1.
+    Unlike the normal approximation it stays within 0..1, and has a width at shares of 0 and 1.
     E. B. Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927) 209-212.
     """
     if trials == 0:

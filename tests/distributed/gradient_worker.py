@@ -1,6 +1,6 @@
-"""Started by torchrun: one real training step with SGD for AdamW, so that the weights' change is the gradient.
+"""A command: one training step with SGD instead of AdamW, so that the change of the weights is the gradient.
 
-torchrun … gradient_worker.py OUT.safetensors flags of dsft.train…
+Arguments: OUT.safetensors, then flags of dsft.train.
 """
 
 import sys
@@ -21,13 +21,13 @@ RATE = 1024.0  # a power of two, large against rounding of the weights
 
 
 class SgdTrainer(Trainer):
-    """The Trainer, but a step subtracts RATE times the gradient."""
+    """A Trainer whose step subtracts RATE times the gradient."""
 
     def _make_optimizer(self, parameters):
         return torch.optim.SGD(parameters, lr=RATE)
 
     def start_from_seeded_lora(self):
-        """LoRA's B is zero at the start, and so would A's gradient be."""
+        """LoRA's B is initialized to zero, which would make A's gradient zero."""
         shapes = {name: tensor.shape for name, tensor in self.parameters().items()}
 
         def read(kind, name, start, stop):
@@ -37,8 +37,8 @@ class SgdTrainer(Trainer):
         self.backend.load_state(read, 0)
 
     def parameters(self):
-        """Whole parameters by name, from the slices of all ranks. SGD has no moments."""
-        parts = islice(self.backend.state(), len(trainable(self.full_model)))
+        """Whole parameters by name, gathered from all ranks. SGD has no moments."""
+        parts = islice(self.backend.state(), len(trainable(self.model)))
         mine = [(part.name, part.shape, part.start, part.values.clone()) for part in parts]
         everywhere = [None] * self.world.size
         dist.all_gather_object(everywhere, mine)
@@ -48,7 +48,7 @@ class SgdTrainer(Trainer):
         return whole
 
 
-def main():
+def work():
     output, *flags = sys.argv[1:]
     trainer = SgdTrainer(parse(TrainConfig, flags))
     if trainer.config.lora_rank:
@@ -61,4 +61,5 @@ def main():
     trainer.backend.close()
 
 
-run_to_exit(main, debug=False)
+def main():
+    run_to_exit(work, debug=False)

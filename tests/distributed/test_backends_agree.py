@@ -59,11 +59,12 @@ def test_an_epoch_uses_every_row_once_in_batches_that_need_not_divide(commands, 
     lines = metrics(tmp_path / "out")
     assert [line["epoch"] for line in lines] == [round((n + 1) / len(lines), 6) for n in range(len(lines))]
     assert 3 <= len(lines) <= 4  # 31 rows, whole dialogues
-    from dsft.dataset.tokens import DataFormat, load_dataset
+    from dsft.config.flags import RowFlags
+    from dsft.dataset.tokens import load_dataset
     from dsft.model.source import load_tokenizer
 
     tokenizer = load_tokenizer(str(tiny_model), trust_remote_code=False)
-    data = load_dataset([str(SAMPLE_TRAIN)], "train_files", tokenizer, DataFormat(), max_rows=31)
+    data = load_dataset([str(SAMPLE_TRAIN)], "train_files", tokenizer, RowFlags(), max_rows=31)
     assert sum(line["train/targets"] for line in lines) == data.counts.targets
     assert sum(line["train/tokens"] for line in lines) == data.counts.tokens
 

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
+from dsft.config.flags import RowFlags
 from dsft.dataset.batches import GlobalBatches
-from dsft.dataset.micro_batches import Layout, MicroBatches
-from dsft.dataset.tokens import DataFormat, TokenDataset, load_dataset
+from dsft.dataset.micro_batches import MicroBatches, MicroBatchOptions
+from dsft.dataset.tokens import TokenDataset, load_dataset
 from dsft.model.flops import Cost
 from dsft.planning.activations import MOST_TOKENS
 from tests.helpers import MEDICAL, SAMPLE_TRAIN, flags, metrics, start_words, write_parquet
@@ -47,28 +48,28 @@ def row_set(name: str) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def tokenised(tokenizer, tmp_path_factory):
+def tokenized(tokenizer, tmp_path_factory):
     """The parquet file of a row set, and its rows as tokens."""
     made: dict[str, tuple[Path, TokenDataset]] = {}
 
     def get(name: str) -> tuple[Path, TokenDataset]:
         if name not in made:
             file = write_parquet(tmp_path_factory.mktemp("rows") / f"{name}.parquet", row_set(name))
-            made[name] = file, load_dataset([str(file)], "train_files", tokenizer, DataFormat())
+            made[name] = file, load_dataset([str(file)], "train_files", tokenizer, RowFlags())
         return made[name]
 
     return get
 
 
 @pytest.fixture(scope="module")
-def reference(tiny_model, tokenised):
+def reference(tiny_model, tokenized):
     """(loss, norm) of each step of a plain loop over the same global batches: one process, one row at a time."""
     made: dict[str, list[tuple[float, float]]] = {}
 
     def get(name: str) -> list[tuple[float, float]]:
         if name in made:
             return made[name]
-        data = tokenised(name)[1]
+        data = tokenized(name)[1]
         batches = GlobalBatches(data.dialogue, data.sorted_place, ROWS_A_STEP, seed=1)
         model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
         optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.01)
@@ -118,9 +119,9 @@ MATRIX = [
 
 @pytest.mark.parametrize(("name", "backend", "ranks", "small"), MATRIX)
 def test_every_step_is_that_of_a_plain_loop(
-    commands, name, backend, ranks, small, tiny_model, tokenised, reference, tmp_path
+    commands, name, backend, ranks, small, tiny_model, tokenized, reference, tmp_path
 ):
-    file, data = tokenised(name)
+    file, data = tokenized(name)
     longest = int(data.lengths.max())
     tokens = longest if small else 100 * longest  # several micro-batches, or one
     lines = trained(commands, backend, ranks, tiny_model, file, tmp_path / "out", max_tokens_per_micro_batch=tokens)
@@ -128,7 +129,7 @@ def test_every_step_is_that_of_a_plain_loop(
     assert np.array(found) == pytest.approx(np.array(reference(name)), rel=1e-5)
     if not small and ranks == 1:
         batches = GlobalBatches(data.dialogue, data.sorted_place, ROWS_A_STEP, seed=1)
-        everything = MicroBatches(data, Layout(1, tokens, True, True), Cost(1, 0, 0), 0)
+        everything = MicroBatches(data, MicroBatchOptions(1, tokens, True, True), Cost(1, 0, 0), 0)
         plans = [everything.plan(batches[step]) for step in range(STEPS)]
         assert [line["train/fold_ratio"] for line in lines] == [p.row_tokens / p.tokens for p in plans]
         assert all(line["train/fold_ratio"] > 1.5 for line in lines)
@@ -137,9 +138,9 @@ def test_every_step_is_that_of_a_plain_loop(
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "backend", "ranks"), [("chains", "fsdp", 2), ("trees", "zero3", 2)])
 def test_a_model_that_follows_no_tree_folds_chains(
-    commands, name, backend, ranks, tiny_model, tokenised, reference, tmp_path
+    commands, name, backend, ranks, tiny_model, tokenized, reference, tmp_path
 ):
-    file, data = tokenised(name)
+    file, data = tokenized(name)
     tokens = int(data.lengths.max()) * 2
     more = {"max_tokens_per_micro_batch": tokens, "attn_implementation": "eager"}
     lines = trained(commands, backend, ranks, tiny_model, file, tmp_path / "out", **more)
@@ -151,9 +152,9 @@ def test_a_model_that_follows_no_tree_folds_chains(
 @pytest.mark.slow
 @pytest.mark.parametrize(("backend", "ranks"), [("fsdp", 2), ("zero3", 1)])
 def test_folding_and_not_folding_agree_where_a_batch_holds_all_rows(
-    commands, backend, ranks, tiny_model, tokenised, tmp_path
+    commands, backend, ranks, tiny_model, tokenized, tmp_path
 ):
-    file, data = tokenised("trees")
+    file, data = tokenized("trees")
     more = {"train_batch_size": len(data), "max_tokens_per_micro_batch": 900}
     on, off = (
         trained(commands, backend, ranks, tiny_model, file, tmp_path / fold, fold=fold, **more)
@@ -167,9 +168,9 @@ def test_folding_and_not_folding_agree_where_a_batch_holds_all_rows(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["fsdp", "zero3"])
-def test_bfloat16_gradients_are_added_up_in_float32(commands, backend, tiny_model, tokenised, tmp_path):
+def test_bfloat16_gradients_are_added_up_in_float32(commands, backend, tiny_model, tokenized, tmp_path):
     """64 times a sixty-fourth is the whole exactly, unless the sum is rounded to bfloat16 on its way."""
-    data = tokenised("chains")[1]
+    data = tokenized("chains")[1]
     file = write_parquet(tmp_path / "rows.parquet", [row_set("chains")[0]] * 64)
     more = {"train_batch_size": 64, "total_training_steps": 1, "dtype": "bfloat16", "lora_rank": 4}
     tokens = {"batch": int(data.lengths.max()), "off": len(data[0][0])}
@@ -195,7 +196,7 @@ def test_bfloat16_gradients_are_added_up_in_float32(commands, backend, tiny_mode
 
 def mean_fold_ratio(data: TokenDataset, ranks: int, tokens: int, trees: bool) -> float:
     """Over one epoch of 128 rows a batch."""
-    layout = Layout(ranks, max(tokens, int(data.lengths.max())), True, trees)
+    layout = MicroBatchOptions(ranks, max(tokens, int(data.lengths.max())), True, trees)
     batches = GlobalBatches(data.dialogue, data.sorted_place, 128, seed=1)
     micro_batches = MicroBatches(data, layout, Cost(2e8, 2e5, 6e7), 0)
     assert sum(len(rows) for rows in batches.epoch(0)) == len(data)
@@ -215,7 +216,7 @@ def test_the_medical_set_folds(stripped, least, tokenizer, tmp_path, capsys):
     if stripped:
         rows = [row | {"prompt": without_thinking(row["prompt"])} for row in rows]
     file = write_parquet(tmp_path / "rows.parquet", rows)
-    data = load_dataset([str(file)], "train_files", tokenizer, DataFormat())
+    data = load_dataset([str(file)], "train_files", tokenizer, RowFlags())
     found = {
         "chains": mean_fold_ratio(data, 1, MOST_TOKENS["cuda"], False),
         "trees": mean_fold_ratio(data, 1, MOST_TOKENS["cuda"], True),

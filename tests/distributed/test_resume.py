@@ -68,7 +68,7 @@ def test_sigkill_after_step_2_then_resume(commands, backend, ranks, lora_rank, t
     done = commands([*words, "--output_dir", broken])
     assert done.status == 0, done.err
     assert "resumed" in done.out
-    assert "goes on at step 3" in done.out
+    assert "resuming at step 3" in done.out
     assert numbers(broken) == numbers(whole)
     assert validations(broken) == validations(whole)
     assert not list(broken.glob(".*tmp"))
@@ -92,7 +92,7 @@ def test_a_run_over_backends_ranks_and_token_budgets_is_that_of_one_start(comman
     for index, (backend, ranks, more) in enumerate(starts):
         done = commands([*start_words(backend, ranks), *words, *more, "--output_dir", changed])
         assert done.status == 0, done.err
-        assert index == 0 or f"goes on at step {2 * index + 1}" in done.out
+        assert index == 0 or f"resuming at step {2 * index + 1}" in done.out
         assert index == 3 or f"stopped by --stop_after_steps {2 * index + 2} after step {2 * index + 2}" in done.out
     for ours, theirs in zip(numbers(changed), numbers(whole), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)

@@ -53,7 +53,7 @@ def told(done: Done, out: Path) -> dict:
     for label in ("model ", "data ", "batch ", "backend ", "output ", "memory ", "time ", "dry run ", "measured "):
         assert any(line.startswith(label) for line in done.out.splitlines()), done.out
     assert report["measured_bytes"] == pytest.approx(report["predicted_bytes"], rel=0.25)
-    assert report["predicted_run_bytes"] >= report["predicted_bytes"]
+    assert report["memory_bytes"] >= report["predicted_bytes"]
     assert report["seconds_per_epoch"] == pytest.approx(report["seconds_per_step"] * report["steps_per_epoch"])
     assert report["seconds_per_step"] > 0
     return report
@@ -84,7 +84,7 @@ def test_a_dry_run_beside_a_finished_run_leaves_it_as_it_is(trained_runs, comman
     before = contents(folder)
     done = commands.run("dsft.train", trained_runs.words("lora", folder, dry_run=True))
     assert done.status == 0, done.err
-    assert "has all its steps" in done.out
+    assert "already complete" in done.out
     after = contents(folder)
     del after["dry_run.json"]
     after.pop(".lock", None)
@@ -115,7 +115,7 @@ def test_a_bad_ds_config(commands, words, out, tmp_path):
     settings = tmp_path / "ds.json"
     settings.write_text('{"train_batch_size": 7}')
     done = commands.run("dsft.train", [*words(), "--backend", "zero3", "--ds_config", str(settings)])
-    refused(done, out, "train_batch_size is 7, but --train_batch_size makes it 4")
+    refused(done, out, "train_batch_size is 7, but --train_batch_size sets it to 4")
 
 
 def test_an_unusable_validation_file(commands, words, out, tmp_path):
@@ -150,7 +150,7 @@ def test_memory_that_runs_out_is_one_line_with_settings_that_fit(large, words, o
     assert len(done.errors) == 1, done.err
     assert done.seconds < SECONDS
     assert "Traceback" not in done.err
-    assert ("by prediction" if dry else "memory ran out") in done.errors[0]
+    assert ("by prediction" if dry else "out of memory") in done.errors[0]
     assert "--gradient_checkpointing True" in done.errors[0]
     if dry:
         assert not list(out.iterdir())

@@ -16,7 +16,8 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from dsft.dataset.tokens import DataFormat, load_dataset
+from dsft.config.flags import RowFlags
+from dsft.dataset.tokens import load_dataset
 from tests.helpers import ROOT, Done, flags, hear_interrupts, run
 
 COMMAND = [sys.executable, "-m", "dsft.generate"]
@@ -247,7 +248,7 @@ def load(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("DSFT_CACHE", str(tmp_path / "cache"))
 
     def load(file: Path, **options: Any) -> list[tuple[list[int], list[bool]]]:
-        data = load_dataset([str(file)], "train_files", tokenizer, DataFormat(max_length=10**5, **options))
+        data = load_dataset([str(file)], "train_files", tokenizer, RowFlags(max_length=10**5, **options))
         return [(tokens.tolist(), mask.tolist()) for tokens, mask in (data[i] for i in range(len(data)))]
 
     return load

@@ -23,7 +23,7 @@ def report(commands, *words: object) -> Done:
     return done
 
 
-def judge(path: Path, model: str, answers: list[str], **more: object) -> None:
+def eval_report(path: Path, model: str, answers: list[str], **more: object) -> None:
     """A report of dsft.validate on dialogues, and the answers beside it."""
     figures = {"rows": 2, "val/loss": 1.25, "val/perplexity": 3.4903, "answers": len(answers)}
     shares = {"well_formed_rate": 0.5, "well_formed_interval": [0.0945, 0.9055]}
@@ -100,7 +100,7 @@ def test_one_run(commands, out, trained_runs):
     assert re.search(r"\| rows +\| 10 in the files as they are now +\|", text)
     assert re.search(r"\| torch +\| \d", text)
     [command] = re.findall(r"```bash\npython -m (.*)\n```", text)
-    assert f"--output_dir {trained_runs.folder('lora')}.tmp-again" in command  # what the run was started with
+    assert f"--output_dir {trained_runs.folder('lora')}.tmp" in command
 
 
 def test_the_printed_command_trains_the_same_run_again(commands, out, trained_runs, tmp_path):
@@ -113,8 +113,8 @@ def test_the_printed_command_trains_the_same_run_again(commands, out, trained_ru
 
 
 def test_the_page_loads_nothing_and_answers_stay_text(commands, out, tiny_model, trained_runs):
-    judge(out / "base.json", str(trained_runs.flags("lora")["model"]), [EVIL, "old"])
-    judge(out / "tuned.json", str(out / "merged"), ["new " + EVIL, "newer"])
+    eval_report(out / "base.json", str(trained_runs.flags("lora")["model"]), [EVIL, "old"])
+    eval_report(out / "tuned.json", str(out / "merged"), ["new " + EVIL, "newer"])
     assert report(commands, out).status == 0
     text = (out / "report.html").read_text(encoding="utf-8")
     page = Page(text)
@@ -141,16 +141,16 @@ def test_several_runs(commands, out, other, tmp_path):
     assert set(re.findall(r"`--(\w+)`", differing)) == {"seed", "output_dir"}
 
 
-def test_judgements_from_elsewhere(commands, out, tmp_path, trained_runs):
-    judge(tmp_path / "before.json", str(trained_runs.flags("lora")["model"]), ["old"])
-    judge(tmp_path / "after.json", "anything", ["new"], adapter=str(out))
+def test_eval_reports_from_elsewhere(commands, out, tmp_path, trained_runs):
+    eval_report(tmp_path / "before.json", str(trained_runs.flags("lora")["model"]), ["old"])
+    eval_report(tmp_path / "after.json", "anything", ["new"], adapter=str(out))
     given = f"{tmp_path}/before.json,{tmp_path}/after.json"
-    assert report(commands, out, "--judgements", given).status == 0
+    assert report(commands, out, "--eval_reports", given).status == 0
     text = (out / "report.md").read_text(encoding="utf-8")
     assert "base model:\n\n```\nold\n```\n\nfine-tuned model:\n\n```\nnew\n```" in text
-    refused = report(commands, out, "--judgements", out / "config.yaml")
+    refused = report(commands, out, "--eval_reports", out / "config.yaml")
     assert refused.errors == [
-        f"error: --judgements {out}/config.yaml: no report of dsft.validate; name the .json file that it wrote"
+        f"error: --eval_reports {out}/config.yaml is not a report of dsft.validate; name the .json file that it wrote"
     ]
 
 
@@ -167,7 +167,7 @@ def test_a_run_that_lacks_something(commands, out, what):
         for path in [*out.glob("checkpoint-*"), out / "best", out / "latest"]:
             path.unlink() if path.is_symlink() else shutil.rmtree(path)
         lines[-1] = lines[-1][:20]
-        told = "not finished: step 2 of 2; it still goes on, or was stopped"
+        told = "step 2 of 2: still running, or stopped"
     elif what == "damaged metrics":
         lines[1] = '{"step": 1, "val/lo\n'
         told = "1 line is damaged and left out."
@@ -186,12 +186,12 @@ def test_a_run_that_lacks_something(commands, out, what):
     ("words", "told"),
     [
         ([], "--runs is required: Output folders of runs or pipelines"),
-        (["/no/such"], "/no/such: no such folder; name a run's output folder, or a pipeline's"),
-        ([ROOT / "docs"], "docs: no run of dsft; name a run's output folder, or a pipeline's"),
-        (["{out}/latest"], "is one checkpoint; name its run's folder, {out}"),
-        (["{out}", "{out}/../run"], "{out}/../run is the run of {out} again; name each run once"),
+        (["/no/such"], "/no/such: no such folder; name the output folder of a run or a pipeline"),
+        ([ROOT / "docs"], "docs is not a dsft run; name the output folder of a run or a pipeline"),
+        (["{out}/latest"], "is a checkpoint; name its run's folder, {out}"),
+        (["{out}", "{out}/../run"], "{out}/../run and {out} are the same run; name each run once"),
         (["{out}", "--samples", "-1"], "samples must be 0 or more, got -1"),
-        (["{out}", "--output", "a.txt"], "output must be the name of a .html file, got a.txt"),
+        (["{out}", "--output", "a.txt"], "output must be a .html file, got a.txt"),
         (["{out}", "--output", "/proc/no/a.html"], "cannot write /proc/no"),
         (["--run", "{out}"], "unknown flag --run (did you mean 'runs'?)"),
     ],
@@ -251,8 +251,8 @@ def test_every_run_is_drawn_in_every_chart(commands, out, other, tmp_path, dark)
 
 @needs_browser
 def test_a_page_full_of_foul_answers_opens_without_a_complaint(commands, out, tmp_path, trained_runs):
-    judge(out / "base.json", str(trained_runs.flags("lora")["model"]), [EVIL])
-    judge(out / "tuned.json", str(out / "merged"), [EVIL])
+    eval_report(out / "base.json", str(trained_runs.flags("lora")["model"]), [EVIL])
+    eval_report(out / "tuned.json", str(out / "merged"), [EVIL])
     assert report(commands, out).status == 0
     assert open_page(out / "report.html", tmp_path).console == []
 

@@ -72,7 +72,7 @@ def test_an_adapter_plays_as_its_merged_model(validate, commands, tiny_model, tm
 
 
 @pytest.mark.slow
-def test_dialogues_are_judged_by_loss_and_form(validate, tiny_model, tmp_path):
+def test_dialogues_are_evaluated_by_loss_and_form(validate, tiny_model, tmp_path):
     done = validate(tmp_path / "r.json", model=tiny_model, data=SAMPLE_VAL, episodes=3, max_new_tokens=4)
     assert done.status == 0, done.err
     told = report(tmp_path / "r.json")
@@ -94,7 +94,7 @@ WRONG = {
     "too few levels": ({"size": 2}, "only 3 different levels were found that are not excluded"),
     "no episodes": ({"episodes": 0}, "episodes must be 1 or more, got 0"),
     "vllm missing": ({"engine": "vllm"}, "--engine vllm needs the package vllm"),
-    "output no json": ({"output": "report.txt"}, "output must be the name of a .json file, got report.txt"),
+    "output no json": ({"output": "report.txt"}, "output must be a .json file, got report.txt"),
     "dialogues' flag": ({"max_length": 100}, "--max_length belongs to --data; drop one of them"),
     "games' flag": (
         {"env": None, "data": SAMPLE_VAL, "model": "m", "style": "plain"},

@@ -208,9 +208,9 @@ def bad_file(tmp_path: Path, kind: str) -> Path:
     ("kind", "parts"),
     [
         ("missing", ["--train_files", "bad.parquet: no such file"]),
-        ("empty table", ["no rows in", "bad.parquet", "name files that hold some"]),
-        ("empty file", ["bad.parquet is no readable parquet file", "0 bytes"]),
-        ("jsonl", ["rows.jsonl is no readable parquet file", "convert it"]),
+        ("empty table", ["no rows in", "bad.parquet", "name files that contain some"]),
+        ("empty file", ["bad.parquet is not a valid parquet file", "0 bytes"]),
+        ("jsonl", ["rows.jsonl is not a valid parquet file", "convert it"]),
         ("folder", ["--train_files", "holds no *.parquet file"]),
         ("null prompt", ["bad.parquet, row 1", "the prompt must be a string or a list", "got null"]),
         ("null response", ["bad.parquet, row 2", "the response must be a string or one", "got null"]),
@@ -279,8 +279,8 @@ def bad_model(tiny_model: Path, tmp_path: Path, kind: str) -> Path:
         ("none", ["no such folder"]),
         ("no weights", ["the folder has no model.safetensors"]),
         ("bin", ["pickled weights (.bin, .pt) are not read, convert them to safetensors"]),
-        ("no config", ["the folder has no config.json, so it is no model"]),
-        ("half", ["model.safetensors is no readable safetensors file"]),
+        ("no config", ["the folder has no config.json, so it is not a model"]),
+        ("half", ["model.safetensors is not a valid safetensors file"]),
         ("other shape", ["mlp.", "has the shape [64, 32] in the weight files, but [96, 32] by config.json"]),
         ("unknown", ["cannot be loaded", "`perceptron`"]),
         ("no tokenizer", ["the tokenizer cannot be loaded"]),
@@ -311,38 +311,6 @@ def test_a_hub_name_without_the_hub(command, out):
 )
 def test_flags_that_do_not_fit_the_model(command, out, changed, parts):
     refused_alone(command.run(**changed), *parts)
-    assert not out.exists()
-
-
-# DeepSpeed's file
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("text", "parts"),
-    [
-        ('{"zero_optimization": {', ["ds.json is no JSON", "line 1"]),
-        ("[]", ["must hold a JSON object, got a list"]),
-        ('{"gradient_clipping": 3}', ["gradient_clipping is 3, but --clip_grad makes it 1.0", "change one of them"]),
-        ('{"optimizer": {}}', ["'optimizer' is dsft's own to decide, from --lr, ", "take it out"]),
-        (
-            '{"train_micro_batch_size_per_gpu": 4}',
-            ["'train_micro_batch_size_per_gpu' is dsft's own to decide, from --max_tokens_per_micro_batch; take it"],
-        ),
-        (
-            '{"gradient_accumulation_steps": 1}',
-            ["'gradient_accumulation_steps' is dsft's own to decide, from --train_batch_size and ", "; take it out"],
-        ),
-        ('{"zero_optimization": {"overlap_com": true}}', ["zero_optimization: overlap_com: ", "correct the file"]),
-        ('{"zero_optimization": {"sub_group_size": "big"}}', ["zero_optimization: sub_group_size: ", "integer"]),
-        (None, ["ds.json cannot be read", "No such file"]),
-    ],
-)
-def test_a_wrong_ds_config(command, tmp_path, out, text, parts):
-    file = tmp_path / "ds.json"
-    if text is not None:
-        file.write_text(text)
-    refused_alone(command.run("zero3", ds_config=file), "--ds_config ", *parts)
     assert not out.exists()
 
 
@@ -389,7 +357,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
             ["other flags: seed was 1, is 3; ", "--resume_override seed"],
         ),
         ({"resume_override": "lrr"}, ["resume_override: lrr is no flag that a resume checks (did you mean 'lr'?)"]),
-        ({"resume": "never"}, ["holds checkpoint-000001 and --resume is never; name another folder"]),
+        ({"resume": "never"}, ["holds checkpoint-000001 and --resume is never; name another --output_dir"]),
         ({"resume": "/no/such/run"}, ["--resume /no/such/run: no such folder", "name a run's folder"]),
         ({"resume": str(ROOT / "tests")}, ["tests: the folder holds no complete checkpoint"]),
     ],
@@ -410,7 +378,7 @@ def test_other_rows_than_before(command, one_step, out, tmp_path):
     assert complete(out) == ["checkpoint-000001"]
     done = command.run(train_files=other, resume_override="train_files")
     assert done.status == 0, done.err
-    assert "has all its steps" in done.out
+    assert "already complete" in done.out
 
 
 @pytest.mark.slow
@@ -489,7 +457,7 @@ def test_a_damaged_checkpoint_with_a_sound_one_beside_it(command, three_steps, o
         "checkpoint-000001"
         for step, what in wrong.items()
     ]
-    assert "goes on at step 2" in done.out
+    assert "resuming at step 2" in done.out
     assert complete(out) == [f"checkpoint-{step:06d}" for step in (1, 2, 3)]
     assert sorted(p.name for p in out.glob("*.damaged")) == ["checkpoint-000002.damaged", "checkpoint-000003.damaged"]
     for resumed, straight in zip(metrics(out), metrics(three_steps), strict=True):
@@ -595,7 +563,7 @@ def test_two_ranks_speak_with_one_voice(command, tiny_model, tmp_path, one_step,
         "tokens": ({"max_tokens_per_micro_batch": 10}, ["max_tokens_per_micro_batch is 10, but the longest row has"]),
         "model": (
             {"model": tmp_path / "model", "trust_remote_code": True},
-            ["2 of this model's 2 layers do not follow folded rows; choose --attn_implementation eager"],
+            ["2 of this model's 2 layers do not follow folded rows; use --attn_implementation eager"],
         ),
     }[what]
     if what == "shape":
@@ -673,7 +641,7 @@ def test_flags_that_differ_on_one_rank(command, tmp_path, out, changed, parts):
         (
             "no checkpoint",
             [
-                "whether out/checkpoint-000001 is there on rank 1 (False) differ from rank 0's (True); all machines "
+                "whether out/checkpoint-000001 exists on rank 1 (False) differ from rank 0's (True); all machines "
                 "must see the same folder"
             ],
         ),
@@ -832,7 +800,7 @@ def test_a_full_disk_while_logging(command, small_disk, ranks):
 def test_weights_that_are_not_finite(command, tiny_model, tmp_path, out, backend, ranks):
     model = bad_model(tiny_model, tmp_path, "nan")
     done = command.run(backend, ranks, model=model)
-    refused(done, "the loss of step 1 is nan", "nothing was saved", f"look at those of --model {model}")
+    refused(done, "the loss of step 1 is nan", "nothing was saved", f"check those of --model {model}")
     nothing_in(out)
 
 
@@ -877,7 +845,7 @@ def stop(words: list[str], out: Path, how: Callable[[subprocess.Popen], None]) -
 
 def goes_on(command: Command, done: Done, words: list[str], out: Path, name: str, steps: int) -> None:
     """The stopped run has saved its last step, said so, and is finished by the same command."""
-    told = re.search(r"^stopped by (\w+) after step (\d+); to go on: .*dsft.train", done.out, re.M)
+    told = re.search(r"^stopped by (\w+) after step (\d+); to resume: .*dsft.train", done.out, re.M)
     assert told, done.out + done.err
     assert told[1] == name
     step = int(told[2])
@@ -886,7 +854,7 @@ def goes_on(command: Command, done: Done, words: list[str], out: Path, name: str
     assert complete(out) == [f"checkpoint-{step:06d}"]
     again = command.again(words)
     assert again.status == 0, again.err
-    assert f"goes on at step {step + 1}" in again.out
+    assert f"resuming at step {step + 1}" in again.out
     assert complete(out)[-1] == f"checkpoint-{steps:06d}"
     assert [m["step"] for m in metrics(out)] == list(range(1, steps + 1))
 

@@ -6,9 +6,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from dsft.config.flags import RowFlags
 from dsft.dataset.chat_format import ChatFormat
-from dsft.dataset.parquet import Cell
-from dsft.dataset.tokens import DataFormat, load_dataset
+from dsft.dataset.readers import Cell
+from dsft.dataset.tokens import load_dataset
 from dsft.errors import UserError
 from tests.helpers import MEDICAL, SAMPLE_TRAIN, SAMPLE_VAL
 
@@ -69,7 +70,7 @@ def message(work, *arguments) -> str:
 @pytest.mark.parametrize("file", [SAMPLE_TRAIN, SAMPLE_VAL, MEDICAL_SET])
 def test_every_row_is_template_then_response_then_end_of_turn(tokenizer, tmp_path, monkeypatch, file):
     monkeypatch.setenv("DSFT_CACHE", str(tmp_path))
-    data = load_dataset([str(file)], "train_files", tokenizer, DataFormat(max_length=10**6))
+    data = load_dataset([str(file)], "train_files", tokenizer, RowFlags(max_length=10**6))
     rows = pq.read_table(file, columns=["prompt", "response"]).to_pylist()
     assert len(data) == len(rows) > 0
     for index, row in enumerate(rows):
@@ -250,13 +251,13 @@ def test_a_template_that_rewrites_history_is_refused(tokenizer):
     )
     thinking = [USER, {"role": "assistant", "content": "<think>a</think>b"}, USER, ANSWER]
     told = message(conversation, forgetting, thinking)
-    assert told.startswith("f.parquet, row 7: the chat template does not repeat the turns before turn 3 as they were")
+    assert told.startswith("f.parquet, row 7: the chat template changes the turns before turn 3")
     assert conversation(forgetting, [USER, ANSWER, USER, ANSWER])
 
 
 def test_a_conversation_that_starts_with_the_assistant_is_refused(tokenizer):
     told = message(conversation, tokenizer, [ANSWER, USER])
-    assert told.startswith("f.parquet, row 7: the chat template does not repeat the turns before turn 0 as they were")
+    assert told.startswith("f.parquet, row 7: the chat template changes the turns before turn 0")
 
 
 def test_a_conversation_without_an_assistant_turn_is_refused(tokenizer):
@@ -277,7 +278,7 @@ def test_what_is_no_conversation_is_refused_with_file_and_row(tokenizer, value, 
     assert message(conversation, tokenizer, value).startswith(f"f.parquet, row 7: {end}")
 
 
-def test_rows_are_tokenised_as_if_each_were_alone(tokenizer):
+def test_rows_are_tokenized_as_if_each_were_alone(tokenizer):
     chat_format = ChatFormat(tokenizer)
     rows = [chat_format.prompt_and_response(p, r, CELL) for p, r in (("a", "b"), ("c c c", ""), ([USER], "Hi!"))]
     rows.append(chat_format.conversation(LONG, CELL))

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsft.dataset.chat_format import ChatFormat
-from dsft.dataset.parquet import Cell
+from dsft.dataset.readers import Cell
 from dsft.envs.base import ACTIONS
 from dsft.envs.conversation import Conversation, format_answer, instruction, parse_answer
 from dsft.envs.frozen_lake import FrozenLake

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from dsft.checkpointing.folder import CheckpointFolder, find_checkpoint
 from dsft.checkpointing.integrity import COMPLETE, DamagedError, damages, verify
+from dsft.checkpointing.resuming import find_resume
 from dsft.checkpointing.state import STATE
 from dsft.cli import parse
 from dsft.config import TrainConfig
-from dsft.training.resuming import find_resume
 from tests.commands import TrainedRuns
 from tests.helpers import contents, message, sign
 
@@ -402,7 +402,7 @@ def test_a_run_that_fell_back_gives_the_numbers_it_would_have_given(trained_runs
     assert done.status == 0, done.err
     [warning] = done.err.splitlines()
     assert warning.startswith(f"warning: {newest(run)}/optimizer.safetensors is damaged: its checksum does not match")
-    assert f"resumed  {older(run)}, goes on at step 2" in done.out
+    assert f"resumed  {older(run)}, resuming at step 2" in done.out
     verify(newest(run))
     for name, content in contents(newest(run)).items():
         if name.endswith(".safetensors"):

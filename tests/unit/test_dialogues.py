@@ -1,4 +1,4 @@
-"""Judging on dialogues: what counts as a well-formed answer, the shares, the loss, and what users get wrong."""
+"""Evaluation on dialogues: what counts as a well-formed answer, the shares, the loss, and what users get wrong."""
 
 import json
 import math
@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 from dsft.config import ValidateConfig
 from dsft.distributed.runtime import World
 from dsft.errors import UserError
-from dsft.validation.dialogues import Answer, earlier_questions, judge_dialogues, normalize, parse_answer, summarize
+from dsft.validation.dialogues import (
+    Answer,
+    classify_answer,
+    earlier_questions,
+    evaluate_dialogues,
+    normalize,
+    summarize_answers,
+)
 from dsft.validation.generation import load_generator
 from dsft.validation.statistics import Z, wilson_interval
 from tests.helpers import BIN, MEDICAL, ROOT, SAMPLE_VAL, flags, metrics, run, start_words, write_parquet
@@ -106,14 +113,18 @@ class Scripted:
     ],
 )
 def test_an_answer_is_what_it_was_asked_to_be_or_not(text, expected):
-    assert parse_answer(text) == expected
+    assert classify_answer(text) == expected
 
 
 def test_with_thinking_the_prompt_has_opened_the_thinking():
     continued = ASKED.removeprefix("<think>")
-    assert parse_answer(continued, with_thinking=True) == parse_answer(ASKED) == Answer(True, "question", "How long?")
-    assert not parse_answer(continued).in_form
-    assert not parse_answer(ASKED, with_thinking=True).in_form  # <think><think>
+    assert (
+        classify_answer(continued, with_thinking=True)
+        == classify_answer(ASKED)
+        == Answer(True, "question", "How long?")
+    )
+    assert not classify_answer(continued).in_form
+    assert not classify_answer(ASKED, with_thinking=True).in_form  # <think><think>
 
 
 words = st.text(st.characters(exclude_characters="<>:", codec="utf-8"))
@@ -125,7 +136,7 @@ space = st.text(" \n\t")
 @given(words, visible, visible, space, space, space)
 def test_whatever_the_words_the_form_and_the_kind_are_known(thought, first, second, before, between, after):
     def answer(content: str) -> Answer:
-        return parse_answer(f"{before}<think>{thought}</think>{between}<answer>{content}</answer>{after}")
+        return classify_answer(f"{before}<think>{thought}</think>{between}<answer>{content}</answer>{after}")
 
     assert answer(f"{before}Question:{first}{after}") == Answer(True, "question", first.strip())
     assert answer(f"Diagnosis:{first}\nRecommendation:{second}") == Answer(True, "diagnosis")
@@ -144,7 +155,7 @@ def test_a_text_is_in_form_exactly_if_its_tags_stand_alone_in_their_order(pieces
         elif not inside:
             outside.append(piece)
     expected = tags == ["<think>", "</think>", "<answer>", "</answer>"] and not "".join(outside).strip()
-    assert parse_answer("".join(pieces)).in_form == expected
+    assert classify_answer("".join(pieces)).in_form == expected
 
 
 @pytest.mark.parametrize(
@@ -194,7 +205,7 @@ def test_in_a_string_every_answer_block_is_an_earlier_turn():
 def test_every_response_of_the_real_sets_is_well_formed(file):
     if not file.exists():
         pytest.skip("the medical set is not here")
-    answers = [parse_answer(text) for text in pq.read_table(file, columns=["response"])["response"].to_pylist()]
+    answers = [classify_answer(text) for text in pq.read_table(file, columns=["response"])["response"].to_pylist()]
     assert [row for row, answer in enumerate(answers) if not answer.in_form or answer.kind is None] == []
     assert {answer.kind for answer in answers} == {"question", "diagnosis"}
 
@@ -202,7 +213,7 @@ def test_every_response_of_the_real_sets_is_well_formed(file):
 @pytest.mark.skipif(not MEDICAL.exists(), reason="the medical set is not here")
 def test_the_one_doctor_who_asks_again_is_found_in_the_real_set():
     rows = pq.read_table(MEDICAL, columns=["prompt", "response"]).to_pylist()
-    asked = [(row, question) for row in rows if (question := parse_answer(row["response"]).question)]
+    asked = [(row, question) for row in rows if (question := classify_answer(row["response"]).question)]
     again = [row for row, question in asked if normalize(question) in earlier_questions(row["prompt"])]
     assert (len(rows), len(asked), len(again)) == (549, 449, 1)
     assert "ask again about smoking" in again[0]["response"]
@@ -211,19 +222,19 @@ def test_the_one_doctor_who_asks_again_is_found_in_the_real_set():
 # Shares
 
 
-def judged(in_form: bool, kind: str | None, repeated: bool | None = None) -> dict:
+def answered(in_form: bool, kind: str | None, repeated: bool | None = None) -> dict:
     return {"in_form": in_form, "kind": kind, "repeated": repeated}
 
 
 def test_shares_are_counted_over_answers_and_repeated_ones_over_questions():
     rows = [
-        judged(True, "question", False),
-        judged(True, "question", True),
-        judged(False, "question", False),
-        judged(True, "diagnosis"),
-        judged(True, None),
+        answered(True, "question", False),
+        answered(True, "question", True),
+        answered(False, "question", False),
+        answered(True, "diagnosis"),
+        answered(True, None),
     ]
-    report = summarize(rows)
+    report = summarize_answers(rows)
     assert {key: report[key] for key in report if not key.endswith("interval")} == {
         "answers": 5,
         "form_rate": 4 / 5,
@@ -237,7 +248,7 @@ def test_shares_are_counted_over_answers_and_repeated_ones_over_questions():
 
 
 def test_without_questions_none_is_repeated_and_nothing_is_known():
-    report = summarize([judged(True, "diagnosis"), judged(False, None)])
+    report = summarize_answers([answered(True, "diagnosis"), answered(False, None)])
     assert (report["repeated_question_rate"], report["repeated_question_interval"]) == (None, [0.0, 1.0])
 
 
@@ -298,7 +309,7 @@ ROWS = [
 def test_rows_are_answered_in_batches_of_like_length_and_reported_in_file_order(tokenizer, tmp_path):
     file = write_parquet(tmp_path / "rows.parquet", ROWS)
     generator = Scripted(tokenizer, SCRIPT)
-    report, rows = judge_dialogues(config(file, episodes=5, batch_size=2), generator, ALONE, CPU)
+    report, rows = evaluate_dialogues(config(file, episodes=5, batch_size=2), generator, ALONE, CPU)
     assert [row["row"] for row in rows] == [0, 1, 2, 3, 4]
     assert [row["answer"] for row in rows] == list(SCRIPT.values())
     assert [row["in_form"] for row in rows] == [True, True, True, False, False]
@@ -316,7 +327,7 @@ def test_rows_are_answered_in_batches_of_like_length_and_reported_in_file_order(
 
 def test_what_gives_no_losses_says_so(tokenizer, tmp_path):
     file = write_parquet(tmp_path / "rows.parquet", ROWS)
-    report, _ = judge_dialogues(config(file, episodes=1), Scripted(tokenizer, SCRIPT), ALONE, CPU)
+    report, _ = evaluate_dialogues(config(file, episodes=1), Scripted(tokenizer, SCRIPT), ALONE, CPU)
     assert (report["val/loss"], report["val/perplexity"]) == (None, None)
     assert report["loss_note"] == "vLLM gives no losses; --engine transformers does"
 
@@ -327,10 +338,10 @@ def test_prompts_are_those_of_training_and_end_in_think_with_thinking(tokenizer,
     continued = Scripted(tokenizer, {"alpha": ASKED.removeprefix("<think>")})
     keys = {"prompt_key": "extra_info", "prompt_dict_keys": ["prompt"]}
     keys |= {"response_key": "extra_info", "response_dict_keys": ["response"]}
-    report, _ = judge_dialogues(config(file, with_thinking=True, **keys), continued, ALONE, CPU)
+    report, _ = evaluate_dialogues(config(file, with_thinking=True, **keys), continued, ALONE, CPU)
     assert continued.batches[0][0].endswith("<|im_start|>user\nalpha<|im_end|>\n<|im_start|>assistant\n<think>")
     assert report["well_formed_rate"] == 1.0
-    report, _ = judge_dialogues(config(file, **keys), continued, ALONE, CPU)
+    report, _ = evaluate_dialogues(config(file, **keys), continued, ALONE, CPU)
     assert continued.batches[1][0].endswith("<|im_start|>assistant\n")
     assert report["form_rate"] == 0.0
 
@@ -340,7 +351,7 @@ def test_a_prompt_that_leaves_no_room_for_an_answer_loses_its_front(tokenizer, t
     file = write_parquet(tmp_path / "rows.parquet", [dialogue("alpha"), dialogue("delta " * 100 + "gamma")])
     generator = Scripted(tokenizer, {"gamma": TOLD, "alpha": ASKED})
     limits = {"max_length": 120, "max_new_tokens": 80, "truncation": truncation}
-    report, rows = judge_dialogues(config(file, batch_size=1, **limits), generator, ALONE, CPU)
+    report, rows = evaluate_dialogues(config(file, batch_size=1, **limits), generator, ALONE, CPU)
     assert report["prompts_cut"] == 1
     assert [row["prompt_tokens"] for row in rows] == [len(tokenizer(generator.batches[1][0])["input_ids"]), 40]
     assert generator.batches[0][0].endswith(" gamma<|im_end|>\n<|im_start|>assistant\n")
@@ -353,18 +364,18 @@ def test_a_prompt_that_leaves_no_room_for_an_answer_loses_its_front(tokenizer, t
 def test_a_prompt_that_leaves_no_room_is_an_error_where_truncation_is_one(tokenizer, tmp_path):
     file = write_parquet(tmp_path / "rows.parquet", [dialogue("alpha"), dialogue("delta " * 100)])
     limits = {"max_length": 150, "max_new_tokens": 80}
-    told = message(judge_dialogues, config(file, **limits), Scripted(tokenizer, SCRIPT), ALONE, CPU)
+    told = message(evaluate_dialogues, config(file, **limits), Scripted(tokenizer, SCRIPT), ALONE, CPU)
     assert told.startswith(f"{file}, row 1 has a prompt of 1")
-    assert " tokens, --max_length 150 leaves 70 beside --max_new_tokens 80; raise --max_length, or choose" in told
+    assert " tokens, --max_length 150 leaves 70 with --max_new_tokens 80; raise --max_length, or choose" in told
     assert told.endswith("--truncation left")
 
 
 def test_an_answer_as_long_as_a_row_is_refused(tokenizer, tmp_path):
     file = write_parquet(tmp_path / "rows.parquet", ROWS)
     limits = {"max_length": 64, "max_new_tokens": 64}
-    told = message(judge_dialogues, config(file, **limits), Scripted(tokenizer, SCRIPT), ALONE, CPU)
+    told = message(evaluate_dialogues, config(file, **limits), Scripted(tokenizer, SCRIPT), ALONE, CPU)
     assert told == (
-        "--max_length 64 leaves no room for a prompt beside --max_new_tokens 64; raise the first, or lower the second"
+        "--max_length 64 leaves no tokens for a prompt with --max_new_tokens 64; raise the first or lower the second"
     )
 
 
@@ -383,21 +394,21 @@ def test_errors_name_the_flag_or_the_file_and_the_row(tokenizer, tmp_path, rows,
     file = tmp_path / "rows.parquet"
     if rows:
         write_parquet(file, rows)
-    told = message(judge_dialogues, config(file, **values), Scripted(tokenizer, SCRIPT), ALONE, CPU)
+    told = message(evaluate_dialogues, config(file, **values), Scripted(tokenizer, SCRIPT), ALONE, CPU)
     assert told.startswith(start.format(file=file))
 
 
 # The whole, with a real model
 
 
-def judge(file, **values):
+def evaluate(file, **values):
     made = config(file, **values)
-    return judge_dialogues(made, load_generator(made, CPU), ALONE, CPU)
+    return evaluate_dialogues(made, load_generator(made, CPU), ALONE, CPU)
 
 
 def test_answers_in_batches_are_those_given_one_by_one(tiny_model, uneven_rows):
     values = {"model": str(tiny_model), "max_new_tokens": 12}
-    together, alone = (judge(uneven_rows, batch_size=size, **values) for size in (4, 1))
+    together, alone = (evaluate(uneven_rows, batch_size=size, **values) for size in (4, 1))
     assert together[1] == alone[1]
     assert len({row["answer"] for row in alone[1]}) > 5
     assert together[0]["val/loss"] == pytest.approx(alone[0]["val/loss"], rel=1e-6)
@@ -406,7 +417,7 @@ def test_answers_in_batches_are_those_given_one_by_one(tiny_model, uneven_rows):
 def test_the_loss_is_that_of_full_logits(tiny_model, tokenizer, uneven_rows):
     made = config(uneven_rows, model=str(tiny_model), max_new_tokens=1)
     generator = load_generator(made, CPU)
-    report, _ = judge_dialogues(made, generator, ALONE, CPU)
+    report, _ = evaluate_dialogues(made, generator, ALONE, CPU)
     total, count = 0.0, 0
     for row in pq.read_table(uneven_rows).to_pylist():
         chat = [{"role": "user", "content": row["prompt"]}]
@@ -424,8 +435,8 @@ def test_a_loss_that_is_no_number_ends_the_run(tiny_model, uneven_rows):
     made = config(uneven_rows, model=str(tiny_model))
     generator = load_generator(made, CPU)
     generator.model.model.norm.weight.data.fill_(math.nan)
-    told = message(judge_dialogues, made, generator, ALONE, CPU)
-    assert told == f"the loss on --data {uneven_rows} is nan; look at the weights of the model"
+    told = message(evaluate_dialogues, made, generator, ALONE, CPU)
+    assert told == f"the loss on --data {uneven_rows} is nan; check the model's weights"
 
 
 @pytest.mark.slow
@@ -440,11 +451,11 @@ def test_the_loss_is_what_training_logs_before_its_first_step_and_with_its_adapt
     assert done.status == 0, done.err
     before, after = metrics(tmp_path / "run", "val/loss")
     values = {"model": str(tiny_model), "max_new_tokens": 1, "batch_size": 3} | limits
-    report, _ = judge(uneven_rows, **values)
+    report, _ = evaluate(uneven_rows, **values)
     assert report["rows_cut"] > 0
     assert report["val/loss"] == pytest.approx(before["val/loss"], abs=1e-6)
     assert report["val/perplexity"] == pytest.approx(before["val/perplexity"], rel=1e-6)
-    trained, _ = judge(uneven_rows, adapter=str(tmp_path / "run"), **values)
+    trained, _ = evaluate(uneven_rows, adapter=str(tmp_path / "run"), **values)
     assert trained["val/loss"] == pytest.approx(after["val/loss"], abs=1e-6)
     assert abs(after["val/loss"] - before["val/loss"]) > 1e-3
 
@@ -453,7 +464,7 @@ TWO_RANKS = """
 import json, sys
 from dsft.distributed import runtime
 from dsft.config import ValidateConfig
-from dsft.validation.dialogues import judge_dialogues
+from dsft.validation.dialogues import evaluate_dialogues
 from dsft.validation.generation import load_generator
 
 def work():
@@ -462,26 +473,24 @@ def work():
     device = runtime.pick_device(world)
     runtime.start_process_group(world, device)
     generator = runtime.together(lambda: load_generator(config, device))
-    judged = judge_dialogues(config, generator, world, device)
-    if judged or world.is_main:
-        print(json.dumps(judged), file=open(f"{sys.argv[2]}.{world.rank}", "w"))
+    results = evaluate_dialogues(config, generator, world, device)
+    print(json.dumps(results), file=open(f"{sys.argv[2]}.{world.rank}", "w"))
 
 runtime.run_to_exit(work, debug=False)
 """
 
 
 @pytest.mark.slow
-def test_two_ranks_judge_as_one_does(tiny_model, uneven_rows, tmp_path):
-    (tmp_path / "judge.py").write_text(TWO_RANKS, encoding="utf-8")
+def test_two_ranks_evaluate_as_one_does(tiny_model, uneven_rows, tmp_path):
+    (tmp_path / "evaluate.py").write_text(TWO_RANKS, encoding="utf-8")
     values = {"model": str(tiny_model), "max_new_tokens": 12, "batch_size": 2, "episodes": 7}
     made = asdict(config(uneven_rows, **values))
     launcher = [BIN / "torchrun", "--standalone", "--nproc_per_node", "2"]
     env = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    done = run([*launcher, tmp_path / "judge.py", json.dumps(made), tmp_path / "judged"], env=env)
+    done = run([*launcher, tmp_path / "evaluate.py", json.dumps(made), tmp_path / "results"], env=env)
     assert done.status == 0, done.err
-    assert not (tmp_path / "judged.1").exists()
-    report, rows = json.loads((tmp_path / "judged.0").read_text(encoding="utf-8"))
-    alone_report, alone_rows = judge(uneven_rows, **values)
+    report, rows = json.loads((tmp_path / "results.0").read_text(encoding="utf-8"))
+    alone_report, alone_rows = evaluate(uneven_rows, **values)
     assert rows == alone_rows
     for key in ("val/loss", "val/perplexity"):
         assert report.pop(key) == pytest.approx(alone_report.pop(key), rel=1e-6)

@@ -24,7 +24,7 @@ def test_a_path_is_compared_by_its_last_name_alone(tmp_path):
 
 
 def test_a_key_within_a_column_and_a_file(tmp_path):
-    from dsft.dataset.parquet import Cell, find_files, walk
+    from dsft.dataset.readers import Cell, find_files, walk
 
     assert "no key 'txt' (did you mean 'text'?) at this depth (keys: text)" in message(
         walk, {"text": "a"}, ["txt"], Cell("f", 0), "prompt"
@@ -40,7 +40,7 @@ def test_a_runs_folder_in_place_of_the_model_in_it(tmp_path):
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "config.json").write_text("{}")
     told = message(resolve_model, str(tmp_path))
-    assert told.endswith(f"so it is no model (did you mean '{tmp_path}/merged'?); name one that has")
+    assert told.endswith(f"so it is not a model (did you mean '{tmp_path}/merged'?); name one that is")
 
 
 def test_a_folder_whose_name_looks_like_one_of_the_hub(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, FalconH1Config, Gem
 from dsft import loss as loss_module
 from dsft.dataset.folding import fold
 from dsft.dataset.micro_batches import MicroBatch, packed, padded
-from dsft.loss import LossInParts, TargetHead, summed_loss
+from dsft.loss import ChunkedLoss, TargetHead, summed_loss
 
 PROPERTY = settings(deadline=None, database=None)
 
@@ -72,11 +72,11 @@ def test_the_loss_is_float32_where_logits_are_bfloat16():
 def test_positions_point_before_the_targets_and_labels_are_the_targets():
     batch = side_by_side([row([5, 6, 7, 8], [0, 0, 1, 1]), row([9, 3], [0, 1])], pad_token=2)
     assert batch.input_ids.tolist() == [[5, 6, 7, 8], [9, 3, 2, 2]]
-    assert batch.positions.tolist() == [1, 2, 4]
+    assert batch.logit_positions.tolist() == [1, 2, 4]
     assert batch.labels.tolist() == [7, 8, 3]
-    assert batch.weights.tolist() == [1, 1, 1]
-    assert {t.dtype for t in (batch.input_ids, batch.positions, batch.labels)} == {torch.int64}
-    assert batch.weights.dtype == torch.float32
+    assert batch.loss_weights.tolist() == [1, 1, 1]
+    assert {t.dtype for t in (batch.input_ids, batch.logit_positions, batch.labels)} == {torch.int64}
+    assert batch.loss_weights.dtype == torch.float32
     assert (batch.position_ids, batch.tree) == (None, None)
 
 
@@ -85,15 +85,15 @@ def test_a_target_after_a_branch_is_predicted_from_its_parent():
     batch = packed([fold(rows)])
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2]]
-    assert batch.positions.tolist() == [1, 2, 1]
+    assert batch.logit_positions.tolist() == [1, 2, 1]
     assert batch.labels.tolist() == [7, 8, 9]
-    assert batch.weights.tolist() == [1, 1, 2]
+    assert batch.loss_weights.tolist() == [1, 1, 2]
 
 
 def test_a_target_with_the_pad_tokens_id_counts_and_padding_does_not():
     batch = side_by_side([row([5, 6, 2], [0, 1, 1]), row([2, 2], [0, 1])], pad_token=2)
     assert batch.labels.tolist() == [6, 2, 2]
-    assert batch.positions.tolist() == [0, 1, 3]
+    assert batch.logit_positions.tolist() == [0, 1, 3]
 
 
 def test_a_tokenizer_without_a_pad_token_pads_with_any():
@@ -115,7 +115,9 @@ def test_rows_of_the_token_cache_are_copied_not_changed():
 
 def test_a_micro_batch_moves_whole():
     batch = side_by_side([row([5, 6], [0, 1])]).to(torch.device("meta"))
-    assert {t.device.type for t in (batch.input_ids, batch.positions, batch.labels, batch.weights)} == {"meta"}
+    assert {t.device.type for t in (batch.input_ids, batch.logit_positions, batch.labels, batch.loss_weights)} == {
+        "meta"
+    }
     folded = packed([fold([row([5, 6], [0, 1])])]).to(torch.device("meta"))
     assert folded.position_ids.device.type == "meta"
     assert folded.tree is not None
@@ -161,9 +163,9 @@ def test_the_target_head_gives_the_loss_and_gradients_of_full_logits(model, at_o
     model.zero_grad()
 
     head = TargetHead(model)
-    assert head.in_parts
+    assert head.is_chunked
     loss = summed_loss(model, head, side_by_side(rows, pad_token=2))
-    assert head.in_parts
+    assert head.is_chunked
     loss.backward()
     assert loss.item() == pytest.approx(reference.item(), rel=1e-6)
     found = gradients(model)
@@ -199,7 +201,7 @@ sizes = st.integers(1, 12)
 
 @PROPERTY
 @given(st.integers(0, 12), sizes, sizes, st.booleans(), st.integers(1, 40), st.integers(0, 2**16))
-def test_the_loss_in_parts_is_cross_entropy(targets, hidden_size, vocabulary, has_bias, at_once, seed):
+def test_the_chunked_loss_is_cross_entropy(targets, hidden_size, vocabulary, has_bias, at_once, seed):
     generator = torch.Generator().manual_seed(seed)
     hidden, weight, bias = (
         torch.randn(*shape, generator=generator, requires_grad=True)
@@ -212,7 +214,7 @@ def test_the_loss_in_parts_is_cross_entropy(targets, hidden_size, vocabulary, ha
     expected = (costs * weights).sum()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loss_module, "LOGITS_AT_ONCE", at_once)
-        found = LossInParts.apply(hidden, weight, bias if has_bias else None, labels, weights)
+        found = ChunkedLoss.apply(hidden, weight, bias if has_bias else None, labels, weights)
     torch.testing.assert_close(found, expected)
     for ours, theirs in zip(torch.autograd.grad(found * 3, used), torch.autograd.grad(expected * 3, used), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -220,16 +222,16 @@ def test_the_loss_in_parts_is_cross_entropy(targets, hidden_size, vocabulary, ha
 
 def test_only_what_is_trained_gets_a_gradient():
     hidden, weight, bias = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3), torch.randn(5)
-    loss = LossInParts.apply(hidden, weight, bias, torch.tensor([0, 1, 2, 3]), torch.ones(4))
+    loss = ChunkedLoss.apply(hidden, weight, bias, torch.tensor([0, 1, 2, 3]), torch.ones(4))
     loss.backward()
     assert hidden.grad is not None
     assert weight.grad is None
-    frozen = LossInParts.apply(hidden.detach(), weight, bias, torch.tensor([0, 1, 2, 3]), torch.ones(4))
+    frozen = ChunkedLoss.apply(hidden.detach(), weight, bias, torch.tensor([0, 1, 2, 3]), torch.ones(4))
     assert not frozen.requires_grad
     torch.testing.assert_close(frozen, loss.detach())
 
 
-def test_the_loss_in_parts_in_bfloat16_is_as_exact_as_bfloat16_is(monkeypatch):
+def test_the_chunked_loss_in_bfloat16_is_as_exact_as_bfloat16_is(monkeypatch):
     torch.manual_seed(0)
     hidden, weight = (torch.randn(n, 64).to(torch.bfloat16).requires_grad_() for n in (50, 300))
     labels, weights = torch.randint(0, 300, (50,)), torch.ones(50)
@@ -239,7 +241,7 @@ def test_the_loss_in_parts_in_bfloat16_is_as_exact_as_bfloat16_is(monkeypatch):
     for at_once in (2**25, 300 * 7):
         monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", at_once)
         hidden.grad = weight.grad = None
-        found = LossInParts.apply(hidden, weight, None, labels, weights)
+        found = ChunkedLoss.apply(hidden, weight, None, labels, weights)
         found.backward()
         assert found.dtype == torch.float32
         assert found.item() == pytest.approx(expected.item(), rel=2e-3)
@@ -294,15 +296,15 @@ def check_against_full_logits(model, head, rows):
 def test_a_model_that_changes_its_logits_keeps_its_loss(family, small_rows):
     model = built(CHANGED[family])
     head = TargetHead(model)
-    assert not head.in_parts
+    assert not head.is_chunked
     check_against_full_logits(model, head, small_rows)
 
 
-def test_a_neutral_scale_does_not_keep_the_loss_from_being_computed_in_parts(small_rows):
+def test_a_neutral_scale_does_not_keep_the_loss_from_being_computed_in_chunks(small_rows):
     model = built(GraniteConfig(**SMALL, logits_scaling=1.0))
     head = TargetHead(model)
     check_against_full_logits(model, head, small_rows)
-    assert head.in_parts
+    assert head.is_chunked
 
 
 @pytest.mark.parametrize("family", ["granite", "cohere", "gemma2"])
@@ -312,9 +314,9 @@ def test_logits_changed_by_a_setting_that_nobody_knows_are_noticed_at_the_first_
     monkeypatch.setattr(loss_module, "SCALED_LOGITS", ())
     model = built(CHANGED[family])
     head = TargetHead(model)
-    assert head.in_parts
+    assert head.is_chunked
     check_against_full_logits(model, head, small_rows)
-    assert not head.in_parts
+    assert not head.is_chunked
     check_against_full_logits(model, head, small_rows[:2])
 
 
@@ -325,10 +327,10 @@ def test_a_head_with_lora_or_a_bias_keeps_its_loss(small_rows):
     model.lm_head = nn.Linear(16, 40)
     head = TargetHead(model)
     check_against_full_logits(model, head, small_rows)
-    assert head.in_parts
+    assert head.is_chunked
     wrapped = get_peft_model(
         built(LlamaConfig(**SMALL)), LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
     )
     head = TargetHead(wrapped)
     check_against_full_logits(wrapped, head, small_rows)
-    assert not head.in_parts
+    assert not head.is_chunked

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsft.dataset.folding import attention_mask, common_prefix, fold, sort_rows
-from dsft.dataset.micro_batches import Layout, MicroBatches, Piece, cut, deal, spread, waiting_cost
+from dsft.dataset.cutting import Chunk, assign_to_ranks, costs_of, cut, makespan, pack_sequences
+from dsft.dataset.folding import attention_mask, fold, shared_prefixes, sort_rows
+from dsft.dataset.micro_batches import MicroBatches, MicroBatchOptions
 from dsft.errors import UserError
 from dsft.model.flops import Cost
 from tests.helpers import token_dataset
@@ -26,24 +27,24 @@ ROWS = st.lists(
 RANKS = st.integers(1, 4)
 SLACK = st.integers(0, 30)  # tokens of the budget beyond the longest row
 COSTS = st.builds(Cost, st.integers(0, 9), st.integers(0, 5), st.integers(0, 9)).filter(lambda c: c.token + c.pair > 0)
-LAYOUTS = st.sampled_from([(True, True), (True, False), (False, False), (False, True)])  # fold, trees
+FOLD_AND_TREES = st.sampled_from([(True, True), (True, False), (False, False), (False, True)])  # fold, trees
 
 
 def dataset(rows):
     return token_dataset([([t for t, _ in row], [m for _, m in row]) for row in rows])
 
 
-def made(rows, ranks, slack, fold_and_trees, cost) -> tuple[MicroBatches, Layout]:
+def made(rows, ranks, slack, fold_and_trees, cost) -> tuple[MicroBatches, MicroBatchOptions]:
     budget = max(map(len, rows)) + slack
-    layout = Layout(ranks, budget, *fold_and_trees)
-    return MicroBatches(dataset(rows), layout, cost, 0), layout
+    options = MicroBatchOptions(ranks, budget, *fold_and_trees)
+    return MicroBatches(dataset(rows), options, cost, 0), options
 
 
 # Plans
 
 
 @PROPERTY
-@given(ROWS, RANKS, SLACK, LAYOUTS, COSTS)
+@given(ROWS, RANKS, SLACK, FOLD_AND_TREES, COSTS)
 def test_every_row_is_in_exactly_one_part_and_all_ranks_have_as_many_parts(rows, ranks, slack, how, cost):
     batches, _ = made(rows, ranks, slack, how, cost)
     chosen = np.random.default_rng(0).permutation(len(rows))[: max(1, len(rows) - 2)]
@@ -54,16 +55,16 @@ def test_every_row_is_in_exactly_one_part_and_all_ranks_have_as_many_parts(rows,
 
 
 @PROPERTY
-@given(ROWS, RANKS, SLACK, LAYOUTS, COSTS)
+@given(ROWS, RANKS, SLACK, FOLD_AND_TREES, COSTS)
 def test_no_micro_batch_exceeds_the_budget_padding_included(rows, ranks, slack, how, cost):
-    batches, layout = made(rows, ranks, slack, how, cost)
+    batches, options = made(rows, ranks, slack, how, cost)
     for parts in batches.plan(np.arange(len(rows))).parts:
         for part in parts:
-            assert batches.make(part).input_ids.numel() <= layout.token_budget
+            assert batches.make(part).input_ids.numel() <= options.token_budget
 
 
 @PROPERTY
-@given(ROWS, RANKS, SLACK, LAYOUTS, COSTS)
+@given(ROWS, RANKS, SLACK, FOLD_AND_TREES, COSTS)
 def test_the_plan_counts_what_is_computed_and_learned(rows, ranks, slack, how, cost):
     batches, _ = made(rows, ranks, slack, how, cost)
     plan = batches.plan(np.arange(len(rows)))
@@ -75,7 +76,7 @@ def test_the_plan_counts_what_is_computed_and_learned(rows, ranks, slack, how, c
             tokens += len(folded)
             pairs += int(attention_mask(folded).sum())
             targets += sum(int(batches._data.targets[row]) for row in one)
-        weights += batches.make(part).weights.sum().item()
+        weights += batches.make(part).loss_weights.sum().item()
     assert plan.tokens == tokens
     assert plan.row_tokens == sum(map(len, rows)) >= tokens
     assert plan.targets == targets == weights
@@ -83,7 +84,7 @@ def test_the_plan_counts_what_is_computed_and_learned(rows, ranks, slack, how, c
 
 
 @PROPERTY
-@given(ROWS, RANKS, SLACK, LAYOUTS, COSTS)
+@given(ROWS, RANKS, SLACK, FOLD_AND_TREES, COSTS)
 def test_the_imbalance_is_what_waiting_for_the_slowest_rank_adds(rows, ranks, slack, how, cost):
     batches, _ = made(rows, ranks, slack, how, cost)
     plan = batches.plan(np.arange(len(rows)))
@@ -100,7 +101,7 @@ def test_the_imbalance_is_what_waiting_for_the_slowest_rank_adds(rows, ranks, sl
 
 
 @PROPERTY
-@given(ROWS, RANKS, SLACK, LAYOUTS, COSTS)
+@given(ROWS, RANKS, SLACK, FOLD_AND_TREES, COSTS)
 def test_a_plan_depends_on_the_rows_alone_not_on_their_order_or_the_process(rows, ranks, slack, how, cost):
     plans = [
         made(rows, ranks, slack, how, cost)[0].plan(np.random.default_rng(seed).permutation(len(rows)))
@@ -152,12 +153,12 @@ def test_chains_fold_rows_that_continue_each_other_and_no_others():
 def test_a_row_longer_than_the_budget_is_refused_in_one_line():
     data = dataset([[(1, 0), (2, 1)], [(1, 0), (2, 0), (3, 1)]])
     with pytest.raises(UserError) as caught:
-        MicroBatches(data, Layout(2, 2, True, True), Cost(1, 1, 1), 0)
+        MicroBatches(data, MicroBatchOptions(2, 2, True, True), Cost(1, 1, 1), 0)
     assert str(caught.value) == (
         "max_tokens_per_micro_batch is 2, but the longest row has 3 tokens; "
-        "raise it, or let --max_length and --truncation make rows shorter"
+        "raise it, or shorten rows with --max_length and --truncation"
     )
-    MicroBatches(data, Layout(2, 3, True, True), Cost(1, 1, 1), 0)
+    MicroBatches(data, MicroBatchOptions(2, 3, True, True), Cost(1, 1, 1), 0)
 
 
 # Empty parts
@@ -177,11 +178,11 @@ def test_an_empty_part_gives_loss_zero_and_zero_gradients(model, trees):
 
     if trees:
         model.set_attn_implementation(tree_attention.NAME)
-    batches = MicroBatches(dataset([[(1, 0), (2, 1)]]), Layout(3, 2, True, trees), Cost(1, 1, 1), 0)
+    batches = MicroBatches(dataset([[(1, 0), (2, 1)]]), MicroBatchOptions(3, 2, True, trees), Cost(1, 1, 1), 0)
     parts = batches.plan(np.arange(1)).parts
     assert sorted(len(part) for [part] in parts) == [0, 0, 1]
     batch = batches.make([]).to(torch.device("cpu"))
-    assert len(batch.positions) == len(batch.labels) == len(batch.weights) == 0
+    assert len(batch.logit_positions) == len(batch.labels) == len(batch.loss_weights) == 0
     loss = summed_loss(model, TargetHead(model), batch)
     loss.backward()
     assert loss.item() == 0.0
@@ -198,10 +199,10 @@ def measured(rows) -> tuple[np.ndarray, np.ndarray, np.ndarray, list]:
     tokens = [np.array([t for t, _ in row], np.int32) for row in rows]
     order = sort_rows(tokens)
     in_order = [(tokens[i], np.array([m for _, m in rows[i]], bool)) for i in order]
-    shared = [0, *(common_prefix(a[0], b[0]) for a, b in itertools.pairwise(in_order))]
+    shared = shared_prefixes([row for row, _ in in_order])
     lengths = np.array([len(row) for row, _ in in_order], np.int64)
     targets = np.array([np.count_nonzero(mask[1:]) for _, mask in in_order], np.int64)
-    return lengths, np.array(shared, np.int64), targets, in_order
+    return lengths, shared, targets, in_order
 
 
 @PROPERTY
@@ -209,21 +210,21 @@ def measured(rows) -> tuple[np.ndarray, np.ndarray, np.ndarray, list]:
 def test_pieces_are_the_sorted_rows_in_order_within_the_budget_and_counted_right(rows, ranks, slack, cost):
     lengths, shared, targets, in_order = measured(rows)
     budget = int(lengths.max()) + slack
-    pieces = cut(lengths, shared, targets, cost, ranks, budget)
-    assert len(pieces) % ranks == 0
-    filled = [piece for piece in pieces if piece.tokens]
-    assert [i for piece in filled for i in range(len(rows))[piece.rows]] == list(range(len(rows)))
-    assert all((piece.rows, piece.cost) == (slice(0, 0), 0.0) for piece in pieces if not piece.tokens)
-    for piece in filled:
-        folded = fold(in_order[piece.rows])
-        assert piece.tokens == len(folded) <= budget
-        expected = cost.of(len(folded), int(attention_mask(folded).sum()), targets[piece.rows].sum())
-        assert piece.cost == pytest.approx(float(expected))
+    chunks = cut(lengths, shared, targets, cost, ranks, budget)
+    assert len(chunks) % ranks == 0
+    filled = [chunk for chunk in chunks if chunk.tokens]
+    assert [i for chunk in filled for i in range(len(rows))[chunk.rows]] == list(range(len(rows)))
+    assert all((chunk.rows, chunk.cost) == (slice(0, 0), 0.0) for chunk in chunks if not chunk.tokens)
+    for chunk in filled:
+        folded = fold(in_order[chunk.rows])
+        assert chunk.tokens == len(folded) <= budget
+        expected = cost.of(len(folded), int(attention_mask(folded).sum()), targets[chunk.rows].sum())
+        assert chunk.cost == pytest.approx(float(expected))
 
 
-def every_cut(rows: int, pieces: int):
-    """Ways to cut rows into at most so many pieces."""
-    for count in range(pieces):
+def every_cut(rows: int, chunks: int):
+    """Ways to cut rows into at most so many chunks."""
+    for count in range(chunks):
         for ends in itertools.combinations(range(1, rows), count):
             yield list(itertools.pairwise([0, *ends, rows]))
 
@@ -245,44 +246,44 @@ def test_ranks_are_done_no_later_than_with_the_most_even_cut_and_one_rank_as_soo
     ways = [way for way in every_cut(len(rows), len(rows)) if all(prices[one][0] <= budget for one in way)]
     wanted = ranks * math.ceil(min(map(len, ways)) / ranks)
     even = min(max(prices[one][1] for one in way) for way in ways if len(way) <= wanted)
-    pieces = cut(lengths, shared, targets, cost, ranks, budget)
-    assert len(pieces) in (wanted, wanted + ranks)
-    assert waiting_cost(deal(pieces, ranks)) <= even * wanted / ranks * 1.001
+    chunks = cut(lengths, shared, targets, cost, ranks, budget)
+    assert len(chunks) in (wanted, wanted + ranks)
+    assert makespan(costs_of(assign_to_ranks(chunks, ranks))) <= even * wanted / ranks * 1.001
     if ranks == 1:
         cheapest = min(sum(prices[one][1] for one in way) for way in ways if len(way) <= wanted + 1)
-        assert sum(piece.cost for piece in pieces) == pytest.approx(cheapest)
+        assert sum(chunk.cost for chunk in chunks) == pytest.approx(cheapest)
 
 
 def test_a_cut_falls_between_dialogues():
     rows = [[(d, False)] * 20 + [(9, False)] * n + [(d, True)] for d in (1, 2) for n in (1, 2, 3, 4)]
     lengths, shared, targets, _ = measured(rows)
-    pieces = cut(lengths, shared, targets, Cost(1, 0, 0), 2, 40)
-    assert [piece.rows for piece in pieces] == [slice(0, 4), slice(4, 8)]
+    chunks = cut(lengths, shared, targets, Cost(1, 0, 0), 2, 40)
+    assert [chunk.rows for chunk in chunks] == [slice(0, 4), slice(4, 8)]
 
 
 # Dealing
 
-PIECES = st.lists(st.integers(0, 50), min_size=1, max_size=6)
+COSTS_OF_CHUNKS = st.lists(st.integers(0, 50), min_size=1, max_size=6)
 
 
 @PROPERTY
-@given(PIECES, RANKS)
+@given(COSTS_OF_CHUNKS, RANKS)
 def test_every_piece_is_dealt_once_and_the_nth_of_all_ranks_are_neighbours_in_cost(costs, ranks):
     costs = [*costs, *[0] * (-len(costs) % ranks)]
-    pieces = [Piece(slice(i, i + 1), i + 1, float(cost)) for i, cost in enumerate(costs)]
-    hands = deal(pieces, ranks)
-    assert sorted(piece.tokens for hand in hands for piece in hand) == list(range(1, len(costs) + 1))
-    assert {len(hand) for hand in hands} == {len(costs) // ranks}
+    chunks = [Chunk(slice(i, i + 1), i + 1, float(cost)) for i, cost in enumerate(costs)]
+    per_rank = assign_to_ranks(chunks, ranks)
+    assert sorted(chunk.tokens for own in per_rank for chunk in own) == list(range(1, len(costs) + 1))
+    assert {len(own) for own in per_rank} == {len(costs) // ranks}
     ordered = sorted(costs, reverse=True)
-    for n, at_once in enumerate(zip(*hands, strict=True)):
-        assert sorted((piece.cost for piece in at_once), reverse=True) == ordered[n * ranks : (n + 1) * ranks]
-    sums = [sum(piece.cost for piece in hand) for hand in hands]
+    for n, at_once in enumerate(zip(*per_rank, strict=True)):
+        assert sorted((chunk.cost for chunk in at_once), reverse=True) == ordered[n * ranks : (n + 1) * ranks]
+    sums = [sum(chunk.cost for chunk in own) for own in per_rank]
     assert max(sums) - min(sums) <= max(costs)
 
 
 def test_the_rank_with_the_least_so_far_gets_the_most_of_what_comes_next():
-    pieces = [Piece(slice(i, i + 1), 1, float(cost)) for i, cost in enumerate((4, 3, 2, 1))]
-    assert [[piece.cost for piece in hand] for hand in deal(pieces, 2)] == [[4, 1], [3, 2]]
+    chunks = [Chunk(slice(i, i + 1), 1, float(cost)) for i, cost in enumerate((4, 3, 2, 1))]
+    assert [[chunk.cost for chunk in own] for own in assign_to_ranks(chunks, 2)] == [[4, 1], [3, 2]]
 
 
 # Spreading sequences that cannot be one tree
@@ -294,7 +295,7 @@ SEQUENCES = st.lists(st.integers(1, 40), min_size=1, max_size=40).map(lambda siz
 @given(SEQUENCES, RANKS, SLACK, st.booleans())
 def test_every_sequence_is_spread_once_within_the_budget(sizes, ranks, slack, padded):
     budget = int(sizes.max()) + slack
-    parts = spread(sizes, sizes.astype(float), ranks, budget, padded=padded)
+    parts = pack_sequences(sizes, sizes.astype(float), ranks, budget, padded=padded)
     assert sorted(int(i) for rank in parts for part in rank for i in part) == list(range(len(sizes)))
     assert len(parts) == ranks
     assert len({len(rank) for rank in parts}) == 1
@@ -309,7 +310,7 @@ def test_every_sequence_is_spread_once_within_the_budget(sizes, ranks, slack, pa
 @given(SEQUENCES, RANKS)
 def test_ranks_differ_by_at_most_the_heaviest_sequence(sizes, ranks):
     cost = sizes * (sizes + 1) / 2
-    parts = spread(sizes, cost, ranks, int(sizes.sum()), padded=False)
+    parts = pack_sequences(sizes, cost, ranks, int(sizes.sum()), padded=False)
     loads = [sum(cost[part].sum() for part in rank) for rank in parts]
     assert max(loads) - min(loads) <= cost.max()
 
@@ -317,7 +318,7 @@ def test_ranks_differ_by_at_most_the_heaviest_sequence(sizes, ranks):
 @PROPERTY
 @given(SEQUENCES, SLACK)
 def test_sequences_of_like_size_share_a_micro_batch(sizes, slack):
-    [parts] = spread(sizes, sizes.astype(float), 1, int(sizes.max()) + slack, padded=True)
+    [parts] = pack_sequences(sizes, sizes.astype(float), 1, int(sizes.max()) + slack, padded=True)
     for longer, shorter in itertools.pairwise(parts):
         assert sizes[longer].min() >= sizes[shorter].max()
 
@@ -326,16 +327,16 @@ def test_sequences_of_like_size_share_a_micro_batch(sizes, slack):
 @given(SEQUENCES, SLACK)
 def test_a_micro_batch_ends_only_where_the_next_sequence_would_not_fit(sizes, slack):
     budget = int(sizes.max()) + slack
-    [parts] = spread(sizes, sizes.astype(float), 1, budget, padded=False)
+    [parts] = pack_sequences(sizes, sizes.astype(float), 1, budget, padded=False)
     for part, after in itertools.pairwise(parts):
         assert sizes[part].sum() + sizes[after[0]] > budget
 
 
 def test_fewer_sequences_than_ranks_leave_empty_parts():
-    parts = spread(np.array([5]), np.array([1.0]), 3, 5, padded=True)
+    parts = pack_sequences(np.array([5]), np.array([1.0]), 3, 5, padded=True)
     assert sorted(len(part) for [part] in parts) == [0, 0, 1]
 
 
 def test_what_is_balanced_is_work_not_rows():
-    parts = spread(np.array([1000, 10, 10, 10, 10]), np.array([1000.0, 10, 10, 10, 10]), 2, 5000, padded=False)
+    parts = pack_sequences(np.array([1000, 10, 10, 10, 10]), np.array([1000.0, 10, 10, 10, 10]), 2, 5000, padded=False)
     assert [sum(len(part) for part in rank) for rank in parts] == [1, 4]

@@ -15,11 +15,13 @@ from huggingface_hub.utils import validate_repo_id
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsft.checkpointing.state import read_state
+from dsft.checkpointing.state import read_state, with_command
 from dsft.cli import parse
 from dsft.config import TrainConfig
+from dsft.config.games import TUNED
+from dsft.config.values import as_words, build
 from dsft.export.model_card import add_results, model_card, name_of
-from dsft.reporting.eval_reports import TUNED, Judgement
+from dsft.reporting.eval_reports import EvalReport
 from tests.helpers import save_checkpoint
 
 NAMES = {"name": "tuned", "place": "me/tuned", "dtype": "torch.bfloat16"}
@@ -34,6 +36,8 @@ FLAGS = {
 
 def make_checkpoint(root: Path, **flags: object) -> Path:
     root.mkdir(exist_ok=True)
+    command = shlex.join(["/usr/bin/python", "-m", "dsft.train", *as_words(build(TrainConfig, FLAGS | flags))])
+    (root / "config.yaml").write_text(with_command("", command))
     return save_checkpoint(root, 1, {"config.yaml": yaml.safe_dump(FLAGS | flags)})
 
 
@@ -149,10 +153,10 @@ def test_no_folder_of_this_machine_gets_out(tmp_path, home):
 def test_no_folder_gets_out_with_a_local_merge_or_with_results(merged, tmp_path):
     path = tmp_path / "README.md"
     path.write_text((merged / "README.md").read_text())
-    played = replace(judgement(0.5), player="/home/me/other")
-    rows = played.report | {"val/loss": 0.5, "well_formed_rate": 1.0, "well_formed_interval": [0.5, 1.0]}
+    played = replace(eval_report(0.5), model="/home/me/other")
+    rows = played.values | {"val/loss": 0.5, "well_formed_rate": 1.0, "well_formed_interval": [0.5, 1.0]}
     del rows["success_rate"]
-    answered = Judgement(TUNED, None, Path("d.json"), rows | {"settings": {"data": "/home/me/rows.parquet"}})
+    answered = EvalReport(TUNED, None, Path("d.json"), rows | {"settings": {"data": "/home/me/rows.parquet"}})
     add_results(tmp_path, [played, answered])
     text = path.read_text()
     assert "/home" not in text
@@ -179,19 +183,19 @@ def test_any_names_make_a_card_that_can_be_read_back(tmp_path_factory, model, fi
     assert again.text == card.text
 
 
-def judgement(success: float) -> Judgement:
+def eval_report(success: float) -> EvalReport:
     report = {
         "model": "m", "episodes": 10, "success_rate": success, "success_interval": [0.25, 0.75],
         "moves_over_optimum": 0.0, "invalid_answer_rate": 0.0, "settings": {"env": "sokoban"},
     }  # fmt: skip
-    return Judgement(TUNED, None, Path("r.json"), report)
+    return EvalReport(TUNED, None, Path("r.json"), report)
 
 
 def test_what_a_model_has_reached_is_added_once(merged, tmp_path):
     path = tmp_path / "README.md"
     path.write_text((merged / "README.md").read_text())
-    add_results(tmp_path, [judgement(0.5)])
-    add_results(tmp_path, [judgement(0.75)])
+    add_results(tmp_path, [eval_report(0.5)])
+    add_results(tmp_path, [eval_report(0.75)])
     card = ModelCard.load(path)
     kinds = [(result.dataset_type, result.metric_type, result.metric_value) for result in card.data.eval_results]
     assert [kind[:2] for kind in kinds] == [("rows", "loss"), ("rows", "perplexity"), ("sokoban", "success_rate")]
@@ -200,7 +204,7 @@ def test_what_a_model_has_reached_is_added_once(merged, tmp_path):
     assert "| fine-tuned model | 75.0% (25.0% to 75.0%)" in card.text
     assert card.text.startswith(ModelCard.load(merged / "README.md").text.rstrip())
     assert name_of(Path("out/run/merged")) == "run"
-    add_results(tmp_path / "no", [judgement(0.5)])  # full fine-tuning has no merged folder
+    add_results(tmp_path / "no", [eval_report(0.5)])  # full fine-tuning has no merged folder
 
 
 def test_a_loss_whose_perplexity_is_beyond_all_numbers(tmp_path):

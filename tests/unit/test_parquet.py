@@ -4,8 +4,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dsft.dataset.parquet import ROWS_AT_ONCE, Cell, find_files, read_columns, walk
-from dsft.dataset.tokens import DataFormat, load_dataset
+from dsft.config.flags import RowFlags
+from dsft.dataset.parquet import ROWS_AT_ONCE
+from dsft.dataset.readers import Cell, find_files, read_columns, walk
+from dsft.dataset.tokens import load_dataset
 from dsft.errors import UserError
 from tests.helpers import write_parquet
 
@@ -75,11 +77,11 @@ def test_a_missing_file_in_a_missing_folder_is_named():
 
 def test_a_folder_without_parquet_is_named(tmp_path):
     told = message(find_files, [str(tmp_path)], "train_files")
-    assert told.startswith(f"--train_files {tmp_path}: the folder holds no *.parquet file")
+    assert told.startswith(f"--train_files {tmp_path}: the folder contains no *.parquet file")
 
 
 def test_no_name_at_all_is_told():
-    assert message(find_files, [], "train_files").startswith("--train_files names no file")
+    assert message(find_files, [], "train_files").startswith("--train_files is empty")
 
 
 def test_rows_know_the_file_and_the_row_that_they_came_from(folder):
@@ -122,13 +124,13 @@ def test_a_file_without_rows_is_refused_unless_another_has_some(folder, tmp_path
 def test_a_file_that_is_no_parquet_is_named(tmp_path, content):
     file = tmp_path / "x.parquet"
     file.write_bytes(content)
-    assert message(read_columns, [file], KEYS, FLAGS, None).startswith(f"{file} is no readable parquet file: ")
+    assert message(read_columns, [file], KEYS, FLAGS, None).startswith(f"{file} is not a valid parquet file: ")
 
 
 def test_a_file_cut_short_is_named(folder):
     file = folder / "a.parquet"
     file.write_bytes(file.read_bytes()[:-20])
-    assert message(read_columns, [file], KEYS, FLAGS, None).startswith(f"{file} is no readable parquet file: ")
+    assert message(read_columns, [file], KEYS, FLAGS, None).startswith(f"{file} is not a valid parquet file: ")
 
 
 def with_damaged(path, column: str):
@@ -145,13 +147,15 @@ def with_damaged(path, column: str):
 
 def test_a_damaged_column_is_one_line_with_the_file_and_the_place(tmp_path):
     file = with_damaged(tmp_path / "x.parquet", "prompt")
-    assert message(read_columns, [file], KEYS, FLAGS, None).startswith(f"{file}, after row 0: damaged: ")
+    assert message(read_columns, [file], KEYS, FLAGS, None).startswith(f"{file} is damaged after row 0: ")
 
 
 def test_columns_that_are_not_used_are_not_read(tmp_path):
     file = with_damaged(tmp_path / "x.parquet", "unused")
     assert prompts([file]) == [f"prompt {i}" for i in range(50)]
-    assert message(read_columns, [file], ["unused"], ["prompt_key"], None).startswith(f"{file}, after row 0: damaged")
+    assert message(read_columns, [file], ["unused"], ["prompt_key"], None).startswith(
+        f"{file} is damaged after row 0: "
+    )
 
 
 def test_one_column_may_serve_twice(folder):
@@ -169,7 +173,7 @@ def test_one_column_may_serve_twice(folder):
 def test_a_null_cell_names_file_and_row(tmp_path, tokenizer, monkeypatch, row, message_end):
     monkeypatch.setenv("DSFT_CACHE", str(tmp_path / "cache"))
     file = write_parquet(tmp_path / "x.parquet", [*rows_of("0", "1"), row])
-    told = message(load_dataset, [str(file)], "train_files", tokenizer, DataFormat())
+    told = message(load_dataset, [str(file)], "train_files", tokenizer, RowFlags())
     assert told.startswith(f"{file}, row 2: {message_end}")
 
 
@@ -202,7 +206,7 @@ def test_a_null_cell_names_file_and_row(tmp_path, tokenizer, monkeypatch, row, m
 def test_a_cell_of_another_kind_names_file_and_row(tmp_path, tokenizer, monkeypatch, rows, message_end):
     monkeypatch.setenv("DSFT_CACHE", str(tmp_path / "cache"))
     file = write_parquet(tmp_path / "x.parquet", rows)
-    told = message(load_dataset, [str(file)], "train_files", tokenizer, DataFormat())
+    told = message(load_dataset, [str(file)], "train_files", tokenizer, RowFlags())
     assert told.startswith(f"{file}, row 0: {message_end}")
 
 

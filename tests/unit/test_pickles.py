@@ -92,12 +92,12 @@ def all_commands(commands: Commands, trained_runs: TrainedRuns, out: Path, newes
     """Every command that reads a checkpoint."""
     folder = out.parent
     usual = trained_runs.flags("lora")
-    judging = ["--model", usual["model"], "--data", usual["train_files"], "--episodes", "1", "--max_new_tokens", "1"]
+    options = ["--model", usual["model"], "--data", usual["train_files"], "--episodes", "1", "--max_new_tokens", "1"]
     elsewhere = trained_runs.words("lora", folder / "new", init_from=newest)
     return {
         "inspect": commands.run("dsft.checkpoint", [newest]),
         "merge": commands.run("dsft.merge", ["--checkpoint", newest, "--output", folder / "merged"]),
-        "validate": commands.run("dsft.validate", [*judging, "--adapter", newest, "--output", folder / "judged.json"]),
+        "validate": commands.run("dsft.validate", [*options, "--adapter", newest, "--output", folder / "report.json"]),
         "init_from": commands.run("dsft.train", elsewhere),
         "resume": commands.run("dsft.train", trained_runs.words("lora", out, resume=newest)),
     }
@@ -198,10 +198,10 @@ def test_beside_the_files_of_full_fine_tuning_it_is_not_touched(commands, traine
     for name in BESIDE:
         put(newest / name, PAYLOADS["zip"](marker))
     usual = trained_runs.flags("full")
-    judging = ["--model", newest, "--data", usual["train_files"], "--episodes", "1", "--max_new_tokens", "1"]
+    options = ["--model", newest, "--data", usual["train_files"], "--episodes", "1", "--max_new_tokens", "1"]
     for done in (
         trained_runs.resume("full", out),
-        commands.run("dsft.validate", [*judging, "--output", tmp_path / "judged.json"]),
+        commands.run("dsft.validate", [*options, "--output", tmp_path / "report.json"]),
         commands.run("dsft.train", trained_runs.words("full", tmp_path / "new", init_from=newest)),
         commands.run("dsft.train", trained_runs.words("full", tmp_path / "newer", model=newest)),
     ):
@@ -234,16 +234,16 @@ def test_weights_that_are_only_there_as_a_pickle(commands, trained_runs, out, ne
 BYPASS = "reads a checkpoint's files without verifying them"
 
 
-def judge(commands: Commands, trained_runs: TrainedRuns, folder: Path, **named: Any) -> Done:
+def evaluate(commands: Commands, trained_runs: TrainedRuns, folder: Path, **named: Any) -> Done:
     usual = trained_runs.flags("lora")
-    more = {"data": usual["train_files"], "episodes": 1, "max_new_tokens": 1, "output": folder / "judged.json"}
+    more = {"data": usual["train_files"], "episodes": 1, "max_new_tokens": 1, "output": folder / "report.json"}
     return commands.run("dsft.validate", flags(**{"model": usual["model"], **named, **more}))
 
 
 @pytest.mark.slow
 def test_validate_verifies_its_adapter(commands, trained_runs, out, newest, tmp_path):
     put(newest / "optimizer.safetensors", b"")
-    done = judge(commands, trained_runs, tmp_path, adapter=newest)
+    done = evaluate(commands, trained_runs, tmp_path, adapter=newest)
     told_in_one_line(done)
     assert f"{newest}/optimizer.safetensors is damaged" in done.err
 
@@ -253,7 +253,7 @@ def test_validate_never_falls_back_to_a_pickle(commands, trained_runs, out, newe
     (newest / "adapter_model.safetensors").unlink()
     put(newest / "adapter_model.bin", PAYLOADS["zip"](marker))
     sign(newest)
-    done = judge(commands, trained_runs, tmp_path, adapter=newest)
+    done = evaluate(commands, trained_runs, tmp_path, adapter=newest)
     told_in_one_line(done)
     assert f"{newest}/adapter_model.safetensors is missing" in done.err
 
@@ -264,6 +264,6 @@ def test_a_checkpoint_as_a_model_is_verified(commands, trained_runs, tmp_path):
     weights = bytearray((newest / "model.safetensors").read_bytes())
     weights[-5] ^= 64
     put(newest / "model.safetensors", bytes(weights))
-    done = judge(commands, trained_runs, tmp_path, model=newest)
+    done = evaluate(commands, trained_runs, tmp_path, model=newest)
     told_in_one_line(done)
     assert f"{newest}/model.safetensors is damaged" in done.err

@@ -20,7 +20,7 @@ from dsft.validation.playing import (
     RandomPlayer,
     choose_levels,
     play,
-    summarize,
+    summarize_episodes,
 )
 from dsft.validation.statistics import wilson_interval
 from tests.helpers import write_parquet
@@ -49,8 +49,8 @@ def played(player, **values):
 )
 def test_the_expert_solves_every_level_in_the_fewest_moves(game):
     outcomes = played(ExpertPlayer(), **game)
-    assert summarize(outcomes, 0)["success_rate"] == 1
-    assert summarize(outcomes, 0)["moves_over_optimum"] == 0
+    assert summarize_episodes(outcomes, 0)["success_rate"] == 1
+    assert summarize_episodes(outcomes, 0)["moves_over_optimum"] == 0
     assert all(outcome.turns == outcome.moves == outcome.optimal_length for outcome in outcomes)
 
 
@@ -81,7 +81,7 @@ def test_the_random_player_succeeds_as_often_as_computed(slippery):
         environment = make_environment(flags)
         environment.reset(level.seed)
         chances.append(chance_of_random_success(environment, 60))
-    rate = summarize(play(flags, RandomPlayer(0), levels, ALONE), 0)["success_rate"]
+    rate = summarize_episodes(play(flags, RandomPlayer(0), levels, ALONE), 0)["success_rate"]
     deviation = math.sqrt(sum(c * (1 - c) for c in chances)) / len(chances)
     assert abs(rate - np.mean(chances)) < 3.5 * deviation
     assert np.mean(chances) > 3.5 * deviation  # else zero would pass as well
@@ -117,7 +117,7 @@ def test_answers_out_of_form_are_counted_use_up_turns_and_move_nothing():
         users = [m["content"] for m in outcome.messages if m["role"] == "user"]
         assert users[1] == users[2] == f"That was no valid answer.\n{users[0]}"
         assert users[3] == users[0]  # up at the upper edge
-    summary = summarize(outcomes, 2)
+    summary = summarize_episodes(outcomes, 2)
     assert summary["invalid_answer_rate"] == 6 / 9
     assert summary["moves_over_optimum"] is None
     assert [len(summary["transcripts"][kind]) for kind in ("solved", "failed")] == [0, 2]
@@ -161,7 +161,7 @@ def test_a_file_of_other_levels_than_the_flags_make_is_refused(tmp_path):
     made = choose_levels(config(episodes=1, size=5))
     rows = [{"extra_info": {"seed": made[0].seed, "level": made[0].level_id}}]
     flags = config(episodes=1, size=6, levels=str(write_parquet(tmp_path / "levels.parquet", rows)))
-    with pytest.raises(UserError, match=r"seed 0 makes another level than the file's; give the flags of dsft.generate"):
+    with pytest.raises(UserError, match=r"seed 0 gives another level than the file's; use the flags of dsft.generate"):
         play(flags, ExpertPlayer(), choose_levels(flags), ALONE)
     rows = [{"extra_info": {"index": 3}}]
     flags = config(episodes=1, levels=str(write_parquet(tmp_path / "medical.parquet", rows)))
@@ -198,14 +198,15 @@ def test_a_batch_of_episodes_and_the_same_one_by_one_give_the_same_moves(tiny_mo
 def test_prompts_are_the_tokens_that_training_sees(tiny_model, tokenizer, tmp_path):
     """A row that dsft.generate writes, and the prompt that dsft.validate makes at that position."""
     from dsft.config import GenerateConfig
-    from dsft.dataset.tokens import DataFormat, load_dataset
+    from dsft.config.flags import RowFlags
+    from dsft.dataset.tokens import load_dataset
     from dsft.envs.expert_data import generate
 
     for style, history in (("messages", None), ("chatml", 1), ("plain", 0)):
         folder = tmp_path / style
         made = {"env": "frozenlake", "style": style, "history_turns": history}
         generate(GenerateConfig(**made, output_dir=str(folder), train_size=3, test_size=1, num_processes=1))
-        rows = load_dataset([str(folder / "train.parquet")], "train_files", tokenizer, DataFormat())
+        rows = load_dataset([str(folder / "train.parquet")], "train_files", tokenizer, RowFlags())
         trained = [tokens[: list(mask).index(True)].tolist() for tokens, mask in (rows[i] for i in range(len(rows)))]
         seen = []
 

@@ -1,7 +1,6 @@
 """Predicted memory: parts computed by hand, allocations noted in order, settings that would fit."""
 
 import gc
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -12,12 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dsft.backends import backend_class
 from dsft.backends.base import BackendOptions, HeldMemory
-from dsft.config import PreviewConfig
-from dsft.errors import UserError
 from dsft.model.lora import LoraOptions
 from dsft.planning.activations import AllocationTrace
 from dsft.planning.heap import heap_peaks
-from dsft.planning.needs import Needs, needs_findings
 from dsft.planning.prediction import (
     Activations,
     Prediction,
@@ -31,9 +27,6 @@ from dsft.planning.prediction import (
     seconds_of,
     shapes,
 )
-from dsft.planning.report import memory_lines, out_of_memory, refuse
-from dsft.previewing.statistics import Batches
-from tests.helpers import message
 
 CPU = torch.device("cpu")
 MIB, GIB = 2**20, 2**30
@@ -57,7 +50,7 @@ def bare():
 
 
 def setting(backend: str = "fsdp", dtype: torch.dtype = torch.float32, lora=LORA, ranks: int = 1, **more) -> Setting:
-    options = BackendOptions(device=CPU, dtype=dtype, trains_base=lora is None, clip_grad=1.0)
+    options = BackendOptions(device=CPU, dtype=dtype, trains_base=lora is None, clip_grad=1.0, train_batch_size=8)
     return Setting(backend, options, ranks, lora, **more)
 
 
@@ -214,17 +207,6 @@ def test_settings_that_fit_are_told_and_do(bare, too_large):
 def test_nothing_is_promised_where_nothing_fits(bare, too_large):
     prediction, chosen = too_large
     assert remedies(prediction, bare, chosen, longest=3000, room=10.0 * MIB) == []
-    told = message(refuse, prediction, 10.0 * MIB, [])
-    assert "take a smaller model" in told
-
-
-def test_a_prediction_is_refused_only_beyond_its_error(too_large):
-    prediction, _ = too_large
-    refuse(prediction, 0.86 * prediction.peak, [])
-    with pytest.raises(UserError, match="these fit: --dtype bfloat16"):
-        refuse(prediction, 0.84 * prediction.peak, ["--dtype bfloat16"])
-    assert len(memory_lines(prediction, 0.99 * prediction.peak, [])) == 2
-    assert len(memory_lines(prediction, 1.01 * prediction.peak, [])) == 1
 
 
 def test_memory_that_runs_out_is_recognised_by_a_real_refusal():
@@ -234,24 +216,6 @@ def test_memory_that_runs_out_is_recognised_by_a_real_refusal():
     assert is_out_of_memory(MemoryError())
     assert is_out_of_memory(OSError(12, "Cannot allocate memory"))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-
-
-def test_memory_that_runs_out_becomes_one_line():
-    from dsft.config import TrainConfig
-
-    config = TrainConfig(model="m", train_files=["t"], output_dir="out", lora_rank=0)
-
-    def work(fitting: list[str]) -> None:
-        with out_of_memory(config, lambda: fitting):
-            torch.empty(2**60)
-
-    told = message(work, [])
-    assert "memory ran out" in told
-    assert "--max_tokens_per_micro_batch" in told
-    assert "--lora_rank 16" in told
-    assert "these fit: 4 ranks" in message(work, ["4 ranks"])
-    with pytest.raises(ZeroDivisionError), out_of_memory(config, list):
-        raise ZeroDivisionError
 
 
 @pytest.mark.parametrize(
@@ -270,29 +234,3 @@ def test_checkpoints_on_the_disk_at_once(total, steps, save_steps, most, expecte
 
 def test_time_follows_from_the_machines_own_rate():
     assert seconds_of(59e9, 1e9, torch.float32, CPU) == pytest.approx(100)
-
-
-def needed(**changes) -> Needs:
-    values = {
-        "backend": "fsdp", "ranks": 1, "device": "cpu", "dtype": "float32", "memory_bytes": 3.0 * GIB,
-        "parts_bytes": {}, "room_bytes": 2.0 * GIB, "remedies": ["--dtype bfloat16"],
-        "seconds_per_step": 1.0, "seconds_per_epoch": 4.0, "seconds": 8.0,
-    }  # fmt: skip
-    return Needs(**values | changes)
-
-
-def test_a_preview_names_what_will_not_fit(tmp_path):
-    config = PreviewConfig(model="m", train_files=["t"], output_dir=str(tmp_path / "not" / "yet"), save_steps=1)
-    batches = Batches(4, 8, 16.0, 100.0, 10.0, 1, 1.0, 100, 4)
-    enormous = shutil.disk_usage(tmp_path).free // 12 + 1
-    memory, disk = needs_findings(needed(), enormous, batches, config)
-    assert (memory.kind, memory.name) == ("warning", "memory")
-    assert memory.text == (
-        "a rank would need 3.00 GiB by prediction, and has 2.00 GiB; by prediction these fit: --dtype bfloat16"
-    )
-    assert (disk.kind, disk.name) == ("warning", "disk")
-    assert f"{tmp_path} has" in disk.text
-    assert not (tmp_path / "not").exists()
-    assert needs_findings(needed(room_bytes=4.0 * GIB), 100, batches, config) == []
-    without = PreviewConfig(model="m", train_files=["t"], save_steps=1)
-    assert needs_findings(needed(room_bytes=4.0 * GIB), enormous, batches, without) == []

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from dsft.config.flags import RowFlags
 from dsft.dataset.chat_format import ChatFormat
-from dsft.dataset.parquet import Cell
-from dsft.dataset.tokens import DataFormat, load_dataset
+from dsft.dataset.readers import Cell
+from dsft.dataset.tokens import load_dataset
 from dsft.previewing.preview import Preview
 from dsft.previewing.render import as_page, coloured, show
 from dsft.previewing.rows import RowView, Span, choose_rows, make_spans, plain_text, view_row
@@ -52,11 +53,11 @@ def terminal_of(view: RowView) -> list[tuple[str, bool]]:
 @pytest.mark.parametrize("file", [SAMPLE_TRAIN, SAMPLE_VAL, MEDICAL_SET])
 def test_what_is_marked_is_exactly_the_response_and_its_end_in_every_row(tokenizer, file):
     """In the spans, between the marks of plain text, in the colour of a terminal, and in the page of HTML."""
-    data = load_dataset([str(file)], "train_files", tokenizer, DataFormat())
+    data = load_dataset([str(file)], "train_files", tokenizer, RowFlags())
     rows = pq.read_table(file, columns=["prompt", "response"]).to_pylist()
     assert len(data) == len(rows) > 0
     for number, row in enumerate(rows):
-        view = view_row(number, Cell(str(file), number), data[number], tokenizer, DataFormat())
+        view = view_row(number, Cell(str(file), number), data[number], tokenizer, RowFlags())
         expected = row["response"] + END
         prompt = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
         assert view.learned == expected, number
@@ -70,12 +71,12 @@ def test_what_is_marked_is_exactly_the_response_and_its_end_in_every_row(tokeniz
 
 @pytest.mark.parametrize("file", [SAMPLE_VAL, MEDICAL_SET])
 def test_the_colour_of_targets_is_on_exactly_the_response_and_its_end(tokenizer, file):
-    data = load_dataset([str(file)], "train_files", tokenizer, DataFormat())
+    data = load_dataset([str(file)], "train_files", tokenizer, RowFlags())
     rows = pq.read_table(file, columns=["prompt", "response"]).to_pylist()
     for number, row in enumerate(rows):
         if number % 5:
             continue
-        view = view_row(number, CELL, data[number], tokenizer, DataFormat())
+        view = view_row(number, CELL, data[number], tokenizer, RowFlags())
         runs = terminal_of(view)
         assert "".join(text for text, learned in runs if learned) == f"⟦{row['response']}{END}⟧"
         assert "".join(text for text, _ in runs) == plain_text(view)
@@ -86,7 +87,7 @@ def test_every_assistant_turn_of_a_conversation_is_marked(tokenizer):
     turns = [("user", "Hello"), ("assistant", "Hi!"), ("user", "And now?"), ("assistant", "Bye")]
     segments = chat_format.conversation([{"role": r, "content": c} for r, c in turns], CELL)
     [row] = chat_format.tokenize([segments])
-    text = plain_text(view_row(0, CELL, row, tokenizer, DataFormat()))
+    text = plain_text(view_row(0, CELL, row, tokenizer, RowFlags()))
     assert re.findall("⟦(.*?)⟧", text) == [f"Hi!{END}", f"Bye{END}"]
 
 
@@ -94,7 +95,7 @@ def test_every_assistant_turn_of_a_conversation_is_marked(tokenizer):
 def test_characters_of_several_tokens_stay_whole(tokenizer, text):
     chat_format = ChatFormat(tokenizer)
     [row] = chat_format.tokenize([chat_format.prompt_and_response("Hello 你好", text, CELL)])
-    assert view_row(0, CELL, row, tokenizer, DataFormat()).learned == text + END
+    assert view_row(0, CELL, row, tokenizer, RowFlags()).learned == text + END
 
 
 def test_special_tokens_are_spans_of_their_own(tokenizer):
@@ -122,16 +123,16 @@ def row(tokenizer):
             "left",
             12,
             " the" * 7 + "⟦" + " cat" * 5 + "⟧",
-            "3 tokens at the front of the prompt are cut: ' the the the'",
+            "3 tokens at the start of the prompt are cut: ' the the the'",
         ),
-        ("right", 12, " the" * 10 + "⟦ cat cat⟧", "3 tokens at the end, 3 targets among them, are cut: ' cat cat cat'"),
+        ("right", 12, " the" * 10 + "⟦ cat cat⟧", "3 tokens at the end, including 3 targets, are cut: ' cat cat cat'"),
         ("right", 10, " the" * 10 + "⟦" + " cat" * 5 + "⟧", "dropped: 15 tokens leave no target within max_length"),
-        ("drop", 12, " the" * 10 + "⟦" + " cat" * 5 + "⟧", "dropped: 15 tokens are more than max_length 12"),
-        ("error", 12, " the" * 10 + "⟦" + " cat" * 5 + "⟧", "refused: 15 tokens are more than max_length 12"),
+        ("drop", 12, " the" * 10 + "⟦" + " cat" * 5 + "⟧", "dropped: 15 tokens exceed max_length 12"),
+        ("error", 12, " the" * 10 + "⟦" + " cat" * 5 + "⟧", "refused: 15 tokens exceed max_length 12"),
     ],
 )
 def test_what_is_truncated_is_said(tokenizer, row, how, length, text, cut):
-    view = view_row(0, CELL, row, tokenizer, DataFormat(max_length=length, truncation=how))
+    view = view_row(0, CELL, row, tokenizer, RowFlags(max_length=length, truncation=how))
     assert plain_text(view) == text
     assert view.cut == cut
 
@@ -139,9 +140,9 @@ def test_what_is_truncated_is_said(tokenizer, row, how, length, text, cut):
 @pytest.mark.parametrize("how", ["left", "right", "drop"])
 def test_a_row_is_shown_as_it_is_trained_on(tokenizer, tmp_path, how):
     file = write_parquet(tmp_path / "f.parquet", pq.read_table(SAMPLE_TRAIN).to_pylist())
-    cut = DataFormat(max_length=180, truncation=how)
+    cut = RowFlags(max_length=180, truncation=how)
     trained = load_dataset([str(file)], "train_files", tokenizer, cut)
-    whole = load_dataset([str(file)], "train_files", tokenizer, DataFormat())
+    whole = load_dataset([str(file)], "train_files", tokenizer, RowFlags())
     views = [view_row(i, CELL, whole[i], tokenizer, cut) for i in range(len(whole))]
     kept = [view for view in views if not view.cut.startswith("dropped")]
     assert len(kept) == len(trained) < len(whole) or (how == "left" and len(kept) == len(trained))
@@ -184,7 +185,7 @@ def test_rows_by_their_numbers():
     assert choose_rows(lengths, 3, [2, 0, 2]) == [2, 0]
     assert (
         message(choose_rows, lengths, 3, [1, 3])
-        == "--row_numbers 3: there are 3 training rows; name numbers from 0 to 2"
+        == "--row_numbers 3: there are 3 training rows; use numbers from 0 to 2"
     )
 
 

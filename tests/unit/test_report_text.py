@@ -1,6 +1,5 @@
 """A report's text in HTML and in Markdown: whatever it holds, readers see it as it is, and nothing else happens."""
 
-import re
 from html.parser import HTMLParser
 
 import pytest
@@ -8,21 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from dsft.reporting.document import (
-    Beside,
-    Document,
-    Figure,
-    Folded,
-    Heading,
-    Lines,
-    Mono,
-    Table,
-    Text,
-    aligned,
-)
-from dsft.reporting.html import as_html, escape
-from dsft.reporting.markdown import as_markdown, code, fenced
-from dsft.reporting.markdown import escape as markdown_escape
+from dsft.reporting.document import Mono, as_markdown, code, escape, fenced, heading, paragraph, table
+from dsft.reporting.html import figures, folded, marked, page, side_by_side
 from dsft.text import printable
 
 FOUL = [
@@ -59,60 +45,50 @@ def words(text: str) -> str:
 
 @settings(deadline=None)
 @given(foul)
-def test_html_shows_any_text_and_makes_no_tag_of_it(text):
-    shown = Shown(f"<p title='{escape(text)}'>{escape(text)}</p>")
-    assert (shown.text, shown.tags) == (printable(text), ["p"])
-
-
-@settings(deadline=None)
-@given(foul)
-def test_markdown_shows_any_text_in_a_heading_a_paragraph_and_a_cell(text):
-    document = Document("t", [Text(text or "x"), Table(("head", "number"), [(text, "1"), (Mono(text), "2")])])
-    markdown = as_markdown(document)
-    shown = markdown_text(markdown)
+def test_every_reader_sees_any_text_in_a_heading_a_paragraph_and_a_cell(text):
+    blocks = [paragraph(text or "x"), table(("head", "number"), [(text, "1"), (Mono(text), "2")])]
     expected = ["t", words(text or "x"), "head number", f"{words(text)} 1", f"{words(text)} 2"]
-    assert words(shown) == words(" ".join(expected))
-    tags = set(Shown(MarkdownIt("gfm-like", {"linkify": False}).render(markdown)).tags)
-    assert tags <= {"h1", "p", "table", "thead", "tbody", "tr", "th", "td", "code"}
+    html = MarkdownIt("gfm-like", {"linkify": False}).render(as_markdown([heading(1, "t"), *blocks]))
+    for shown in (Shown(html), Shown(page("t", blocks).partition("<body>")[2])):
+        assert words(shown.text) == words(" ".join(expected))
+        assert set(shown.tags) <= {"h1", "p", "table", "thead", "tbody", "tr", "th", "td", "code"}
 
 
 @settings(deadline=None)
 @given(foul, foul)
-def test_a_code_block_holds_any_text(text, other):
+def test_code_blocks_hold_any_text(text, other):
     shown = markdown_text(f"{fenced(text)}\n\n{fenced(other)}\n\nend")
     assert shown == f"{printable(text)}\n\n{printable(other)}\n\nend\n"
+    blocks = marked([(text, True, False), (other, True, True), (text, False, False)])
+    shown = Shown(blocks.html)
+    assert shown.text == f"\n{printable(text)}{printable(other)}{printable(text)}\n"
+    assert shown.tags == ["pre", "mark", "b"]
 
 
 @pytest.mark.parametrize("text", FOUL)
 def test_foul_text_in_every_kind_of_block(text):
-    blocks = [Heading(2, text), Text(text), Lines(text), Beside([(text, text)]), Folded(text, [Lines(text)])]
-    document = Document(text, blocks)
-    as_markdown(document).encode()
-    page = as_html(document)
-    page.encode()
-    tags = Shown(page).tags
+    blocks = [heading(2, text), paragraph(text), fenced(text), side_by_side([(text, text)])]
+    blocks += [folded(text, [fenced(text)]), figures([("<svg></svg>", text)])]
+    as_markdown(blocks).encode()
+    html = page(text, blocks)
+    html.encode()
+    tags = Shown(html).tags
     assert set(tags) <= {
-        "html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "pre", "div", "strong", "details", "summary",
+        "html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "pre", "code", "div", "strong", "details",
+        "summary", "figure", "svg",
     }  # fmt: skip
-    assert tags.count("pre") == 3
-
-
-def test_tables_align_on_a_console():
-    assert aligned(("a", "long"), [("xyz", "1"), ("", "22")]) == [
-        "| a   | long |", "|-----|------|", "| xyz | 1    |", "|     | 22   |",
-    ]  # fmt: skip
+    assert [tags.count(tag) for tag in ("pre", "details", "svg")] == [3, 1, 1]
 
 
 def test_markdown_stays_readable_as_plain_text():
-    assert markdown_escape("train_batch_size 128, 100.0% (61.0% to 100.0%)") == (
-        "train_batch_size 128, 100.0% (61.0% to 100.0%)"
-    )
+    assert escape("train_batch_size 128, 100.0% (61.0% to 100.0%)") == "train_batch_size 128, 100.0% (61.0% to 100.0%)"
     assert (code("--lr"), code(""), code("a`b")) == ("`--lr`", "", "`` a`b ``")
+    assert table(("a", "long"), [("xyz", "1"), ("", "22")], right=(1,)).splitlines() == [
+        "| a   | long |", "|-----|-----:|", "| xyz | 1    |", "|     | 22   |",
+    ]  # fmt: skip
 
 
-def test_columns_of_numbers_are_aligned_on_the_right_and_charts_share_a_row():
-    chart = Figure("<svg></svg>", "words")
-    page = as_html(Document("t", [Table(("a", "b"), [("x", Mono("1"))], right=(1,)), chart, chart, Text("end"), chart]))
-    assert '<tr><td>x</td><td class="number"><code>1</code></td></tr>' in page
-    assert [part.count("<figure") for part in page.split('<div class="charts">')[1:]] == [2, 1]
-    assert re.search(r'<figure role="img" aria-label="words"><svg></svg></figure>', page)
+def test_numbers_align_on_the_right_and_charts_have_words():
+    html = page("t", [table(("a", "b"), [("x", Mono("1"))], right=(1,)), figures([("<svg></svg>", "words")])])
+    assert '<td>x</td>\n<td style="text-align:right"><code>1</code></td>' in html
+    assert '<figure role="img" aria-label="words"><svg></svg></figure>' in html

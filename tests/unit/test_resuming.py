@@ -9,10 +9,10 @@ import pytest
 from dsft.checkpointing import folder
 from dsft.checkpointing.folder import CheckpointFolder
 from dsft.checkpointing.integrity import COMPLETE
+from dsft.checkpointing.resuming import InitialWeights, find_initial_weights, find_resume, open_output
 from dsft.checkpointing.state import CONFIG, STATE
 from dsft.config import TrainConfig
 from dsft.config.values import as_yaml
-from dsft.training.resuming import InitialWeights, find_initial_weights, find_resume, open_output
 from tests.helpers import contents, message, save_checkpoint
 
 
@@ -93,7 +93,10 @@ def test_a_damaged_checkpoint_that_was_named_is_refused(out):
 
 def test_never_refuses_a_used_folder_and_takes_a_new_one(out, tmp_path):
     train(out, 1)
-    assert refusal(out, resume="never") == f"{out} holds checkpoint-000001 and --resume is never; name another folder"
+    assert (
+        refusal(out, resume="never")
+        == f"{out} holds checkpoint-000001 and --resume is never; name another --output_dir"
+    )
     assert resumed(tmp_path / "new", resume="never") is None
 
 
@@ -110,8 +113,8 @@ def test_other_flags_are_refused_each_by_name(out, changed, told):
     [saved] = train(out, 1)
     names = ",".join(part.split()[0] for part in told.split("; "))
     assert refusal(out, **changed) == (
-        f"{saved} is of a run with other flags: {told}; use its values or another --output_dir, or go on with the new "
-        f"ones by --resume_override {names}"
+        f"{saved} is of a run with other flags: {told}; use its values or another --output_dir, or accept the new "
+        f"ones with --resume_override {names}"
     )
     assert resumed(out, **changed, resume_override=names.split(",")) == saved
 
@@ -159,7 +162,7 @@ def test_a_checkpoint_of_another_folder_is_never_mixed_with_a_runs_own(out, tmp_
     told = refusal(out, resume=str(theirs))
     assert told == (
         f"{out} holds checkpoint-000003 of its own, and --resume {theirs} is of another folder; "
-        "leave --resume out to go on from it, or name another --output_dir"
+        "leave --resume out to resume from it, or name another --output_dir"
     )
     assert {n: c for n, c in contents(out).items() if n != ".lock"} == before
 
@@ -196,7 +199,7 @@ def test_a_folder_in_which_another_run_has_been_meanwhile_is_refused(out):
     assert find_resume(config(out), two, pytest.fail) is None
     train(out, 1)
     told = message(open_output, two, None, pytest.fail)
-    assert told == f"another run was in {out} meanwhile; start again to go on from it, or name another"
+    assert told == f"another run has begun in {out} meanwhile; rerun to resume from it, or name another --output_dir"
 
 
 def test_steps_that_are_taken_again_are_set_aside(out):

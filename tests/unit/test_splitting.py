@@ -7,9 +7,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from dsft.config.flags import RowFlags
 from dsft.dataset.leaks import find_leaks
 from dsft.dataset.splitting import choose_sizes, join_rows, rows_to_split_off, split_off
-from dsft.dataset.tokens import DataFormat, load_dataset
+from dsft.dataset.tokens import load_dataset
 from dsft.errors import UserError
 from tests.helpers import SAMPLE_TRAIN, message, outputs_elsewhere, token_dataset, write_parquet
 
@@ -45,7 +46,7 @@ def dialogues(sizes) -> "object":
 def sample(tokenizer, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DSFT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return load_dataset([str(SAMPLE_TRAIN)], "train_files", tokenizer, DataFormat())
+        return load_dataset([str(SAMPLE_TRAIN)], "train_files", tokenizer, RowFlags())
 
 
 @PROPERTY
@@ -121,8 +122,8 @@ def test_levels_and_copies_stay_together_too():
 
 def test_one_dialogue_cannot_be_split():
     told = message(rows_to_split_off, dialogues([3]), 0.5, 1)
-    assert told.startswith("--val_fraction 0.5 splits whole dialogues, and all 3 rows of --train_files belong to one ")
-    assert told.endswith("name --val_files instead")
+    assert told.startswith("--val_fraction 0.5 splits off whole dialogues, but all 3 rows of --train_files belong to")
+    assert told.endswith("use --val_files instead")
 
 
 def test_another_process_draws_the_same(sample):
@@ -178,7 +179,7 @@ def test_a_subset_has_the_rows_counts_and_fingerprint_of_its_own(sample):
 def test_the_tokens_of_a_subset_stay_mapped(sample):
     part = sample.subset(np.flatnonzero(sample.dialogue == sample.dialogue[0]))
     assert part.tokens is sample.tokens
-    assert isinstance(part.tokens, np.memmap)
+    assert isinstance(part.tokens.base, np.memmap)
 
 
 def test_all_rows_are_the_same_data(sample):
@@ -190,7 +191,7 @@ def test_what_truncation_cost_is_told_once(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("DSFT_CACHE", str(tmp_path / "cache"))
     rows = [{"prompt": f"{i} " + "the " * (5 + 10 * (i % 6)), "response": "a b c"} for i in range(30)]
     file = write_parquet(tmp_path / "rows.parquet", [*rows, {"prompt": "x", "response": "the " * 99}])
-    data = load_dataset([str(file)], "train_files", tokenizer, DataFormat(max_length=80, truncation="left"))
+    data = load_dataset([str(file)], "train_files", tokenizer, RowFlags(max_length=80, truncation="left"))
     assert (data.counts.rows_cut, data.counts.rows_dropped) == (10, 1)
     train, val = divide(data, 0.3, 1)
     for name in ("rows", "tokens", "targets", "rows_cut", "tokens_cut", "rows_dropped", "tokens_dropped"):

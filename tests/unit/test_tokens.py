@@ -1,4 +1,4 @@
-"""Tokenised rows: truncation with its counts, nested columns, and the cache."""
+"""Tokenized rows: truncation with its counts, nested columns, and the cache."""
 
 import copy
 
@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsft.config.flags import RowFlags
 from dsft.dataset import tokens as module
-from dsft.dataset.parquet import Cell
-from dsft.dataset.tokens import Counts, DataFormat, load_dataset, tokenizer_fingerprint
+from dsft.dataset.readers import Cell
+from dsft.dataset.tokens import Counts, load_dataset, tokenizer_fingerprint
 from dsft.errors import UserError
 from tests.helpers import write_parquet
 
@@ -36,7 +37,7 @@ def load(tmp_path, plain):
         file = tmp_path / "rows.parquet"
         if rows is not None:
             write_parquet(file, rows)
-        return load_dataset([str(file)], "train_files", tokenizer, DataFormat(**options), max_rows=max_rows)
+        return load_dataset([str(file)], "train_files", tokenizer, RowFlags(**options), max_rows=max_rows)
 
     return load
 
@@ -124,7 +125,7 @@ def test_a_row_is_kept_whole_or_cut_to_max_length_with_a_target_or_counted_as_dr
     ids = np.arange(prompt + targets, dtype=np.int32)
     mask = ids >= prompt
     counts = Counts()
-    kept = module.fit(ids, mask, Cell("f", 0), DataFormat(max_length=max_length, truncation=truncation), counts)
+    kept = module.truncate_row(ids, mask, Cell("f", 0), RowFlags(max_length=max_length, truncation=truncation), counts)
     if len(ids) <= max_length:
         assert kept is not None
         assert (kept[0].tolist(), counts) == (ids.tolist(), Counts())
@@ -176,7 +177,7 @@ def test_messages_key_replaces_prompt_and_response(load, tokenizer):
 
 def test_the_second_load_reads_the_cache(load, monkeypatch):
     first = load([row(3, 2), row(1, 1)])
-    monkeypatch.setattr(module, "_tokenize_files", lambda *_: pytest.fail("tokenised again"))
+    monkeypatch.setattr(module, "_tokenize_files", lambda *_: pytest.fail("tokenized again"))
     second = load()
     assert second.fingerprint == first.fingerprint
     assert second.counts == first.counts
@@ -187,8 +188,8 @@ def test_the_second_load_reads_the_cache(load, monkeypatch):
 def test_the_same_content_under_another_name_reads_the_same_cache(load, tmp_path, plain, monkeypatch):
     first = load([row(3, 2)])
     (tmp_path / "rows.parquet").rename(tmp_path / "other.parquet")
-    monkeypatch.setattr(module, "_tokenize_files", lambda *_: pytest.fail("tokenised again"))
-    second = load_dataset([str(tmp_path / "other.parquet")], "val_files", plain, DataFormat())
+    monkeypatch.setattr(module, "_tokenize_files", lambda *_: pytest.fail("tokenized again"))
+    second = load_dataset([str(tmp_path / "other.parquet")], "val_files", plain, RowFlags())
     assert second.fingerprint == first.fingerprint
 
 
@@ -224,7 +225,7 @@ def test_what_changes_the_tokens_changes_the_cache_key(load, tokenizer, plain):
 
 def test_files_and_their_order_change_the_cache_key(tmp_path, plain):
     names = [str(write_parquet(tmp_path / f"{i}.parquet", [row(i, 1)])) for i in (1, 2)]
-    forward, backward = (load_dataset(order, "train_files", plain, DataFormat()) for order in (names, names[::-1]))
+    forward, backward = (load_dataset(order, "train_files", plain, RowFlags()) for order in (names, names[::-1]))
     assert (shape(forward), shape(backward)) == ([(1, 2), (2, 2)], [(2, 2), (1, 2)])
     assert forward.fingerprint != backward.fingerprint
 

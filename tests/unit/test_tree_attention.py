@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from dsft.dataset.folding import attention_mask, fold, pack
-from dsft.dataset.micro_batches import Layout, MicroBatches, packed
+from dsft.dataset.micro_batches import MicroBatches, MicroBatchOptions, packed
 from dsft.errors import UserError
 from dsft.loss import TargetHead, summed_loss
 from dsft.model import tree_attention as tree_attention_module
@@ -25,7 +25,7 @@ from dsft.model.tree_attention import (
     cut_into_blocks,
     flex_block_mask,
     tree_attention,
-    why_no_trees,
+    tree_unsupported_reason,
 )
 from tests.helpers import token_dataset
 
@@ -208,9 +208,9 @@ REFUSED = {
     ),
     "state space": ("Mamba", {}, "MambaForCausalLM has an attention of its own"),
     "ALiBi": ("Bloom", {"n_layer": 2, "n_head": 4}, "BloomForCausalLM has an attention of its own"),
-    "arguments dropped": ("Nemotron", HEADS, "NemotronForCausalLM keeps arguments from its attention"),
-    "dropout": ("Llama", {"attention_dropout": 0.1}, "config.json asks for attention_dropout"),
-    "dropout by default": ("GPT2", {"n_embd": 16, "n_layer": 2, "n_head": 4}, "config.json asks for attn_pdrop"),
+    "arguments dropped": ("Nemotron", HEADS, "NemotronForCausalLM does not pass arguments to its attention"),
+    "dropout": ("Llama", {"attention_dropout": 0.1}, "config.json sets attention_dropout"),
+    "dropout by default": ("GPT2", {"n_embd": 16, "n_layer": 2, "n_head": 4}, "config.json sets attn_pdrop"),
     "positions from 1": (
         "Roberta", {"is_decoder": True, "attention_probs_dropout_prob": 0.0},
         "RobertaForCausalLM counts positions from its pad token",
@@ -266,7 +266,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 def test_a_model_of_this_family_gives_folded_rows_the_loss_and_gradients_of_single_ones(family, monkeypatch):
     monkeypatch.setattr(cut_into_blocks, "__defaults__", (8,))  # several blocks, though the rows are short
     model = built(family, FOLLOW[family])
-    assert why_no_trees(model, "auto") is None
+    assert tree_unsupported_reason(model, "auto") is None
     rows = made_rows()
     expected = per_row(model, rows)
     wanted = gradients_of(model, expected)
@@ -296,17 +296,17 @@ def test_each_target_costs_what_it_costs_in_its_row(family):
 @pytest.mark.parametrize("what", REFUSED)
 def test_a_model_that_cannot_follow_a_tree_is_refused(what):
     family, settings, reason = REFUSED[what]
-    assert why_no_trees(built(family, settings), "auto") == reason
+    assert tree_unsupported_reason(built(family, settings), "auto") == reason
 
 
 @pytest.mark.parametrize("implementation", ["eager", "flash_attention_2", "paged|sdpa"])
 def test_an_attention_that_the_user_chose_is_kept(implementation):
-    assert why_no_trees(built("Llama", {}), implementation) == f"--attn_implementation is {implementation}"
+    assert tree_unsupported_reason(built("Llama", {}), implementation) == f"--attn_implementation is {implementation}"
 
 
 @pytest.mark.parametrize("implementation", ["auto", "sdpa", "flex_attention"])
 def test_an_attention_that_computes_the_same_is_replaced(implementation):
-    assert why_no_trees(built("Llama", {}), implementation) is None
+    assert tree_unsupported_reason(built("Llama", {}), implementation) is None
 
 
 def test_layers_that_do_not_follow_the_tree_are_noticed_at_the_first_forward():
@@ -319,14 +319,14 @@ def test_layers_that_do_not_follow_the_tree_are_noticed_at_the_first_forward():
         summed_loss(model, head, packed([fold(rows)]).to(CPU))
     assert str(caught.value) == (
         "2 of this model's 2 layers do not follow folded rows; "
-        "choose --attn_implementation eager, which folds only what needs no mask"
+        "use --attn_implementation eager, which folds only what needs no mask"
     )
 
 
 def test_what_attention_is_asked_beside_the_tree_is_noticed_at_the_first_forward():
     model = built("Gemma2", HEADS | {"sliding_window": 64})
     model.set_attn_implementation(NAME)
-    with pytest.raises(UserError, match=r"^this model's attention needs softcap; choose --attn_implementation eager"):
+    with pytest.raises(UserError, match=r"^this model's attention needs softcap; use --attn_implementation eager"):
         summed_loss(model, TargetHead(model), packed([fold(made_rows())]).to(CPU))
 
 
@@ -338,7 +338,7 @@ def test_dropout_of_attention_under_an_unknown_name_is_not_passed_over():
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.1
     summed_loss(model, head, batch)  # in evaluation nothing is dropped
-    with pytest.raises(UserError, match=r"^this model drops attention weights.*; choose --attn_implementation eager"):
+    with pytest.raises(UserError, match=r"^this model drops attention weights.*; use --attn_implementation eager"):
         summed_loss(model.train(), head, batch)
 
 
@@ -374,7 +374,7 @@ def test_any_rows_in_any_micro_batches_give_the_loss_and_gradients_of_single_row
     reference = per_row(llama, [data[row] for row in range(len(data))])
     wanted = gradients_of(llama, reference)
     budget = int(data.lengths.max()) + slack
-    batches = MicroBatches(data, Layout(ranks, budget, *fold_and_trees), Cost(10, 1, 5), 0)
+    batches = MicroBatches(data, MicroBatchOptions(ranks, budget, *fold_and_trees), Cost(10, 1, 5), 0)
     head = TargetHead(llama)
     total = torch.zeros(())
     with pytest.MonkeyPatch.context() as patch:

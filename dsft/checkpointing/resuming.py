@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, or takes its first weights from, and whether it may."""
+"""Which checkpoint a run resumes from, or takes its first weights from, and whether it may."""
 
 import json
 from collections.abc import Callable
@@ -18,9 +18,9 @@ from dsft.files import guard_disk
 
 
 def find_resume(config: TrainConfig, folder: CheckpointFolder, warn: Callable[[str], None]) -> Path | None:
-    """The checkpoint to go on from. Rank 0 only; it owns the output folder from here on, where there is one.
+    """The checkpoint to resume from. Rank 0 only; it holds the lock of the output folder from here on, if that exists.
 
-    A dry run changes nothing there: it renames no damaged checkpoint, and makes no lock where there is none.
+    A dry run changes nothing in it: it renames no damaged checkpoint, and makes no lock file.
 
     Raises:
         UserError: the folder belongs to another run, or no checkpoint is sound.
@@ -30,7 +30,7 @@ def find_resume(config: TrainConfig, folder: CheckpointFolder, warn: Callable[[s
     if config.resume == "never":
         latest = folder.latest()
         if latest is not None:
-            raise UserError(f"{config.output_dir} holds {latest.name} and --resume is never; name another folder")
+            raise UserError(f"{config.output_dir} holds {latest.name} and --resume is never; name another --output_dir")
         return None
     if config.resume == "auto":
         found = folder.newest_sound(warn, rename=not config.dry_run)
@@ -40,7 +40,7 @@ def find_resume(config: TrainConfig, folder: CheckpointFolder, warn: Callable[[s
         if latest is not None and found.parent != latest.parent.resolve():
             raise UserError(
                 f"{config.output_dir} holds {latest.name} of its own, and --resume {config.resume} is of another "
-                "folder; leave --resume out to go on from it, or name another --output_dir"
+                "folder; leave --resume out to resume from it, or name another --output_dir"
             )
     if found is not None:
         _check_same_run(found, config)
@@ -58,7 +58,7 @@ def _check_same_run(checkpoint: Path, config: TrainConfig) -> None:
     if changed:
         raise UserError(
             f"{checkpoint} is of a run with other flags: {'; '.join(changed)}; use its values or another --output_dir, "
-            f"or go on with the new ones by --resume_override {','.join(c.split()[0] for c in changed)}"
+            f"or accept the new ones with --resume_override {','.join(c.split()[0] for c in changed)}"
         )
 
 
@@ -82,7 +82,9 @@ def open_output(folder: CheckpointFolder, resumed: Path | None, warn: Callable[[
     if not folder.is_locked:  # it was not there when this run looked for a checkpoint
         folder.lock()
         if folder.all():
-            raise UserError(f"another run was in {root} meanwhile; start again to go on from it, or name another")
+            raise UserError(
+                f"another run has begun in {root} meanwhile; rerun to resume from it, or name another --output_dir"
+            )
     guard_disk(folder.remove_unfinished, root)
     if resumed is None:
         return

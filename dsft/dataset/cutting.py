@@ -1,0 +1,195 @@
+"""Cut a global batch into chunks of similar cost and assign them to ranks, so that no rank waits long for another."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dsft.model.flops import Cost
+
+SLACKS = (1.02, 1.1, 1.3, math.inf)  # how far a chunk may exceed the largest of the most even cut, see cut
+MAX_SEARCH = 50_000  # rows times chunks of a batch; beyond that only the most even cut is considered
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive rows of a sorted batch, folded into one tree."""
+
+    rows: slice
+    tokens: int
+    cost: float
+
+
+def costs_of(per_rank: Sequence[Sequence[Chunk]]) -> list[list[float]]:
+    """Of each chunk of each rank."""
+    return [[chunk.cost for chunk in own] for own in per_rank]
+
+
+def cut(
+    lengths: np.ndarray, shared: np.ndarray, targets: np.ndarray, cost: Cost, ranks: int, token_budget: int
+) -> list[Chunk]:
+    """Cut sorted rows into chunks so that the slowest rank is done early.
+
+    A prefix shared by rows on both sides of a cut is computed and counted in both chunks: a cut within a dialogue
+    costs tokens, uneven chunks cost waiting. The candidates are the most even cut, and the cheapest cuts whose chunks
+    cost little more than its largest; the one with the smallest `makespan` wins.
+
+    Args:
+        lengths: int64 [rows], tokens of each row; rows are sorted by their tokens.
+        shared: int64 [rows], length of the prefix shared with the row before.
+        targets: int64 [rows].
+        cost: of tokens, pairs and targets.
+        ranks: the number of chunks is a multiple of it.
+        token_budget: at least the longest row.
+    """
+    cutter = _Cutter(lengths, shared, targets, cost, token_budget)
+    count = ranks * math.ceil(len(cutter.greedy(math.inf)) / ranks)
+    even = cutter.even(count)
+    candidates = [even]
+    if len(lengths) * count <= MAX_SEARCH:
+        largest = max(chunk.cost for chunk in even)
+        for more in (0, ranks):
+            cuts = (cutter.cheapest(largest * slack, count + more) for slack in SLACKS)
+            candidates += [found for found in cuts if found is not None]
+    filled = [chunks + [Chunk(slice(0, 0), 0, 0.0)] * (-len(chunks) % ranks) for chunks in candidates]
+    return min(filled, key=lambda chunks: makespan(costs_of(assign_to_ranks(chunks, ranks))))
+
+
+class _Cutter:
+    """The ways to cut sorted rows; see cut."""
+
+    def __init__(
+        self, lengths: np.ndarray, shared: np.ndarray, targets: np.ndarray, cost: Cost, token_budget: int
+    ) -> None:
+        def pairs(depth: np.ndarray) -> np.ndarray:
+            return depth * (depth + 1) / 2
+
+        costs = cost.of(lengths - shared, pairs(lengths) - pairs(shared), targets)
+        self._rows, self._shared, self._budget = len(lengths), shared, token_budget
+        self._tokens_before = np.concatenate([[0], np.cumsum(lengths - shared)])
+        self._cost_before = np.concatenate([[0.0], np.cumsum(costs)])
+        self._shared_cost = cost.of(shared, pairs(shared), 0)
+
+    def _chunk(self, start: int, end: int) -> Chunk:
+        tokens = self._tokens_before[end] - self._tokens_before[start] + self._shared[start]
+        cost = self._cost_before[end] - self._cost_before[start] + self._shared_cost[start]
+        return Chunk(slice(start, end), int(tokens), float(cost))
+
+    def greedy(self, limit: float) -> list[Chunk]:
+        """The fewest chunks within the token budget, none above `limit` unless a single row is."""
+        chunks, start = [], 0
+        while start < self._rows:
+            tokens = self._budget - self._shared[start] + self._tokens_before[start]
+            cost = limit - self._shared_cost[start] + self._cost_before[start]
+            ends = (
+                np.searchsorted(self._tokens_before, tokens, "right"),
+                np.searchsorted(self._cost_before, cost, "right"),
+            )
+            end = max(start + 1, int(min(ends)) - 1)
+            chunks.append(self._chunk(start, end))
+            start = end
+        return chunks
+
+    def even(self, count: int) -> list[Chunk]:
+        """At most `count` chunks, the largest as cheap as possible, by bisecting the limit of the greedy cut."""
+        low, high = 0.0, float(self._cost_before[-1] + self._shared_cost.sum()) + 1
+        while high - low > 1e-4 * high:
+            middle = (low + high) / 2
+            low, high = (low, middle) if len(self.greedy(middle)) <= count else (middle, high)
+        return self.greedy(high)
+
+    def cheapest(self, limit: float, count: int) -> list[Chunk] | None:
+        """At most `count` chunks of the least total cost, none above `limit`; None if there is no such cut.
+
+        By dynamic programming: least[k, j] is the least cost of the first j rows in k chunks.
+        """
+        least = np.full((count + 1, self._rows + 1), math.inf)
+        least[0, 0] = 0.0
+        came_from = np.zeros((count + 1, self._rows + 1), np.int64)
+        first = 0  # the earliest row that a chunk ending here may start with
+        for end in range(1, self._rows + 1):
+            while first < end - 1:
+                chunk = self._chunk(first, end)
+                if chunk.tokens <= self._budget and chunk.cost <= limit:
+                    break
+                first += 1
+            starts = slice(first, end)
+            costs = self._cost_before[end] - self._cost_before[starts] + self._shared_cost[starts]
+            sums = least[:-1, starts] + costs
+            best = sums.argmin(axis=1)
+            least[1:, end] = sums[np.arange(count), best]
+            came_from[1:, end] = best + first
+        used, end = int(least[:, -1].argmin()), self._rows
+        if not math.isfinite(least[used, end]):
+            return None
+        chunks = []
+        while used:
+            start = int(came_from[used, end])
+            chunks.append(self._chunk(start, end))
+            used, end = used - 1, start
+        return chunks[::-1]
+
+
+def makespan(costs: Sequence[Sequence[float]]) -> float:
+    """Length of the critical path: all ranks wait for the most expensive of their n-th micro-batches, summed over n.
+
+    costs: of each micro-batch of each rank.
+    """
+    return sum(max(at_once) for at_once in zip(*costs, strict=True))
+
+
+def assign_to_ranks(chunks: Sequence[Chunk], ranks: int) -> list[list[Chunk]]:
+    """Assign a multiple of `ranks` chunks: the n-th of all ranks cost about the same, and so do the ranks' sums."""
+    per_rank: list[list[Chunk]] = [[] for _ in range(ranks)]
+    ordered = sorted(chunks, key=lambda chunk: -chunk.cost)
+    for first in range(0, len(ordered), ranks):
+        by_load = sorted(per_rank, key=lambda own: sum(chunk.cost for chunk in own))
+        for own, chunk in zip(by_load, ordered[first : first + ranks], strict=True):
+            own.append(chunk)
+    return per_rank
+
+
+def pack_sequences(
+    sizes: np.ndarray, costs: np.ndarray, ranks: int, token_budget: int, *, padded: bool
+) -> list[list[np.ndarray]]:
+    """Assign sequences that cannot be folded together to ranks of similar load, and pack each rank's into batches.
+
+    Args:
+        sizes: int64 [sequences], tokens of each.
+        costs: float64 [sequences].
+        ranks: number of ranks.
+        token_budget: of a micro-batch, at least the longest sequence.
+        padded: sequences of a micro-batch are padded to the longest.
+
+    Returns:
+        The micro-batches of each rank, as int64 indices of sequences. All ranks have the same number, because forward
+        and backward are collective; some may be empty. Sequences of similar length share a micro-batch (little
+        padding), and the n-th micro-batches of all ranks are of similar size.
+    """
+    per_rank: list[list[int]] = [[] for _ in range(ranks)]
+    load = np.zeros(ranks)
+    for index in np.lexsort((-sizes, -costs)).tolist():  # the heaviest first, each to the least loaded rank
+        rank = int(load.argmin())
+        per_rank[rank].append(index)
+        load[rank] += costs[index]
+    packed = [_pack(own, sizes.tolist(), token_budget, padded) for own in per_rank]
+    count = max(map(len, packed))
+    return [
+        [np.array(batch, np.int64) for batch in batches] + [np.empty(0, np.int64)] * (count - len(batches))
+        for batches in packed
+    ]
+
+
+def _pack(indices: list[int], sizes: list[int], token_budget: int, padded: bool) -> list[list[int]]:
+    """Micro-batches of sequences in the given order, each as full as the budget allows."""
+    batches: list[list[int]] = [[]]
+    tokens = longest = 0
+    for index in indices:
+        longest = max(longest, sizes[index])
+        tokens = longest * (len(batches[-1]) + 1) if padded else tokens + sizes[index]
+        if tokens > token_budget:
+            batches.append([])
+            tokens = longest = sizes[index]
+        batches[-1].append(index)
+    return batches

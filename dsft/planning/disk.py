@@ -1,0 +1,32 @@
+"""What the checkpoints of a run take on the disk."""
+
+import shutil
+from pathlib import Path
+
+from dsft.config import TrainConfig
+from dsft.planning.plan import Needs
+from dsft.planning.prediction import checkpoint_bytes, checkpoints_kept
+from dsft.units import gib
+
+
+def disk_warning(config: TrainConfig, trained: int, needs: Needs, folder: Path) -> str | None:
+    """A line where the checkpoints of a run will not fit on the disk of its folder, else None.
+
+    Args:
+        config: the flags.
+        trained: how many values are trained.
+        needs: of the run.
+        folder: that exists.
+    """
+    size = checkpoint_bytes(trained)
+    count = checkpoints_kept(needs.total_steps, needs.steps_per_epoch, config.save_steps, config.max_checkpoints)
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError:
+        return None
+    if size * count <= free:
+        return None
+    return (
+        f"{count} checkpoints of {gib(size)} need {gib(size * count)}, and {folder} has {gib(free)} free; "
+        "free some space, save less often (--save_steps), or keep fewer (--max_checkpoints)"
+    )

@@ -1,0 +1,289 @@
+"""How a run is laid out and what it needs, from flags, shapes, rows, ranks and device, before a weight is read."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from dsft.backends import backend_class
+from dsft.backends.base import BackendOptions
+from dsft.config import TrainConfig
+from dsft.dataset.batches import GlobalBatches
+from dsft.dataset.micro_batches import MicroBatches, MicroBatchOptions
+from dsft.dataset.tokens import TokenDataset
+from dsft.model.flops import Cost, count_flops
+from dsft.model.lora import LoraOptions
+from dsft.model.tree_attention import tree_unsupported_reason
+from dsft.planning import prediction
+from dsft.planning.activations import ActivationMemory, fit_micro_batches
+from dsft.planning.prediction import Prediction, ProcessMemory, Setting
+from dsft.units import GIB, duration, gib
+
+
+def backend_options(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> BackendOptions:
+    """What the flags mean to the backend, which reads none."""
+    return BackendOptions(
+        device=device,
+        dtype=dtype,
+        trains_base=config.lora_rank == 0,
+        clip_grad=config.clip_grad,
+        train_batch_size=config.train_batch_size,
+        cpu_offload=config.cpu_offload,
+        config_file=config.ds_config,
+    )
+
+
+def lora_options(config: TrainConfig) -> LoraOptions | None:
+    """None for full fine-tuning."""
+    if not config.lora_rank:
+        return None
+    return LoraOptions(
+        config.lora_rank,
+        config.lora_alpha,
+        config.lora_dropout,
+        config.target_modules,
+        config.use_rslora,
+        config.use_dora,
+    )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a rank before it has a model.
+
+    process: what it has taken so far
+    available: what it may have in all, `process.now` included; the smallest of all ranks
+    """
+
+    process: ProcessMemory
+    available: float
+
+    @classmethod
+    def of(cls, device: torch.device, free: float) -> "Memory":
+        """Of this process, where every rank may take `free` bytes more."""
+        process = ProcessMemory.of(device)
+        return cls(process, process.now + free)
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """How rows become micro-batches, and how much of the model recomputes its activations.
+
+    micro_batches: size and kind of micro-batches
+    cost: floating-point operations of the model
+    checkpointed_layers: decoder layers that recompute their activations
+    parameters, trained: how many values
+    tree_unsupported_reason: why the model's attention takes no prefix trees, where that was looked at; else None
+    """
+
+    micro_batches: MicroBatchOptions
+    cost: Cost
+    checkpointed_layers: int
+    parameters: int
+    trained: int
+    tree_unsupported_reason: str | None = None
+
+    @classmethod
+    def of_model(
+        cls,
+        model: Any,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        ranks: int,
+        free: float,
+        longest: int,
+        fold: bool = True,
+        trees: bool = True,
+        gradient_checkpointing: bool | Literal["auto"] = False,
+        token_budget: int | None = None,
+    ) -> "RunPlan":
+        """From a model's shapes.
+
+        Args:
+            model: on the meta device or loaded, wrapped in LoRA or not.
+            dtype: that is computed in.
+            device: that computes.
+            ranks: of the run.
+            free: bytes that a rank may take once it has the model; the smallest of all ranks.
+            longest: tokens of the longest row.
+            fold: compute shared prefixes once.
+            trees: whether the model's attention takes prefix trees.
+            gradient_checkpointing: the flag.
+            token_budget: the flag --max_tokens_per_micro_batch.
+        """
+        memory = ActivationMemory.of(model, dtype)
+        layers, budget = fit_micro_batches(memory, free, longest, device, gradient_checkpointing, token_budget)
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+        return cls(
+            micro_batches=MicroBatchOptions(ranks, budget, fold=fold, trees=trees),
+            cost=count_flops(model, lambda parameter: tuple(parameter.shape)),
+            checkpointed_layers=layers,
+            parameters=sum(size for size, _ in sizes),
+            trained=sum(size for size, is_trained in sizes if is_trained),
+        )
+
+
+def plan_run(
+    config: TrainConfig,
+    shapes: Any,
+    options: BackendOptions,
+    memory: Memory,
+    *,
+    ranks: int,
+    longest: int,
+) -> RunPlan:
+    """The plan of a training run: of the Trainer before it loads the model, and of a preview.
+
+    Args:
+        config: the flags.
+        shapes: the model on the meta device, without LoRA.
+        options: of the backend.
+        memory: of a rank.
+        ranks: of the run.
+        longest: tokens of the longest row, of training and validation.
+
+    Raises:
+        UserError: LoRA's targets do not fit the model, or the file of --ds_config cannot be used.
+    """
+    setting = Setting(config.backend, options, ranks, lora_options(config))
+    model = prediction.shapes(shapes, setting)
+    built = backend_class(config.backend).memory(model, options, ranks).built
+    reason = tree_unsupported_reason(shapes, config.attn_implementation)
+    plan = RunPlan.of_model(
+        model,
+        options.dtype,
+        options.device,
+        ranks=ranks,
+        free=max(0.0, memory.available - memory.process.now - built),
+        longest=longest,
+        fold=config.fold != "off",
+        trees=reason is None,
+        gradient_checkpointing=config.gradient_checkpointing,
+        token_budget=config.max_tokens_per_micro_batch,
+    )
+    return replace(plan, tree_unsupported_reason=reason)
+
+
+def order_rows(data: TokenDataset, config: TrainConfig) -> GlobalBatches:
+    """Which rows meet in which optimizer step."""
+    dialogue = np.arange(len(data)) if config.fold == "off" else data.dialogue
+    return GlobalBatches(dialogue, data.sorted_place, config.train_batch_size, config.seed)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a run takes, by prediction: memory of the rank with the longest micro-batch, and time.
+
+    computes: backend, dtype and device
+    memory: peak of that rank and what it consists of
+    available: bytes that a rank may have
+    remedies: flags with which the run would fit, where it does not
+    step_flops: floating-point operations of a step on all ranks, mean of an epoch
+    step_seconds: mean of an epoch
+    steps_per_epoch: of the first epoch
+    total_steps: of the run
+    """
+
+    computes: str
+    memory: Prediction
+    available: float
+    remedies: list[str]
+    step_flops: float
+    step_seconds: float
+    steps_per_epoch: int
+    total_steps: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether the predicted peak is available."""
+        return self.memory.peak <= self.available
+
+    def as_dict(self) -> dict[str, Any]:
+        """For reports in JSON."""
+        return {
+            "memory_bytes": self.memory.peak,
+            "parts_bytes": self.memory.parts(),
+            "available_bytes": self.available,
+            "remedies": self.remedies,
+            **times(self.step_seconds, self.steps_per_epoch, self.total_steps),
+        }
+
+    def memory_text(self) -> str:
+        """In one line."""
+        parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in self.memory.parts().items() if size > GIB / 200)
+        return f"{gib(self.memory.peak)} per rank predicted ({parts}), {gib(self.available)} available"
+
+    def time_text(self, left: int | None = None) -> str:
+        """In one line, for the steps that are left; all of them by default."""
+        return time_text(self.step_seconds, self.steps_per_epoch, self.total_steps if left is None else left)
+
+
+def time_text(step_seconds: float, steps_per_epoch: int, steps: int, by: str = "predicted") -> str:
+    """Time of a step, an epoch and `steps` steps, in words."""
+    step, epoch, run = (duration(step_seconds * count) for count in (1, steps_per_epoch, steps))
+    return f"{step} per step {by}, {epoch} per epoch, {run} for {steps:,} step{'' if steps == 1 else 's'}"
+
+
+def times(step_seconds: float, steps_per_epoch: int, total_steps: int) -> dict[str, float]:
+    """Time of a run for reports in JSON."""
+    return {
+        "seconds_per_step": step_seconds,
+        "seconds_per_epoch": step_seconds * steps_per_epoch,
+        "seconds": step_seconds * total_steps,
+        "steps_per_epoch": steps_per_epoch,
+        "total_steps": total_steps,
+    }
+
+
+def predict_needs(
+    config: TrainConfig,
+    shapes: Any,
+    options: BackendOptions,
+    memory: Memory,
+    plan: RunPlan,
+    data: TokenDataset,
+    batches: GlobalBatches,
+    matmul_rate: float,
+) -> Needs:
+    """Memory and time of a run.
+
+    Args:
+        config: the flags.
+        shapes: as for `plan_run`.
+        options: of the backend.
+        memory: of a rank.
+        plan: of the run.
+        data: the training rows.
+        batches: of these rows.
+        matmul_rate: operations per second of the matrix product, of all ranks together.
+
+    Raises:
+        UserError: a row is longer than the token budget.
+    """
+    micro_batches = MicroBatches(data, plan.micro_batches, plan.cost, None)
+    setting = Setting(
+        config.backend,
+        options,
+        plan.micro_batches.ranks,
+        lora_options(config),
+        checkpointed_layers=plan.checkpointed_layers,
+        copies_state=config.async_save,
+    )
+    predicted, remedies = prediction.predict_run(
+        shapes, setting, micro_batches, data.lengths, batches, process=memory.process, room=memory.available
+    )
+    flops = prediction.epoch_flops(micro_batches, batches)
+    steps = batches.first_step(1)
+    seconds = prediction.seconds_of(flops, matmul_rate, options.dtype, options.device)
+    return Needs(
+        computes=f"{config.backend} in {str(options.dtype).removeprefix('torch.')} on {options.device.type}",
+        memory=predicted,
+        available=memory.available,
+        remedies=remedies,
+        step_flops=flops / steps,
+        step_seconds=seconds / steps,
+        steps_per_epoch=steps,
+        total_steps=config.total_training_steps or batches.first_step(config.total_epochs),
+    )
