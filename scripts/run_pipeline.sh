@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A game from nothing to a judged model: expert data by search, training, merge of the best, validation by playing.
+# A game from nothing to an evaluated model: expert data by search, training, merge of the best, validation by playing.
 set -uo pipefail
 
 usage() {

@@ -374,7 +374,7 @@ def layers_that_follow_no_tree(place: Place) -> None:
 @case
 def attention_that_asks_for_more_than_a_tree(place: Place) -> None:
     asked = tree()
-    asked.asked.add("softcap")
+    asked.ignored.add("softcap")
     asked.check_use(layers=2)
 
 
@@ -621,7 +621,7 @@ def saving(break_: Callable[[Any], Any], limit: int) -> Case:
     """A checkpoint that is not written."""
 
     def save(place: Place) -> None:
-        from dsft.checkpointing.layout import CheckpointFolder
+        from dsft.checkpointing.folder import CheckpointFolder
         from tests.unit.test_saving import snapshot, writer
 
         run = CheckpointFolder(place.folder)
@@ -648,7 +648,7 @@ def found(path: str, *steps: int, change: Callable[[Path], object] = lambda fold
     """A checkpoint that a flag names, in a run of checkpoints after these steps."""
 
     def find(place: Place) -> None:
-        from dsft.checkpointing.layout import find_checkpoint
+        from dsft.checkpointing.folder import find_checkpoint
 
         for step in steps:
             save_checkpoint(place.folder, step)
@@ -676,14 +676,14 @@ cases(
 
 @case
 def a_folder_that_cannot_be_read(place: Place) -> None:
-    from dsft.checkpointing.layout import CheckpointFolder
+    from dsft.checkpointing.folder import CheckpointFolder
 
     CheckpointFolder("x" * 300).all()  # the system refuses such a name
 
 
 @case
 def no_sound_checkpoint(place: Place) -> None:
-    from dsft.checkpointing.layout import CheckpointFolder
+    from dsft.checkpointing.folder import CheckpointFolder
 
     (save_checkpoint(place.folder, 1) / "weights").unlink()
     CheckpointFolder(place.folder).newest_sound(pytest.fail)
@@ -691,10 +691,10 @@ def no_sound_checkpoint(place: Place) -> None:
 
 @case
 def a_folder_of_another_run(place: Place) -> None:
-    from dsft.checkpointing import layout
+    from dsft.checkpointing import folder
 
-    place.patch.setattr(layout, "LOCK_SECONDS", 0)
-    first, second = (layout.CheckpointFolder(place.folder) for _ in range(2))
+    place.patch.setattr(folder, "LOCK_SECONDS", 0)
+    first, second = (folder.CheckpointFolder(place.folder) for _ in range(2))
     first.lock()
     second.lock()
 
@@ -726,7 +726,7 @@ cases(
 
 @case
 def another_run_meanwhile(place: Place) -> None:
-    from dsft.checkpointing.layout import CheckpointFolder
+    from dsft.checkpointing.folder import CheckpointFolder
     from dsft.checkpointing.resuming import open_output
     from tests.unit.test_resuming import train
 

@@ -124,8 +124,8 @@ def token_dataset(
 
 def save_checkpoint(root: Path, step: int, contents: "dict[str, bytes | str] | None" = None) -> Path:
     """A complete checkpoint of the given files beside a trainer_state.json, written as a run writes it."""
+    from dsft.checkpointing.folder import CheckpointFolder
     from dsft.checkpointing.integrity import checksum
-    from dsft.checkpointing.layout import CheckpointFolder
     from dsft.checkpointing.state import STATE, TrainerState
 
     state = TrainerState(step, 10, step / 10, "fsdp", 1, "rows", position=(0, step))

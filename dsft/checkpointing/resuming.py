@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from dsft.checkpointing.layout import ADAPTER, LOCK, METRICS, CheckpointFolder, find_checkpoint, is_checkpoint, step_of
+from dsft.checkpointing.folder import ADAPTER, LOCK, METRICS, CheckpointFolder, find_checkpoint, is_checkpoint, step_of
 from dsft.checkpointing.models import resolve_model
 from dsft.checkpointing.state import read_flags, read_state
 from dsft.config import TrainConfig

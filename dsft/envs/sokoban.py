@@ -1,4 +1,4 @@
-"""Sokoban: levels made by playing backwards from a solved room, solved by a search for the fewest moves."""
+"""Sokoban: levels made by reverse play from a solved room, solved by a search for the fewest moves."""
 
 import random
 from typing import TYPE_CHECKING
@@ -16,22 +16,16 @@ WALL, FLOOR, TARGET, BOX, PLAYER, BOX_ON_TARGET, PLAYER_ON_TARGET = tuple(SYMBOL
 SMALLEST, MOST_BOXES = 5, 4
 ATTEMPTS = 200
 PATIENCE = 4
-"""After so many attempts each, a level may have one more box on a target from the start."""
+"""Attempts after which a level may start with one more box on a target."""
 LONGEST_PULL = 4
 ARMS = 0.6
-"""How often a new cell of floor is one that touches a single other: more arms and pillars, less of a plain hall."""
+"""Probability that a new floor cell touches only one other: more corridors and pillars, less of an open hall."""
 
 
 def from_flags(flags: "EnvironmentFlags") -> "Sokoban":
     """The game with the settings of the command line."""
-    return Sokoban(
-        dim_x=flags.dim_x,
-        dim_y=flags.dim_y,
-        num_boxes=flags.num_boxes,
-        search_depth=flags.search_depth,
-        max_steps=flags.max_steps,
-        max_depth=flags.max_depth,
-    )
+    names = ("dim_x", "dim_y", "num_boxes", "search_depth", "max_steps", "max_depth")
+    return Sokoban(**{name: getattr(flags, name) for name in names})
 
 
 class Sokoban(Environment):
@@ -56,7 +50,7 @@ class Sokoban(Environment):
         dim_x: columns of the board, the surrounding wall included.
         dim_y: rows of the board, the surrounding wall included.
         num_boxes: boxes, and targets.
-        search_depth: about how many moves a level is played backwards.
+        search_depth: approximate moves of reverse play.
         max_steps: actions after which an episode is over, solved or not.
         max_depth: the longest shortest plan, in moves, that a level may need.
 
@@ -64,13 +58,8 @@ class Sokoban(Environment):
             UserError: a setting is out of bounds.
         """
         super().__init__(max_steps=max_steps, max_depth=max_depth)
-        bounds = [
-            ("dim_x", dim_x, SMALLEST),
-            ("dim_y", dim_y, SMALLEST),
-            ("search_depth", search_depth, 1),
-            ("max_steps", max_steps, 1),
-            ("max_depth", max_depth, 1),
-        ]
+        bounds = [("dim_x", dim_x, SMALLEST), ("dim_y", dim_y, SMALLEST), ("search_depth", search_depth, 1)]
+        bounds += [("max_steps", max_steps, 1), ("max_depth", max_depth, 1)]
         problems = [f"--{flag} must be {least} or more, got {given}" for flag, given, least in bounds if given < least]
         if not 1 <= num_boxes <= MOST_BOXES:
             problems.append(f"--num_boxes must be 1 to {MOST_BOXES}, got {num_boxes}")
@@ -88,12 +77,12 @@ class Sokoban(Environment):
         self._plan: list[str] | None = None
 
     def load(self, text: str) -> None:
-        """Go to the position of an observation, of any size and with any number of boxes, as if `reset` had made it.
+        """Set the position of an observation, of any size and number of boxes, as `reset` would.
 
-        `optimal_length` is 0 where no plan of at most `max_depth` moves exists.
+        `optimal_length` is 0 if no plan of at most `max_depth` moves exists.
 
         Raises:
-            ValueError: the text is no position.
+            ValueError: the text is not a position.
         """
         rows = [line.split() for line in text.strip().splitlines()]
         if not rows or len({len(row) for row in rows}) > 1:
@@ -188,9 +177,9 @@ class Sokoban(Environment):
 def _draw_level(
     rng: random.Random, width: int, height: int, num_boxes: int, search_depth: int
 ) -> tuple[int, int, int, int] | None:
-    """Floor, targets, boxes and player of a solvable level, or None where the first draws leave nothing to play."""
+    """Floor, targets, boxes and player of a solvable level, or None if the draw leaves nothing to play."""
     floor = _carve(rng, width, height, at_least=num_boxes + 2)
-    # From these cells a lone box can be pulled away; on others it would stay forever.
+    # Only from these cells can a lone box be pulled away.
     leavable = 0
     for left, right in shifts(width):
         leavable |= floor & (floor >> left << right) & (floor >> 2 * left << 2 * right)
@@ -204,7 +193,7 @@ def _draw_level(
 
 
 def _carve(rng: random.Random, width: int, height: int, at_least: int) -> int:
-    """A connected floor, mostly open in a small room, with more walls in a larger one."""
+    """A connected floor, with more walls in a larger room."""
     inside = sum(((1 << width - 2) - 1 << 1) << row * width for row in range(1, height - 1))
     cells = inside.bit_count()
     least, most = (0.7, 1.0) if cells <= 25 else (0.55, 0.8)
@@ -221,16 +210,16 @@ def _carve(rng: random.Random, width: int, height: int, at_least: int) -> int:
 
 
 def _play_backwards(rng: random.Random, width: int, floor: int, targets: int, depth: int) -> tuple[int, int] | None:
-    """Boxes and player after about `depth` moves from the solved room, each stretch a walk to a box and some pulls.
+    """Boxes and player after about `depth` moves from the solved room: repeatedly a walk to a box and some pulls.
 
-    Of all positions passed, the last of those with the most boxes off their targets; None where no box can be pulled.
+    Returns the last position with the most boxes off their targets; None if no box can be pulled.
     """
     boxes, player = targets, _pick(rng, floor & ~targets)
     best, most_off, moves = None, 1, 0
     while moves < depth:
         free = floor ^ boxes
         region = reachable(player, free, width)
-        # Half of the draws are for boxes still on a target: else, of several boxes, some would hardly ever move.
+        # Half of the draws favour boxes still on a target, so that every box moves.
         waiting = boxes & targets if rng.random() < 0.5 else 0
         pulls = _pulls(waiting, region, free, width) or _pulls(boxes, region, free, width)
         if not pulls:
@@ -257,13 +246,13 @@ def _play_backwards(rng: random.Random, width: int, floor: int, targets: int, de
 
 
 def _pulls(boxes: int, region: int, free: int, width: int) -> list[tuple[int, int, int]]:
-    """For each direction in which the player can pull one of the boxes: where from, and the direction's shifts."""
+    """For each direction in which the player can pull a box: the cells to pull from, and the direction's shifts."""
     pulls = [(region & boxes << left >> right & free >> left << right, left, right) for left, right in shifts(width)]
     return [pull for pull in pulls if pull[0]]
 
 
 def _pick(rng: random.Random, cells: int) -> int:
-    """One of the cells, each as likely as another."""
+    """One of the cells, uniformly at random."""
     for _ in range(int(rng.random() * cells.bit_count())):
         cells &= cells - 1
     return cells & -cells

@@ -5,6 +5,8 @@ carries a floor cell into another row. Positions with the same boxes are searche
 the set of cells where the player can stand after so many moves.
 """
 
+from collections.abc import Callable
+
 from dsft.envs.base import ACTIONS
 
 Layer = dict[int, int]
@@ -25,10 +27,10 @@ def reachable(player: int, free: int, width: int) -> int:
 
 
 def shortest_plan(width: int, floor: int, targets: int, boxes: int, player: int, limit: int) -> list[str] | None:
-    """The fewest moves that put every box on a target; None where no `limit` moves do.
+    """The fewest moves that put every box on a target; None if `limit` moves do not suffice.
 
-    Breadth first from both ends: pushes from the position, pulls from every solved one. The end with the smaller last
-    layer goes on, until a position stands in the last layers of both, or one end knows no further position.
+    Bidirectional breadth-first search: pushes from the position, pulls from every solved one. The side with the
+    smaller last layer is expanded, until both last layers share a position or one side is exhausted.
     """
     if boxes == targets:
         return []
@@ -54,12 +56,12 @@ def shortest_plan(width: int, floor: int, targets: int, boxes: int, player: int,
         if met is not None:
             place = first[met] & second[met]
             place &= -place
-            return _way_in(forward, met, place, width) + _way_out(backward, met, place, width)
+            return _way(_one_back, forward, met, place, width)[::-1] + _way(_one_on, backward, met, place, width)
     return None
 
 
 def _pulled_from(targets: int, floor: int, width: int) -> int:
-    """The cells from which a box alone on the board can be pushed to a target."""
+    """The cells from which a lone box can be pushed to a target."""
     cells, before = targets, 0
     # A pull needs two cells of floor in a row: one for the box, one for the player to step on.
     room = [(left, right, floor & (floor >> left << right)) for left, right in shifts(width)]
@@ -71,7 +73,7 @@ def _pulled_from(targets: int, floor: int, width: int) -> int:
 
 
 def _pushed_from(boxes: int, floor: int, width: int) -> int:
-    """The cells to which one of the boxes, alone on the board, can be pushed."""
+    """The cells to which one of the boxes could be pushed if it were alone."""
     cells, before = boxes, 0
     room = [(left, right, floor << left >> right) for left, right in shifts(width)]
     while cells != before:
@@ -82,7 +84,7 @@ def _pushed_from(boxes: int, floor: int, width: int) -> int:
 
 
 def _walk(boxes: int, players: int, free: int, width: int, seen: Layer, following: Layer) -> int:
-    """Add the player cells one step on that were not seen before; the boxes beside which a player stands."""
+    """Add the player cells one step further that were not seen before; returns the boxes next to a player."""
     beside = players >> width | players << width | players >> 1 | players << 1
     walked = beside & free & ~seen[boxes]
     if walked:
@@ -116,7 +118,7 @@ def _push_layer(layer: Layer, seen: Layer, width: int, floor: int, targets: int,
 
 
 def _frozen(boxes: int, width: int, floor: int, targets: int) -> bool:
-    """Whether a square of two by two cells is all wall and boxes, with a box off target in it: it can never move."""
+    """Whether a 2x2 square of walls and boxes holds a box off target: it can never move."""
     solid = boxes | ~floor
     solid &= solid >> 1
     solid &= solid >> width
@@ -133,7 +135,7 @@ def _pull_layer(layer: Layer, seen: Layer, width: int, floor: int, useful: int) 
         if not _walk(boxes, players, free, width, seen, following):
             continue
         for left, right in directions:
-            # The box that the player pulls stands where the opposite action would lead.
+            # The pulled box is where the opposite action would lead.
             pulled = players & (boxes << left >> right) & (free >> left << right) & useful
             while pulled:
                 box = pulled & -pulled
@@ -147,17 +149,23 @@ def _pull_layer(layer: Layer, seen: Layer, width: int, floor: int, useful: int) 
     return following
 
 
-def _way_in(layers: list[Layer], boxes: int, player: int, width: int) -> list[str]:
-    """The actions that lead from the only position of the first layer to one in the last layer."""
+def _way(
+    step: Callable[[Layer, int, int, int], tuple[str, int, int]],
+    layers: list[Layer],
+    boxes: int,
+    player: int,
+    width: int,
+) -> list[str]:
+    """The actions between a position in the last layer and one in the first, in that order."""
     plan = []
     for layer in reversed(layers[:-1]):
-        action, boxes, player = _one_back(layer, boxes, player, width)
+        action, boxes, player = step(layer, boxes, player, width)
         plan.append(action)
-    return plan[::-1]
+    return plan
 
 
 def _one_back(layer: Layer, boxes: int, player: int, width: int) -> tuple[str, int, int]:
-    """A position of the layer that one action turns into the given one: that action, the boxes and the player."""
+    """An action that leads from a position of the layer to the given one: the action, and that position."""
     for action, (left, right) in zip(ACTIONS, shifts(width), strict=True):
         before, ahead = player >> left << right, player << left >> right
         if layer.get(boxes, 0) & before:
@@ -168,17 +176,8 @@ def _one_back(layer: Layer, boxes: int, player: int, width: int) -> tuple[str, i
     raise AssertionError("no position of the layer leads here")
 
 
-def _way_out(layers: list[Layer], boxes: int, player: int, width: int) -> list[str]:
-    """The actions that lead from a position in the last layer to one of the first layer."""
-    plan = []
-    for layer in reversed(layers[:-1]):
-        action, boxes, player = _one_on(layer, boxes, player, width)
-        plan.append(action)
-    return plan
-
-
 def _one_on(layer: Layer, boxes: int, player: int, width: int) -> tuple[str, int, int]:
-    """A position of the layer that one action makes of the given one: that action, the boxes and the player."""
+    """An action that leads from the given position to one of the layer: the action, and that position."""
     for action, (left, right) in zip(ACTIONS, shifts(width), strict=True):
         ahead = player << left >> right
         moved = boxes ^ ahead ^ (ahead << left >> right) if boxes & ahead else boxes

@@ -13,7 +13,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dsft.checkpointing.layout import ADAPTER, find_checkpoint
+from dsft.checkpointing.folder import ADAPTER, find_checkpoint
 from dsft.checkpointing.models import resolve_model
 from dsft.checkpointing.tensor_files import TensorReader
 from dsft.config import MergeConfig

@@ -84,28 +84,14 @@ def find_eval_reports(runs: Sequence[Run], more: Sequence[str]) -> list[EvalRepo
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """The content of a report of dsft.validate, or None if the file is something else."""
+    """The content of a report of dsft.validate; None for a file that cannot be shown as one."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        make_row = _game_row if "success_rate" in values else _dialogue_row
+        is_report = "model" in values and isinstance(values["settings"], dict) and bool(make_row(values))
+        return values if is_report and type(values.get("episodes", 0)) is int else None
+    except (OSError, ValueError, TypeError, KeyError):
         return None
-    if not isinstance(values, dict) or not isinstance(values.get("settings"), dict) or "model" not in values:
-        return None
-    is_game = _is_share(values, "success") and type(values.get("episodes")) is int
-    is_game = is_game and _are_numbers(values.get("invalid_answer_rate", 0), values.get("moves_over_optimum") or 0)
-    is_dialogues = _is_share(values, "well_formed") and "val/loss" in values
-    is_dialogues = is_dialogues and _are_numbers(values["val/loss"] or 0, values.get("val/perplexity") or 0)
-    return values if is_game or is_dialogues else None
-
-
-def _are_numbers(*values: Any) -> bool:
-    return all(isinstance(value, (int, float)) for value in values)
-
-
-def _is_share(values: dict[str, Any], name: str) -> bool:
-    interval = values.get(f"{name}_interval")
-    bounds = interval if isinstance(interval, list) and len(interval) == 2 else [None]
-    return _are_numbers(values.get(f"{name}_rate"), *bounds)
 
 
 def _model(values: dict[str, Any], runs: Sequence[Run]) -> str:
@@ -189,12 +175,12 @@ def _game_row(values: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _dialogue_row(values: dict[str, Any]) -> tuple[str, ...]:
-    loss, perplexity = values.get("val/loss"), values.get("val/perplexity")
+    loss, perplexity = values["val/loss"], values.get("val/perplexity")
     return (
         "unknown" if loss is None else f"{loss:.6f}",
         "unknown" if perplexity is None else f"{perplexity:.4f}",
         _share(values, "well_formed"),
-        _share(values, "repeated_question") if _is_share(values, "repeated_question") else "no question",
+        "no question" if values.get("repeated_question_rate") is None else _share(values, "repeated_question"),
         str(values.get("answers", "unknown")),
     )
 

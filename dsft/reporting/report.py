@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from dsft.checkpointing.inspection import Line
+from dsft.checkpointing.inspection import CheckpointSummary
 from dsft.config import ReportConfig, TrainConfig
 from dsft.config.report import HTML
 from dsft.config.values import default_text, value_text
@@ -163,4 +163,6 @@ def _checkpoints(run: Run) -> list[Block]:
         [Mono(cells[0]), *cells[1:], remark]
         for cells, remark in zip((line.cells() for line in run.checkpoints), remarks, strict=True)
     ]
-    return [table([*Line.HEAD[:-1], "links", ""], rows, right=(1, 2, 3, 4)) if rows else paragraph("None yet.")]
+    return [
+        table([*CheckpointSummary.HEAD[:-1], "links", ""], rows, right=(1, 2, 3, 4)) if rows else paragraph("None yet.")
+    ]

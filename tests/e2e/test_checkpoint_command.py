@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dsft.checkpointing.layout import CheckpointFolder
+from dsft.checkpointing.folder import CheckpointFolder
 from tests.helpers import BIN, ROOT, Done, contents, run
 
 SECONDS = 5  # of a busy machine; it loads no torch

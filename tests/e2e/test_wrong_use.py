@@ -279,8 +279,8 @@ def bad_model(tiny_model: Path, tmp_path: Path, kind: str) -> Path:
         ("none", ["no such folder"]),
         ("no weights", ["the folder has no model.safetensors"]),
         ("bin", ["pickled weights (.bin, .pt) are not read, convert them to safetensors"]),
-        ("no config", ["the folder has no config.json, so it is no model"]),
-        ("half", ["model.safetensors is no readable safetensors file"]),
+        ("no config", ["the folder has no config.json, so it is not a model"]),
+        ("half", ["model.safetensors is not a valid safetensors file"]),
         ("other shape", ["mlp.", "has the shape [64, 32] in the weight files, but [96, 32] by config.json"]),
         ("unknown", ["cannot be loaded", "`perceptron`"]),
         ("no tokenizer", ["the tokenizer cannot be loaded"]),
@@ -311,38 +311,6 @@ def test_a_hub_name_without_the_hub(command, out):
 )
 def test_flags_that_do_not_fit_the_model(command, out, changed, parts):
     refused_alone(command.run(**changed), *parts)
-    assert not out.exists()
-
-
-# DeepSpeed's file
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("text", "parts"),
-    [
-        ('{"zero_optimization": {', ["ds.json is not valid JSON", "line 1"]),
-        ("[]", ["must contain a JSON object, got list"]),
-        ('{"gradient_clipping": 3}', ["gradient_clipping is 3, but --clip_grad sets it to 1.0", "change the flag"]),
-        ('{"optimizer": {}}', ["optimizer is set by --lr, ", "remove it"]),
-        (
-            '{"train_micro_batch_size_per_gpu": 4}',
-            ["train_micro_batch_size_per_gpu is set by --max_tokens_per_micro_batch; remove it"],
-        ),
-        (
-            '{"gradient_accumulation_steps": 1}',
-            ["gradient_accumulation_steps is set by --train_batch_size and ", "; remove it"],
-        ),
-        ('{"zero_optimization": {"overlap_com": true}}', ["zero_optimization: overlap_com: ", "correct the file"]),
-        ('{"zero_optimization": {"sub_group_size": "big"}}', ["zero_optimization: sub_group_size: ", "integer"]),
-        (None, ["ds.json cannot be read", "No such file"]),
-    ],
-)
-def test_a_wrong_ds_config(command, tmp_path, out, text, parts):
-    file = tmp_path / "ds.json"
-    if text is not None:
-        file.write_text(text)
-    refused_alone(command.run("zero3", ds_config=file), "--ds_config ", *parts)
     assert not out.exists()
 
 
@@ -592,7 +560,7 @@ def test_two_ranks_speak_with_one_voice(command, tiny_model, tmp_path, one_step,
         "tokens": ({"max_tokens_per_micro_batch": 10}, ["max_tokens_per_micro_batch is 10, but the longest row has"]),
         "model": (
             {"model": tmp_path / "model", "trust_remote_code": True},
-            ["2 of this model's 2 layers do not follow folded rows; choose --attn_implementation eager"],
+            ["2 of this model's 2 layers do not follow folded rows; use --attn_implementation eager"],
         ),
     }[what]
     if what == "shape":

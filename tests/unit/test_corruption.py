@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from dsft.checkpointing.folder import CheckpointFolder, find_checkpoint
 from dsft.checkpointing.integrity import COMPLETE, DamagedError, damages, verify
-from dsft.checkpointing.layout import CheckpointFolder, find_checkpoint
 from dsft.checkpointing.resuming import find_resume
 from dsft.checkpointing.state import STATE
 from dsft.cli import parse

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save
 
 from dsft.checkpointing import inspection
+from dsft.checkpointing.folder import CheckpointFolder
 from dsft.checkpointing.inspection import Report, inspect
 from dsft.checkpointing.integrity import COMPLETE
-from dsft.checkpointing.layout import CheckpointFolder
 from dsft.checkpointing.state import CONFIG, STATE, TrainerState
 from dsft.config import TrainConfig
 from dsft.config.values import as_yaml

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from dsft.checkpointing.folder import CheckpointFolder, find_checkpoint
 from dsft.checkpointing.inspection import inspect
 from dsft.checkpointing.integrity import COMPLETE, DamagedError, verify
-from dsft.checkpointing.layout import CheckpointFolder, find_checkpoint
 from dsft.checkpointing.state import STATE
 from tests.commands import Commands, TrainedRuns
 from tests.helpers import Done, flags, message, sign

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from dsft.checkpointing import layout
+from dsft.checkpointing import folder
+from dsft.checkpointing.folder import CheckpointFolder
 from dsft.checkpointing.integrity import COMPLETE
-from dsft.checkpointing.layout import CheckpointFolder
 from dsft.checkpointing.resuming import InitialWeights, find_initial_weights, find_resume, open_output
 from dsft.checkpointing.state import CONFIG, STATE
 from dsft.config import TrainConfig
@@ -168,7 +168,7 @@ def test_a_checkpoint_of_another_folder_is_never_mixed_with_a_runs_own(out, tmp_
 
 
 def test_a_resume_owns_the_folder(out, monkeypatch):
-    monkeypatch.setattr(layout, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(folder, "LOCK_SECONDS", 0.1)
     train(out, 1)
     first = CheckpointFolder(out)
     find_resume(config(out), first, pytest.fail)
@@ -187,7 +187,7 @@ def test_a_new_output_folder_is_made_and_owned(out):
 
 
 def test_of_two_runs_that_begin_at_once_in_a_new_folder_one_is_refused(out, monkeypatch):
-    monkeypatch.setattr(layout, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(folder, "LOCK_SECONDS", 0.1)
     one, two = CheckpointFolder(out), CheckpointFolder(out)
     assert find_resume(config(out), one, pytest.fail) is find_resume(config(out), two, pytest.fail) is None
     open_output(one, None, pytest.fail)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from dsft.checkpointing import layout
+from dsft.checkpointing import folder
+from dsft.checkpointing.folder import CheckpointFolder, find_checkpoint, step_of
 from dsft.checkpointing.integrity import COMPLETE, verify
-from dsft.checkpointing.layout import CheckpointFolder, find_checkpoint, step_of
 from dsft.checkpointing.state import STATE
 from tests.helpers import ROOT, contents, message, save_checkpoint
 
@@ -49,8 +49,8 @@ def test_a_checkpoint_has_its_name_only_when_its_files_are_there(run):
 
 def test_complete_is_the_last_thing_written_after_all_else_is_on_the_disk(run, monkeypatch):
     done = []
-    monkeypatch.setattr(layout, "sync", lambda path: done.append(f"sync {path.name}"))
-    monkeypatch.setattr(layout, "mark_complete", lambda path, sums: done.append(f"complete {path.name} {sorted(sums)}"))
+    monkeypatch.setattr(folder, "sync", lambda path: done.append(f"sync {path.name}"))
+    monkeypatch.setattr(folder, "mark_complete", lambda path, sums: done.append(f"complete {path.name} {sorted(sums)}"))
     save(run, 1)
     assert done == [
         "sync .checkpoint-000001.tmp",
@@ -284,7 +284,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_newest_sound_one_offered(run, n
 
 HOLD = """
 import sys, time
-from dsft.checkpointing.layout import CheckpointFolder
+from dsft.checkpointing.folder import CheckpointFolder
 run = CheckpointFolder(sys.argv[1])
 run.lock()
 run.lock()  # what is owned can be asked for again
@@ -305,7 +305,7 @@ def owner(run):
 
 
 def test_a_folder_that_another_process_owns_is_refused_by_its_number(run, owner, monkeypatch):
-    monkeypatch.setattr(layout, "LOCK_SECONDS", 0.3)
+    monkeypatch.setattr(folder, "LOCK_SECONDS", 0.3)
     started = time.monotonic()
     told = message(run.lock)
     assert re.fullmatch(
@@ -350,6 +350,6 @@ def test_a_file_system_without_locks_stops_no_run(run, monkeypatch):
     def refuse(*_):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(layout.fcntl, "flock", refuse)
+    monkeypatch.setattr(folder.fcntl, "flock", refuse)
     run.lock()
     assert run.is_locked
