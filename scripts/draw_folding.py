@@ -5,13 +5,14 @@ python scripts/draw_folding.py [rows.parquet]
 """
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 
 from dsft.config import TrainConfig
-from dsft.dataset.folding import common_prefix
+from dsft.dataset.folding import shared_prefixes
 from dsft.dataset.tokens import TokenDataset, load_dataset
 from dsft.model.embedded import embedded_model
 from dsft.model.source import load_tokenizer
@@ -35,7 +36,7 @@ def draw(rows: list[tuple[np.ndarray, np.ndarray]], theme: str, path: Path) -> N
     from matplotlib import pyplot
 
     text, read, learned, shared = COLORS[theme]
-    starts = [0, *(common_prefix(a[0], b[0]) for a, b in zip(rows, rows[1:], strict=False))]
+    starts = shared_prefixes([tokens for tokens, _ in rows]).tolist()
     pyplot.rcParams.update({"svg.hashsalt": "dsft", "svg.fonttype": "none", "text.color": text, "font.size": 11})
     figure, panels = pyplot.subplots(1, 2, figsize=(9, 2.9), sharex=True, sharey=True, layout="constrained")
     whole = sum(len(tokens) for tokens, _ in rows)
@@ -45,7 +46,7 @@ def draw(rows: list[tuple[np.ndarray, np.ndarray]], theme: str, path: Path) -> N
         for y, ((_, is_target), first) in enumerate(zip(rows, firsts, strict=True)):
             edges = [first, *(np.flatnonzero(np.diff(is_target[first:].astype(int))) + first + 1), len(is_target)]
             panel.broken_barh([(0, first)], (y - 0.35, 0.7), color=shared)
-            for left, right in zip(edges, edges[1:], strict=False):
+            for left, right in pairwise(edges):
                 panel.broken_barh([(left, right - left)], (y - 0.35, 0.7), color=learned if is_target[left] else read)
         panel.set_title(title, loc="left", fontsize=11)
         panel.axis("off")
