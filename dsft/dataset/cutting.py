@@ -62,14 +62,12 @@ class _Cutter:
     def __init__(
         self, lengths: np.ndarray, shared: np.ndarray, targets: np.ndarray, cost: Cost, token_budget: int
     ) -> None:
-        def pairs(depth: np.ndarray) -> np.ndarray:
-            return depth * (depth + 1) / 2
-
-        costs = cost.of(lengths - shared, pairs(lengths) - pairs(shared), targets)
+        pairs, shared_pairs = lengths * (lengths + 1) / 2, shared * (shared + 1) / 2
+        costs = cost.of(lengths - shared, pairs - shared_pairs, targets)
         self._rows, self._shared, self._budget = len(lengths), shared, token_budget
         self._tokens_before = np.concatenate([[0], np.cumsum(lengths - shared)])
         self._cost_before = np.concatenate([[0.0], np.cumsum(costs)])
-        self._shared_cost = cost.of(shared, pairs(shared), 0)
+        self._shared_cost = cost.of(shared, shared_pairs, 0)
 
     def _chunk(self, start: int, end: int) -> Chunk:
         tokens = self._tokens_before[end] - self._tokens_before[start] + self._shared[start]
@@ -132,10 +130,7 @@ class _Cutter:
 
 
 def makespan(costs: Sequence[Sequence[float]]) -> float:
-    """Length of the critical path: all ranks wait for the most expensive of their n-th micro-batches, summed over n.
-
-    costs: of each micro-batch of each rank.
-    """
+    """All ranks wait for the most expensive of their n-th micro-batches, summed over n. costs: per rank and batch."""
     return sum(max(at_once) for at_once in zip(*costs, strict=True))
 
 
@@ -175,10 +170,7 @@ def pack_sequences(
         load[rank] += costs[index]
     packed = [_pack(own, sizes.tolist(), token_budget, padded) for own in per_rank]
     count = max(map(len, packed))
-    return [
-        [np.array(batch, np.int64) for batch in batches] + [np.empty(0, np.int64)] * (count - len(batches))
-        for batches in packed
-    ]
+    return [[np.array(part, np.int64) for part in own + [[]] * (count - len(own))] for own in packed]
 
 
 def _pack(indices: list[int], sizes: list[int], token_budget: int, padded: bool) -> list[list[int]]:

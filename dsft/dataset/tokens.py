@@ -231,11 +231,31 @@ def load_dataset(
         UserError: a fault in the files or their rows, with file and row.
     """
     files = find_files(names, flag)
+
+    def tokenize(folder: Path) -> None:
+        chat_format = ChatFormat(tokenizer, with_thinking=flags.with_thinking)
+        counts, kept_rows = Counts(), []
+        index = {str(file): i for i, file in enumerate(files)}
+        levels = read_field(files, LEVEL_COLUMN, LEVEL_FIELD)
+        with tqdm(unit=" rows", desc="tokenizing", disable=None if show_progress else True) as bar:
+            for rows in read_columns(files, *flags.columns(), max_rows):
+                segments = [row_segments(cells, cell, chat_format, flags) for cell, cells in rows]
+                for (cell, _), row in zip(rows, chat_format.tokenize(segments), strict=True):
+                    kept, level = truncate_row(*row, cell, flags, counts), _level_number(next(levels))
+                    if kept is not None:
+                        cut = len(row[0]) - len(kept[0])
+                        front = row[0][: cut if flags.truncation == "left" else 0]
+                        kept_rows.append(Row(*kept, front, cut, level, (index[cell.file], cell.row)))
+                bar.update(len(rows))
+        if not kept_rows:
+            raise UserError(
+                f"no row of {', '.join(index)} is left: {counts.losses()}; raise max_length ({flags.max_length}) or "
+                f"change truncation ({flags.truncation})"
+            )
+        save_rows(folder, kept_rows, counts)
+
     key = _cache_key(files, tokenizer, flags, max_rows)
-    folder = build_once(
-        f"tokens/{key}", lambda target: _tokenize_files(target, files, tokenizer, flags, max_rows, show_progress)
-    )
-    return TokenDataset(folder, files)
+    return TokenDataset(build_once(f"tokens/{key}", tokenize), files)
 
 
 def _cache_key(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, flags: RowFlags, max_rows: int | None) -> str:
@@ -259,36 +279,6 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     rules = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     state = [rules, str(tokenizer.chat_template), str(tokenizer.special_tokens_map), type(tokenizer).__name__]
     return hashlib.sha256("\0".join(state).encode()).hexdigest()
-
-
-def _tokenize_files(
-    folder: Path,
-    files: Sequence[Path],
-    tokenizer: PreTrainedTokenizerBase,
-    flags: RowFlags,
-    max_rows: int | None,
-    show_progress: bool,
-) -> None:
-    chat_format = ChatFormat(tokenizer, with_thinking=flags.with_thinking)
-    counts, kept_rows = Counts(), []
-    index = {str(file): i for i, file in enumerate(files)}
-    levels = read_field(files, LEVEL_COLUMN, LEVEL_FIELD)
-    with tqdm(unit=" rows", desc="tokenizing", disable=None if show_progress else True) as bar:
-        for rows in read_columns(files, *flags.columns(), max_rows):
-            segments = [row_segments(cells, cell, chat_format, flags) for cell, cells in rows]
-            for (cell, _), row in zip(rows, chat_format.tokenize(segments), strict=True):
-                kept, level = truncate_row(*row, cell, flags, counts), _level_number(next(levels))
-                if kept is not None:
-                    cut = len(row[0]) - len(kept[0])
-                    front = row[0][: cut if flags.truncation == "left" else 0]
-                    kept_rows.append(Row(*kept, front, cut, level, (index[cell.file], cell.row)))
-            bar.update(len(rows))
-    if not kept_rows:
-        raise UserError(
-            f"no row of {', '.join(map(str, files))} is left: {counts.losses()}; raise max_length "
-            f"({flags.max_length}) or change truncation ({flags.truncation})"
-        )
-    save_rows(folder, kept_rows, counts)
 
 
 def _level_number(level: Any) -> int:
