@@ -153,14 +153,12 @@ def pack_sequences(
     Args:
         sizes: int64 [sequences], tokens of each.
         costs: float64 [sequences].
-        ranks: number of ranks.
+        ranks: number of ranks; all get the same number of micro-batches, some of them empty.
         token_budget: of a micro-batch, at least the longest sequence.
-        padded: sequences of a micro-batch are padded to the longest.
+        padded: sequences of a micro-batch are padded to the longest, so similar lengths share one.
 
     Returns:
-        The micro-batches of each rank, as int64 indices of sequences. All ranks have the same number, because forward
-        and backward are collective; some may be empty. Sequences of similar length share a micro-batch (little
-        padding), and the n-th micro-batches of all ranks are of similar size.
+        The micro-batches of each rank, as int64 indices of sequences; the n-th of all ranks are of similar size.
     """
     per_rank: list[list[int]] = [[] for _ in range(ranks)]
     load = np.zeros(ranks)

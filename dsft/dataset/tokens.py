@@ -50,34 +50,22 @@ class Counts:
 class TokenDataset:
     """Rows of token ids and loss masks in memory-mapped files.
 
-    tokens: int32 [all tokens], is_target: bool [all tokens]; including what truncation cut from the front of a row
-    starts, ends: int64 [rows], range of a row's own tokens in them
-    targets: int64 [rows]
-    sorted_place: int64 [rows], ascending along rows sorted by their tokens: neighbours share prefixes
-    dialogue: int64 [rows], the same number for rows of one dialogue, see dsft.dataset.folding.find_dialogues; of rows
-        before truncation cut their front. Numbers ascend along rows sorted by their tokens.
-
-    For the search for leaks:
-
-    cut: int64 [rows], tokens removed by truncation
-    prompt_starts, prompt_ends: int64 [rows], range of the prompt in `tokens`, including what was cut from its front
-    row_hash, prompt_hash: uint64 [rows], of tokens and mask, and of the prompt
-    level: uint64 [rows], the environment's level of rows written by dsft.generate; otherwise 0
-    source: int64 [rows, 2], index into `files`, row in that file
+    tokens: int32 [all tokens], is_target: bool [all tokens]; including what truncation cut from the front of a row.
+    The arrays below have one entry per row; those from `cut` on are for the search for leaks.
     """
 
-    starts: np.ndarray
+    starts: np.ndarray  # int64, of a row's own tokens in `tokens`
     ends: np.ndarray
-    targets: np.ndarray
-    sorted_place: np.ndarray
-    dialogue: np.ndarray
-    cut: np.ndarray
-    prompt_starts: np.ndarray
+    targets: np.ndarray  # int64
+    sorted_place: np.ndarray  # int64, ascending along rows sorted by their tokens: neighbours share prefixes
+    dialogue: np.ndarray  # int64, see find_dialogues, before truncation; ascending along the sorted rows
+    cut: np.ndarray  # int64, tokens removed by truncation
+    prompt_starts: np.ndarray  # int64, of the prompt in `tokens`, including what was cut from its front
     prompt_ends: np.ndarray
-    row_hash: np.ndarray
-    prompt_hash: np.ndarray
-    level: np.ndarray
-    source: np.ndarray
+    row_hash: np.ndarray  # uint64, of tokens and mask
+    prompt_hash: np.ndarray  # uint64
+    level: np.ndarray  # uint64, the environment's level of rows written by dsft.generate; otherwise 0
+    source: np.ndarray  # int64 [rows, 2], index into `files`, row in that file
 
     def __init__(self, folder: Path, files: Sequence[Path] = ()) -> None:
         """Args:
