@@ -35,6 +35,7 @@ setup(
         "huggingface_hub>=2.4",
         "matplotlib>=3.11",
         "PyYAML>=6",
+        "filelock>=4.2",
         "tqdm>=4.70",
         "rich>=15",
         "markdown-it-py>=4",

@@ -1,24 +1,17 @@
-"""The cache folder of this machine: things made once, by whichever process comes first.
+"""The cache folder of this machine: $DSFT_CACHE, else $XDG_CACHE_HOME/dsft, else ~/.cache/dsft. It may be deleted."""
 
-Its place is $DSFT_CACHE, else $XDG_CACHE_HOME/dsft, else ~/.cache/dsft. Deleting it loses only time.
-"""
-
-import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+
+from filelock import FileLock
 
 from dsft.errors import UserError
 
 
 def cache_folder() -> Path:
-    """The folder, made if it is missing.
-
-    Raises:
-        UserError: it cannot be made.
-    """
+    """The folder, created if it is missing. Raises UserError if it cannot be created."""
     base = os.environ.get("DSFT_CACHE")
     folder = Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsft"
     try:
@@ -28,18 +21,10 @@ def cache_folder() -> Path:
     return folder
 
 
-@contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a file. The kernel frees it when the process dies, however it dies."""
-    with open(path, "a", encoding="utf-8") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
 def build_once(name: str, build: Callable[[Path], None]) -> Path:
-    """The folder `name` in the cache; `build(folder)` fills it if no process on this machine has before.
+    """The folder `name` in the cache, filled by `build(folder)` unless a process on this machine already did.
 
-    Built under a temporary name and renamed, so a folder that exists is whole.
+    It is built under a temporary name and renamed, so a folder that exists is complete.
     """
     target = cache_folder() / name
     if target.exists():
@@ -47,9 +32,9 @@ def build_once(name: str, build: Callable[[Path], None]) -> Path:
     unfinished = target.with_name(target.name + ".tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with lock(target.with_name(target.name + ".lock")):
+        with FileLock(target.with_name(target.name + ".lock")):  # released by the kernel if this process is killed
             if not target.exists():
-                shutil.rmtree(unfinished, ignore_errors=True)  # a builder that was killed left it; we hold its lock
+                shutil.rmtree(unfinished, ignore_errors=True)  # left by a process that was killed
                 unfinished.mkdir()
                 try:
                     build(unfinished)
@@ -57,6 +42,6 @@ def build_once(name: str, build: Callable[[Path], None]) -> Path:
                 finally:
                     shutil.rmtree(unfinished, ignore_errors=True)
     except OSError as error:
-        why = f"{error.strerror or error}; make room, or set DSFT_CACHE to another folder"
+        why = f"{error.strerror or error}; free some space, or set DSFT_CACHE to another folder"
         raise UserError(f"cannot write {unfinished}: {why}") from error
     return target

@@ -1,4 +1,4 @@
-"""Command line: what a checkpoint or a run's folder holds, and whether it is sound."""
+"""Command line: what a checkpoint or a run contains, and whether it is intact."""
 
 import os
 import sys
@@ -9,7 +9,7 @@ from dsft.errors import UserError, run_and_report
 
 
 def run(config: CheckpointConfig) -> None:
-    """Print what there is, then what is wrong with it, if anything."""
+    """Print the contents, then what is wrong, if anything."""
 
     def work() -> None:
         from dsft.checkpointing.inspection import inspect
@@ -17,7 +17,7 @@ def run(config: CheckpointConfig) -> None:
         report = inspect(config.checkpoint, verify=config.verify)
         try:
             print("\n".join(report.lines), flush=True)
-        except BrokenPipeError:  # who reads it, such as head, has seen enough
+        except BrokenPipeError:  # by head, for instance
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if report.problem is not None:
             raise UserError(report.problem)

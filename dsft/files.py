@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and what to say where the operating system refuses one."""
+"""Files that are complete or absent, and errors of the operating system as one line."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ from dsft.errors import UserError
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file under a temporary name, flush it to the disk, and rename it."""
+    """Write a small file under a temporary name, flush it to disk, and rename it."""
     unfinished = path.with_name(f".{path.name}.tmp")
     try:
         with open(unfinished, "w", encoding="utf-8") as handle:
@@ -28,14 +28,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def make_readable(path: Path) -> None:
-    """Give a file the access that the user's umask says; safetensors makes files that only their owner can read."""
+    """Give a file the permissions of the user's umask; safetensors creates files that only their owner can read."""
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)
 
 
 def sync(path: Path) -> None:
-    """Flush a file or folder to the disk."""
+    """Flush a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -44,24 +44,24 @@ def sync(path: Path) -> None:
 
 
 def guard_disk(work: Callable[[], Any], path: Path) -> None:
-    """Run something that writes `path`, and turn an operating system's refusal into a UserError."""
+    """Run something that writes `path`; an error of the operating system becomes a UserError."""
     try:
         work()
     except Exception as error:
         if not is_refusal(error):
             raise
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-        remedy = "make room and start the same command again" if full else "name another folder, or make it writable"
+        remedy = "free some space and rerun the same command" if full else "choose another folder, or make it writable"
         raise UserError(f"cannot write {path}: {reason(error)}; {remedy}") from error
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether an error came from the operating system. The tokenizers library raises a plain Exception for those."""
+    """Whether an error comes from the operating system. The tokenizers library raises a plain Exception for those."""
     return isinstance(error, (OSError, SafetensorError)) or "(os error " in str(error)
 
 
 def reason(error: Exception) -> str:
-    """What the operating system said, in words."""
+    """The operating system's message."""
     code = getattr(error, "errno", None)
     if code == errno.ENOSPC or "No space left" in str(error):
         return "the disk is full"

@@ -1,4 +1,9 @@
-"""The masked-response loss, computed inside the model's output head, a part of the targets at a time."""
+"""Masked cross-entropy, as with labels of -100 (ignore_index), but computing logits at the targets only.
+
+Instead of a loss mask over all logits, a MicroBatch lists its targets: `logit_positions`, `labels`, `loss_weights`. The
+output head and the cross-entropy run on those together, in chunks (fused linear cross-entropy), so the logits of a
+whole micro-batch never exist. The loss is a sum; the Trainer divides by the targets of the global batch.
+"""
 
 import math
 from collections.abc import Iterator
@@ -18,43 +23,42 @@ SCALED_LOGITS = (
     "final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier", "logits_soft_cap",
     "output_logit_soft_cap", "output_multiplier", "unpadded_vocab_size",
 )  # fmt: skip
-"""Settings of models that change the logits after the head (Gemma 2, Granite, Cohere, Falcon H1, …)."""
+"""Config settings of models that change the logits after the head (Gemma 2, Granite, Cohere, Falcon H1, …)."""
 
 
 class TargetHead:
-    """Makes a model's output head compute the loss, on the target positions only.
+    """Makes a model's output head compute the loss, at the target positions only.
 
-    Only 11.5 % of the tokens of the medical set are targets, and the head is a fifth of the small model's
-    multiplications. A hook before the head picks their positions out of the flattened [sequences * length]. Where the
-    logits are the head's output as it is, the head's forward is replaced for the time of a loss: it then returns the
-    summed loss, and the logits of a long micro-batch never exist at once. That happens inside the head's own call,
-    where a sharding library has gathered its weight.
+    Only 11.5 % of the tokens of the medical dataset are targets, and the head does a fifth of the small model's
+    multiplications. A hook before the head selects the positions from the flattened [sequences * length]. If the logits
+    are the head's output unchanged (`is_chunked`), the head's forward returns the summed loss instead, computed in
+    chunks. That happens within the head's own call, where a sharding library has gathered its weight.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._batch: MicroBatch | None = None
         head: Any = model.get_output_embeddings()  # type: ignore[operator]
-        head.register_forward_pre_hook(self._pick)
+        head.register_forward_pre_hook(self._select)
         config = model.config.get_text_config()  # type: ignore[operator,union-attr]
         settings = [getattr(config, name, None) for name in SCALED_LOGITS]
-        self.in_parts = type(head) is torch.nn.Linear and all(value in (None, 1) for value in settings)
+        self.is_chunked = type(head) is torch.nn.Linear and all(value in (None, 1) for value in settings)
         self._is_neutral = 1 in settings  # the model multiplies or divides by 1
         self._layers: int = config.num_hidden_layers
         self._checked = False
         self._loss: torch.Tensor | None = None
-        if self.in_parts:
+        if self.is_chunked:
             plain_forward = head.forward
 
             def forward(hidden: torch.Tensor) -> torch.Tensor:
-                if self._batch is None or not self.in_parts:
-                    return plain_forward(hidden)
                 batch = self._batch
-                self._loss = LossInParts.apply(hidden[0], head.weight, head.bias, batch.labels, batch.loss_weights)
+                if batch is None or not self.is_chunked:
+                    return plain_forward(hidden)
+                self._loss = ChunkedLoss.apply(hidden[0], head.weight, head.bias, batch.labels, batch.loss_weights)
                 return self._loss
 
             head.forward = forward
 
-    def _pick(self, _module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def _select(self, _module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if self._batch is None:
             return None
         hidden = inputs[0]
@@ -62,7 +66,7 @@ class TargetHead:
 
     @contextmanager
     def computing(self, batch: MicroBatch) -> Iterator[None]:
-        """Within this, the model's "logits" are the summed loss, or where not `in_parts` [1, targets, vocabulary]."""
+        """Within this, the model's "logits" are the summed loss, or [1, targets, vocabulary] unless `is_chunked`."""
         self._batch = batch
         try:
             yield
@@ -70,16 +74,16 @@ class TargetHead:
             self._batch = None
 
     def check(self, batch: MicroBatch, output: torch.Tensor) -> bool:
-        """After the first forward: whether the model has computed what was asked of it.
+        """After the first forward: whether the model has computed what it should.
 
-        A model that changes its logits in a way that SCALED_LOGITS does not name has changed the loss. One that
-        has changed nothing, `output` lies where the head's own result lies, whatever a library has wrapped around it.
+        A model that changes its logits in a way unknown to SCALED_LOGITS has changed the loss. If it has not, `output`
+        shares its memory with the head's own result, however a library has wrapped it.
 
         Returns:
-            False where the loss must be computed again, no longer `in_parts`.
+            False if the loss must be computed again, no longer in chunks.
 
         Raises:
-            UserError: on every rank: attention has not followed the tree.
+            UserError: on every rank: attention has ignored the tree.
         """
         loss, self._loss = self._loss, None
         if self._checked:
@@ -87,8 +91,8 @@ class TargetHead:
         self._checked = True
         if batch.tree is not None:
             batch.tree.check_use(self._layers)
-        self.in_parts = loss is not None and (self._is_neutral or loss.data_ptr() == output.data_ptr())
-        return loss is None or self.in_parts
+        self.is_chunked = loss is not None and (self._is_neutral or loss.data_ptr() == output.data_ptr())
+        return loss is None or self.is_chunked
 
 
 def summed_loss(model: torch.nn.Module, head: TargetHead, batch: MicroBatch) -> torch.Tensor:
@@ -98,14 +102,14 @@ def summed_loss(model: torch.nn.Module, head: TargetHead, batch: MicroBatch) -> 
         output = model(input_ids=batch.input_ids, use_cache=False, **structure).logits
     if not head.check(batch, output):
         return summed_loss(model, head, batch)
-    if head.in_parts:
+    if head.is_chunked:
         return output
     losses = F.cross_entropy(output[0].float(), batch.labels, reduction="none")
     return (losses * batch.loss_weights).sum()
 
 
-class LossInParts(torch.autograd.Function):
-    """Head and cross-entropy together; the gradient is computed beside the loss, while a part's logits are there."""
+class ChunkedLoss(torch.autograd.Function):
+    """Output head and cross-entropy in one; forward computes the gradient too, while it has a chunk's logits."""
 
     @staticmethod
     def forward(
@@ -114,33 +118,24 @@ class LossInParts(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         labels: torch.Tensor,
-        weights: torch.Tensor,
+        loss_weights: torch.Tensor,
     ) -> torch.Tensor:
-        """The summed loss (float32 scalar).
-
-        Args:
-            ctx: autograd's.
-            hidden: [targets, hidden size], before the head.
-            weight: [vocabulary, hidden size].
-            bias: [vocabulary] or None.
-            labels: int64 [targets].
-            weights: float32 [targets].
-        """
+        """The summed loss (float32 scalar) of hidden [targets, hidden size] and weight [vocabulary, hidden size]."""
         needs = ctx.needs_input_grad[:3]
         hidden_gradient = torch.empty_like(hidden) if needs[0] else None
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None
         bias_gradient = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs[2] else None
         total = hidden.new_zeros((), dtype=torch.float32)
-        at_once = max(1, LOGITS_AT_ONCE // len(weight))
-        for start in range(0, max(1, len(hidden)), at_once):
-            rows = slice(start, start + at_once)
+        chunk = max(1, LOGITS_AT_ONCE // len(weight))
+        for start in range(0, len(hidden), chunk):
+            rows = slice(start, start + chunk)
             log_likelihoods = F.log_softmax(F.linear(hidden[rows], weight, bias), dim=-1, dtype=torch.float32)
-            total -= (log_likelihoods.gather(1, labels[rows, None]).squeeze(1) * weights[rows]).sum()
+            total -= (log_likelihoods.gather(1, labels[rows, None]).squeeze(1) * loss_weights[rows]).sum()
             if not any(needs):
                 continue
             slopes = log_likelihoods.exp_()  # the probabilities, less one at the label
             slopes.scatter_add_(1, labels[rows, None], slopes.new_full((len(slopes), 1), -1.0))
-            slopes.mul_(weights[rows, None])
+            slopes.mul_(loss_weights[rows, None])
             if bias_gradient is not None:
                 bias_gradient += slopes.sum(dim=0)
             slopes = slopes.to(hidden.dtype)
@@ -148,19 +143,16 @@ class LossInParts(torch.autograd.Function):
                 hidden_gradient[rows] = slopes @ weight
             if weight_gradient is not None:
                 weight_gradient += slopes.T @ hidden[rows]
-        gradients = (hidden_gradient, weight_gradient, bias_gradient)
-        ctx.save_for_backward(*(gradient for gradient in gradients if gradient is not None))
-        ctx.present = [gradient is not None for gradient in gradients]
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.save_for_backward(hidden_gradient, weight_gradient, bias_gradient)
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
         return total
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """The stored gradients times that of the loss."""
-        saved = iter(ctx.saved_tensors)
         gradients = [
-            (next(saved) * outer[0]).to(dtype) if present else None
-            for present, dtype in zip(ctx.present, ctx.dtypes, strict=True)
+            None if gradient is None else (gradient * outer[0]).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return (*gradients, None, None)
 
@@ -175,10 +167,9 @@ def mean_loss(
     *,
     show_progress: bool = False,
 ) -> float:
-    """Sum over sum, over every row, whatever the micro-batches and the number of ranks. Called on every rank.
+    """Mean negative log-likelihood per target over all rows and ranks, the same on all ranks; it may be inf or nan.
 
-    Returns:
-        Mean negative log-likelihood of a target, the same on all ranks; it may be infinite or no number.
+    A sum over a sum, so independent of micro-batches and the number of ranks. Collective.
     """
     plan = micro_batches.plan(np.arange(micro_batches.rows))
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
@@ -189,5 +180,5 @@ def mean_loss(
 
 
 def loss_metrics(loss: float) -> dict[str, float]:
-    """The loss and its perplexity, under the names that metrics and reports have."""
+    """The loss and its perplexity, by the names used in metrics and reports."""
     return {"val/loss": loss, "val/perplexity": math.exp(loss) if loss < 700 else math.inf}

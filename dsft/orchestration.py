@@ -1,10 +1,9 @@
-"""The pipeline's steps as processes: run, remembered, and gone on with where an earlier start ended.
+"""The pipeline: each step a process, resumed where an earlier start ended.
 
-A step is done when pipeline.json says so. A step that was killed is run again: training goes on from its latest
+A step is done when pipeline.json says so. A step that was killed is run again: training resumes from its latest
 checkpoint, the others start over. No shell is involved, and a step ends when the pipeline does.
 """
 
-import fcntl
 import json
 import math
 import os
@@ -20,9 +19,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from filelock import lock_descriptor
 from tqdm import tqdm
 
-from dsft.checkpointing.layout import CheckpointFolder
+from dsft.checkpointing.folder import CheckpointFolder
 from dsft.checkpointing.state import read_state
 from dsft.config import GenerateConfig, MergeConfig, PipelineConfig, ReportConfig, TrainConfig, ValidateConfig
 from dsft.config.games import BASE, PLAYERS, SCRIPTED_PLAYERS, TUNED
@@ -34,12 +34,12 @@ from dsft.files import guard_disk, write_text
 from dsft.processes import HeldInterrupt, end_with_parent
 
 STATE, LOCK = "pipeline.json", ".pipeline.lock"
-PUBLISH = "publish"  # a step of its own: the card that is pushed holds what validation has found
+PUBLISH = "publish"  # the last step, because the model card contains the results of validation
 WAIT_FOR_OTHER = 60  # seconds that a step of a killed pipeline may take to end
 
 
 class StepFailedError(UserError):
-    """A step ended with another status than 0, which the pipeline ends with too."""
+    """A step failed; the pipeline exits with its status."""
 
     def __init__(self, text: str, status: int) -> None:
         super().__init__(text)
@@ -56,10 +56,9 @@ class Job:
     ranks: int = 1
 
     def words(self) -> list[str]:
-        """The argument list."""
-        start = [sys.executable, "-m"]
-        if self.ranks > 1:
-            start += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(self.ranks), "-m"]
+        """The command line."""
+        torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(self.ranks), "-m"]
+        start = [sys.executable, "-m", *(torchrun if self.ranks > 1 else [])]
         return [*start, f"dsft.{self.command}", *as_words(self.config)]
 
 
@@ -67,10 +66,8 @@ class Pipeline:
     """generate -> train -> merge the best -> validate, in one folder."""
 
     def __init__(self, config: PipelineConfig) -> None:
-        """Raises:
-        UserError: flags of a step that its command would refuse.
-        """
-        make_environment(config)  # impossible sizes are told before any step starts
+        """Raises UserError for flags that a step's command would refuse."""
+        make_environment(config)  # refuses impossible sizes before any step starts
         self.config = config
         self.root = Path(config.output_dir)
         self.data, self.run_folder = self.root / "data", self.root / "train"
@@ -81,13 +78,13 @@ class Pipeline:
         self.validate = {player: self._validation(player) for player in PLAYERS}
         if self.merge.push_to_hub is not None and not self.train.lora_rank:
             raise UserError(
-                f"--merge.push_to_hub {self.merge.push_to_hub}: full fine-tuning (--train.lora_rank 0) merges nothing "
-                "that could be pushed; drop the flag, or train with LoRA"
+                f"--merge.push_to_hub {self.merge.push_to_hub}: full fine-tuning (--train.lora_rank 0) merges nothing; "
+                "remove the flag, or train with LoRA"
             )
         self._interrupt = HeldInterrupt(signal.SIGTERM)
 
     def _build(self, step: str, config_class: Any, own: dict[str, Any]) -> Any:
-        """A step's config: what the steps share, the step's own section, and what the pipeline itself decides."""
+        """A step's config: flags shared by all steps, the step's own section, and what the pipeline sets."""
         names = {f.name for f in fields(config_class)}
         shared = {name: getattr(self.config, name) for name in names & SHARED}
         own = {name: str(value) if isinstance(value, Path) else value for name, value in own.items()}
@@ -118,16 +115,16 @@ class Pipeline:
         return self._build("validate", ValidateConfig, own)
 
     def _tuned_model(self) -> Path:
-        """Where the fine-tuned model stands: merged, or the best checkpoint itself where all weights were trained."""
+        """The merged model, or for full fine-tuning the best checkpoint itself."""
         return self.merged if self.train.lora_rank else self.run_folder / "best"
 
     # Running
 
     def run(self) -> list[str]:
-        """Run what is left, write the report, and return lines for the console, its table last.
+        """Run the remaining steps, write the report, and return lines for the console, its table last.
 
         Raises:
-            UserError: other flags than those of an earlier start, a folder in use, or a step that failed.
+            UserError: flags that differ from an earlier start, a folder in use, or a failed step.
         """
         guard_disk(lambda: self.logs.mkdir(parents=True, exist_ok=True), self.logs)
         with self._locked() as lock, self._interrupt:
@@ -144,30 +141,24 @@ class Pipeline:
 
     @contextmanager
     def _locked(self) -> Iterator[int]:
-        """The folder belongs to one pipeline at a time. Its steps hold the lock as well, until they have ended."""
+        """One pipeline at a time. Its steps inherit the descriptor and with it the lock, so that a second start waits
+        for a step of a killed pipeline; a FileLock would not let them.
+        """
         descriptor = os.open(self.root / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             give_up = time.monotonic() + WAIT_FOR_OTHER
-            told = False
-            while True:
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
+            if not lock_descriptor(descriptor, blocking=False):
+                print(f"waiting for a step of an earlier start that is still running in {self.root}", flush=True)
+                while not lock_descriptor(descriptor, blocking=False):
                     if time.monotonic() > give_up:
-                        raise UserError(
-                            f"{self.root} is in use by another pipeline; wait for it, or name another"
-                        ) from None
-                    if not told:
-                        print(f"waiting: a step of an earlier start still works in {self.root}", flush=True)
-                        told = True
+                        raise UserError(f"{self.root} is in use by another pipeline; wait for it, or choose another")
                     time.sleep(0.5)
             yield descriptor
         finally:
             os.close(descriptor)
 
     def _read_state(self) -> None:
-        """Which steps were begun and done, with which flags; refuses others for those that are done."""
+        """Read which steps were started and done; refuse flags that differ from those of a done step."""
         path = self.root / STATE
         self._steps: dict[str, dict[str, Any]] = {}
         if path.is_file():
@@ -175,7 +166,7 @@ class Pipeline:
                 stored = json.loads(path.read_text(encoding="utf-8"))
                 self._steps = {step: {"flags": dict(v["flags"]), "done": bool(v["done"])} for step, v in stored.items()}
             except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-                raise UserError(f"{path} cannot be read ({error}); delete {self.root} and start again") from error
+                raise UserError(f"{path} is damaged ({error}); delete {self.root} and start again") from error
         forced = STEPS.index(self.config.force) if self.config.force else len(STEPS)
         for step in STEPS[:forced]:
             before, now = self._steps.get(step), self._flags(step)
@@ -183,7 +174,7 @@ class Pipeline:
                 old = before["flags"]
                 changed = [f"{name} was {old.get(name)}, is {now[name]}" for name in now if old.get(name) != now[name]]
                 raise UserError(
-                    f"{self.root}: {step} was done with other flags: {'; '.join(changed)}; use the same ones, "
+                    f"{self.root}: {step} was done with other flags: {'; '.join(changed)}; use the same flags, "
                     f"--force {step}, or another --output_dir"
                 )
         for step in (*STEPS[forced:], PUBLISH) if self.config.force else ():
@@ -192,7 +183,7 @@ class Pipeline:
         self._write_state()
 
     def _flags(self, step: str) -> dict[str, Any]:
-        """The flags on which a step's results depend, as JSON keeps them."""
+        """The flags that a step's results depend on, as JSON stores them."""
         configs = {"generate": self.generate, "train": self.train, "merge": self.merge, PUBLISH: self.merge}
         config = configs.get(step) or self.validate[TUNED]
         values = {k: v for k, v in asdict(config).items() if k not in ("debug", "config", "num_processes")}
@@ -200,15 +191,14 @@ class Pipeline:
             values["select"] = self.config.select
         if step == "validate":
             values["base_model"] = self.config.model
-        same: dict[str, Any] = json.loads(json.dumps(values))
-        return same
+        return dict(json.loads(json.dumps(values)))
 
     def _write_state(self) -> None:
         text = json.dumps(self._steps, indent=2) + "\n"
         guard_disk(lambda: write_text(self.root / STATE, text), self.root / STATE)
 
     def _clear(self, steps: tuple[str, ...]) -> None:
-        """Delete what steps have made."""
+        """Delete the results of steps."""
         made = {
             "generate": [self.data],
             "train": [self.run_folder],
@@ -227,8 +217,8 @@ class Pipeline:
         if begun is not None and begun["done"]:
             print(f"{step:<8} done before", flush=True)
             return
-        # Training goes on with what a killed start left, or refuses it itself; validation with the players that have
-        # played by the same flags; the others start over.
+        # Training resumes, or refuses to; validation keeps the players that have played with the same flags; the others
+        # start over.
         if step in ("generate", "merge") or (step == "validate" and begun is not None and begun["flags"] != flags):
             self._clear((step,))
         self._steps[step] = {"flags": flags, "done": False}
@@ -246,11 +236,11 @@ class Pipeline:
         state = read_state(latest) if latest else None
         if state is None or state.step < state.total_steps:
             raise UserError(
-                f"training was stopped after step {state.step if state else 0}; start the same command again to go on"
+                f"training was stopped after step {state.step if state else 0}; rerun the same command to resume"
             )
 
     def _merge(self) -> None:
-        """Choose a checkpoint and merge it; full fine-tuning needs no merge, its checkpoint is the model."""
+        """Choose a checkpoint and merge it; with full fine-tuning the checkpoint is the model."""
         checkpoints = CheckpointFolder(self.run_folder)
         best = self._best_player(checkpoints) if self.config.select == "success_rate" else checkpoints.best()
         best = best or checkpoints.latest()
@@ -263,7 +253,7 @@ class Pipeline:
             checkpoints.point("best", best)
 
     def _best_player(self, checkpoints: CheckpointFolder) -> Path:
-        """The checkpoint that solves most levels of test.parquet; of equals, the one with fewer moves, the earlier."""
+        """The checkpoint that solves most levels of test.parquet; ties go to fewer moves, then to the earlier one."""
         folder = self.root / "select"
         results = []
         for checkpoint in checkpoints.all():
@@ -309,44 +299,40 @@ class Pipeline:
             print(f"pushed   {push(self.merged, self.merge.push_to_hub, private=self.merge.hub_private)}", flush=True)
 
     def _run(self, job: Job, progress: "Callable[[], tuple[int, int] | None] | None" = None) -> None:
-        """Run one command to its end, its output in a log.
-
-        Raises:
-            StepFailedError: it ended with another status than 0.
-        """
+        """Run one command, its output in a log. Raises StepFailedError if it fails."""
         log = self.logs / f"{job.name}.log"
         print(f"{job.name:<8} running, log {log}", flush=True)
         with open(log, "ab") as output:
-            before = output.tell()  # earlier starts have written there
+            before = output.tell()  # the end of what earlier starts wrote
             child = subprocess.Popen(
                 job.words(),
                 stdout=output,
                 stderr=output,
                 stdin=subprocess.DEVNULL,
                 pass_fds=[self._lock],
-                start_new_session=True,  # Ctrl-C reaches the pipeline alone, which then ends its step in order
+                start_new_session=True,  # Ctrl-C reaches only the pipeline, which ends its step
                 preexec_fn=partial(end_with_parent, os.getpid()),
             )
             try:
                 with self._interrupt.let_through():
                     status = _wait(child, progress)
             except BaseException:
-                child.send_signal(signal.SIGTERM)  # training saves a checkpoint and ends
+                child.send_signal(signal.SIGTERM)  # training saves a checkpoint and exits
                 try:
-                    with self._interrupt.let_through(another=True):  # does not wait for that
+                    with self._interrupt.let_through(another=True):  # ends the wait
                         child.wait(WAIT_FOR_OTHER)
                 except subprocess.TimeoutExpired:
                     os.killpg(child.pid, signal.SIGKILL)
                 raise
         if status != 0:
             text = log.read_bytes()[before:].decode("utf-8", errors="replace")
-            told = [line.partition("error: ")[2] for line in text.splitlines() if line.startswith("error: ")]
-            reason = f": {told[-1]}" if told else ""
+            errors = [line for line in text.splitlines() if line.startswith("error: ")]
+            reason = f": {errors[-1].removeprefix('error: ')}" if errors else ""
             code = status if status > 0 else 128 - status
-            raise StepFailedError(f"{job.name} failed with status {code}{reason}; its log is {log}", code)
+            raise StepFailedError(f"{job.name} failed with status {code}{reason}; see {log}", code)
 
     def _training_progress(self) -> tuple[int, int] | None:
-        """(steps done, steps in all), from metrics.jsonl."""
+        """(steps done, total steps), from metrics.jsonl."""
         try:
             rows = json.loads((self.data / "generate.json").read_text(encoding="utf-8"))["rows"]["train"]
             lines = (self.run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -359,7 +345,7 @@ class Pipeline:
 
 
 def _wait(child: "subprocess.Popen[bytes]", progress: "Callable[[], tuple[int, int] | None] | None") -> int:
-    """Wait for a process; on a terminal with a bar where the progress is known."""
+    """Wait for a process, with a progress bar if the progress is known and this is a terminal."""
     bar: tqdm[Any] | None = None
     try:
         while True:

@@ -1,4 +1,4 @@
-"""Command line: generate -> train -> merge the best -> validate."""
+"""Command line: generate -> train -> merge the best checkpoint -> validate."""
 
 import sys
 
@@ -8,7 +8,7 @@ from dsft.errors import run_and_report
 
 
 def run(config: PipelineConfig) -> None:
-    """Run the steps that are left, and print the table last."""
+    """Run the remaining steps and print the table of results."""
 
     def work() -> None:
         from dsft.orchestration import Pipeline

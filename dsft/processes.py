@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ import psutil
 
 PARENT = os.getppid()
 """Who started this process; os.getppid() is another once it has died. Import early: loading torch takes seconds."""
+LAUNCHER_VARIABLES = {"TORCHELASTIC_RUN_ID", "CROSS_SIZE"}  # torchrun's; DeepSpeed's launcher on each machine
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 NAMES = "(train|merge|generate|validate|pipeline|checkpoint|preview|report)"
 COMMAND = rf"dsft[.-]{NAMES}|(.*/)?dsft/{NAMES}\.py"
@@ -38,6 +40,25 @@ def end_with_parent(parent: int, number: int = signal.SIGTERM) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:  # it died before we asked
         os.kill(os.getpid(), number)
+
+
+def this_machine() -> str:
+    """A machine since its last boot, and a container on it that has its own process ids."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii") + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return socket.gethostname()
+
+
+def state_of(process: psutil.Process) -> str:
+    """Its status in the process table; STATUS_DEAD if it is gone. A table that cannot be read counts as running."""
+    try:
+        status = process.status() if process.is_running() else psutil.STATUS_DEAD
+        return psutil.STATUS_DEAD if status == psutil.STATUS_ZOMBIE else status
+    except psutil.NoSuchProcess:
+        return psutil.STATUS_DEAD
+    except psutil.Error:
+        return psutil.STATUS_RUNNING
 
 
 class HeldInterrupt:
@@ -98,6 +119,23 @@ def launchers() -> list[tuple[psutil.Process, list[str]]]:
             found.append((parent, parent.cmdline()))
             parent = parent.parent()
     return found
+
+
+class Launcher:
+    """What has started this rank: torchrun, or DeepSpeed's launcher on this machine and the command above that."""
+
+    def __init__(self) -> None:
+        self.pid = PARENT if LAUNCHER_VARIABLES & os.environ.keys() else None
+        """None if the rank was started without one."""
+        started_by = launchers()
+        is_inner = len(started_by) > 1 and "deepspeed.launcher.launch" in started_by[0][1]
+        self._outer = started_by[1][0] if is_inner else None
+
+    def has_died(self) -> bool:
+        """Whether there is one no more."""
+        if self.pid is None:
+            return False
+        return os.getppid() != self.pid or (self._outer is not None and state_of(self._outer) == psutil.STATUS_DEAD)
 
 
 def launch_command(without: Sequence[str] = ()) -> str:

@@ -24,51 +24,20 @@ import itertools
 import multiprocessing
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench_common import (
-    Arm,
-    Case,
-    check_case,
-    describe,
-    export_rows,
-    finish,
-    judge,
-    numbers,
-    parse_arms,
-    positive,
-    run_all,
-    say,
-    stop,
-    time_table,
-    trl_environment,
-)
+from bench_throughput import Arm, finish, flag_parser, measure, start, stop, time_table
 
 from dsft.cache import build_once
 
-DEFAULT_ARMS = "dsft:fsdp:batch,dsft:fsdp:off,dsft:zero3:batch,trl:plain,trl:zero3"
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+SIZES += ("vocab_size", "max_position_embeddings")
 SHAPES = {
-    "qwen2.5-7b-shape": {
-        "hidden_size": 3584,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "intermediate_size": 18944,
-        "vocab_size": 152064,
-        "max_position_embeddings": 32768,
-    },
-    "tiny-qwen2-shape": {
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 128,
-        "vocab_size": 49152,
-        "max_position_embeddings": 4096,
-    },
+    "qwen2.5-7b-shape": dict(zip(SIZES, (3584, 28, 28, 4, 18944, 152064, 32768), strict=True)),
+    "tiny-qwen2-shape": dict(zip(SIZES, (64, 2, 4, 2, 128, 49152, 4096), strict=True)),
 }
 PEAK_TFLOPS = {"H100 PCIe": 756.0, "H100": 989.4, "H200": 989.4, "A100": 312.0}  # dense bfloat16
 PUBLISHED = "| published: NeMo Automodel, Qwen2.5-7B LoRA, one H100 | 14110 tokens/s | 42.8 % of peak |"
@@ -108,9 +77,6 @@ def write_model(name: str, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-# Rows
-
-
 def make_rows(case: str, tokenizer: Any, *, length: int, rows: int, dialogues: int, turns: int) -> list[dict[str, Any]]:
     """Rows of random words in dsft's columns."""
     import numpy as np
@@ -125,15 +91,21 @@ def make_rows(case: str, tokenizer: Any, *, length: int, rows: int, dialogues: i
         segments = form.prompt_and_response(row["prompt"], row["response"], Cell("made up", 0))
         return len(form.tokenize([segments])[0][0])
 
+    def words_for_length(make: Callable[[int], dict[str, Any]]) -> int:
+        ten, twenty = tokens_of(make(10)), tokens_of(make(20))  # tokens grow evenly with words
+        count = int(10 + (length - ten) / (twenty - ten) * 10)
+        if count < 1:
+            stop(f"--length {length} is too short for this case")
+        return count
+
     made = []
     for index in range(rows if case == "single" else dialogues):
         draw = np.random.default_rng([index, len(case)])
         text = [words[i] for i in draw.integers(0, len(words), length + 40 * turns)]
         if case == "single":
-            made.append(fit(length, lambda count, text=text: single_row(text, count), tokens_of))
+            made.append(single_row(text, words_for_length(partial(single_row, text))))
         else:
-            last = fit(length, lambda count, text=text: dialogue_row(text, count, turns, turns), tokens_of)
-            count = len(last["response"].split())
+            count = words_for_length(partial(dialogue_row, text, turn=turns, turns=turns))
             made += [dialogue_row(text, count, turn, turns) for turn in range(1, turns + 1)]
     return made
 
@@ -152,34 +124,15 @@ def dialogue_row(text: list[str], count: int, turn: int, turns: int) -> dict[str
     return {"prompt": messages[:-1], "response": messages[-1]["content"]}
 
 
-def fit(
-    length: int, make: Callable[[int], dict[str, Any]], tokens_of: Callable[[dict[str, Any]], int]
-) -> dict[str, Any]:
-    """The row of the most words that has at most `length` tokens: tokens grow evenly with words."""
-    ten, twenty = tokens_of(make(10)), tokens_of(make(20))
-    a_word = (twenty - ten) / 10
-    count = int(10 + (length - ten) / a_word)
-    if count < 1:
-        stop(f"--length {length} is too short for this case")
-    return make(count)
-
-
 def single_token_words(tokenizer: Any) -> list[str]:
     """Words that are one token at a text's start and after a space."""
     vocabulary = tokenizer.get_vocab()
-    words = sorted(
-        word for word in vocabulary if word.isascii() and word.isalpha() and word.islower() and len(word) > 2
-    )
-    found = []
-    for word in words:
-        if all(len(tokenizer(text, add_special_tokens=False)["input_ids"]) == 1 for text in (word, f" {word}")):
-            found.append(word)
-        if len(found) == 1000:
-            break
-    return found
+    words = (w for w in sorted(vocabulary) if w.isascii() and w.isalpha() and w.islower() and len(w) > 2)
 
+    def is_one_token(text: str) -> bool:
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"]) == 1
 
-# Work
+    return list(itertools.islice((w for w in words if is_one_token(w) and is_one_token(f" {w}")), 1000))
 
 
 def flops_per_token(shape: dict[str, int], lora_rank: int, mean_length: float, target_share: float) -> float:
@@ -202,41 +155,24 @@ def gpu_name() -> str | None:
 
 
 def peak_tflops(name: str | None, given: float | None) -> float | None:
-    """The GPU's peak in bfloat16, as far as it is known."""
+    """The GPU's peak in bfloat16, None if unknown, or on CPU."""
     return given or next((peak for part, peak in PEAK_TFLOPS.items() if name and part in name), None)
 
 
 def parse() -> argparse.Namespace:
     """The flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flag_parser(__doc__, "dsft:fsdp:batch,dsft:fsdp:off,dsft:zero3:batch,trl:plain,trl:zero3")
     parser.add_argument("--cases", default=",".join(CASES), help="any of single, turns")
-    parser.add_argument(
-        "--arms", default=DEFAULT_ARMS, help="dsft:BACKEND[:FOLD] and trl:BACKEND[:ROWS], comma-separated"
-    )
-    parser.add_argument("--length", type=positive, help="tokens of the longest row (default: 4096; 256 on CPU)")
-    parser.add_argument("--rows", type=positive, default=16, help="rows of the case single, one optimizer step")
-    parser.add_argument("--dialogues", type=positive, default=4, help="dialogues of the case turns, one optimizer step")
-    parser.add_argument("--turns", type=positive, default=8, help="rows of each dialogue")
-    parser.add_argument("--epochs", type=positive, default=3, help="the first one warms up, where there are more")
-    parser.add_argument("--lora_rank", type=positive, default=16)
-    parser.add_argument("--lora_alpha", type=positive, default=32)
-    parser.add_argument(
-        "--gradient_checkpointing", action="store_true", help="in all arms (else: as dsft decides, none in TRL)"
-    )
-    parser.add_argument("--dsft_tokens", type=positive, help="dsft's --max_tokens_per_micro_batch (default: its own)")
-    parser.add_argument("--trl_micro_batch", type=numbers, default=[1], help="rows a micro-batch; 1,2 tries several")
-    parser.add_argument("--peak_tflops", type=float, help="of the GPU in bfloat16, where this script does not know it")
-    parser.add_argument("--repeats", type=positive, default=1, help="runs of each arm, in turn")
-    parser.add_argument("--work_dir", help="keeps runs and results; a later call with it measures only what is missing")
-    parser.add_argument("--json", help="where everything goes as JSON")
+    parser.add_argument("--length", type=int, help="tokens of the longest row (default: 4096; 256 on CPU)")
+    parser.add_argument("--rows", type=int, default=16, help="rows of the case single, one optimizer step")
+    parser.add_argument("--dialogues", type=int, default=4, help="dialogues of the case turns, one optimizer step")
+    parser.add_argument("--turns", type=int, default=8, help="rows of each dialogue")
+    parser.add_argument("--peak_tflops", type=float, help="of the GPU in bfloat16, if this script does not know it")
     return parser.parse_args()
 
 
-def run_case(
-    name: str, arms: list[Arm], options: argparse.Namespace, work_dir: Path, gpu: str | None
-) -> dict[str, Any]:
-    """One case: rows, all arms, its record."""
-    import numpy as np
+def run_case(name: str, arms: list[Arm], options: argparse.Namespace, folder: Path, gpu: str | None) -> dict[str, Any]:
+    """One case: model, rows, all arms; its record."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     from transformers import AutoTokenizer
@@ -244,39 +180,20 @@ def run_case(
     shape = "qwen2.5-7b-shape" if gpu else "tiny-qwen2-shape"
     length = options.length or (4096 if gpu else 256)
     model = random_model(shape)
-    tokenizer = AutoTokenizer.from_pretrained(model)
     sizes = {"rows": options.rows, "dialogues": options.dialogues, "turns": options.turns}
-    rows = make_rows(name, tokenizer, length=length, **sizes)
-    folder = work_dir / name
+    rows = make_rows(name, AutoTokenizer.from_pretrained(model), length=length, **sizes)
     folder.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows), folder / "data.parquet")
-    case = Case(
-        model=str(model),
-        train_files=str(folder / "data.parquet"),
-        rows=len(rows),
-        train_batch_size=len(rows),
-        epochs=options.epochs,
-        max_length=length,
-        dtype="bfloat16" if gpu else "float32",
-        ranks=1,
-        lora_rank=options.lora_rank,
-        lora_alpha=options.lora_alpha,
-        gradient_checkpointing=options.gradient_checkpointing,
-        max_tokens_per_micro_batch=options.dsft_tokens,
-        sampling="sequential",
-    )
-    check_case(case, arms)
-    facts = export_rows(case, folder / "rows.parquet")
-    facts |= {"rows_file": str(folder / "rows.parquet"), "gpu": gpu, "shape": shape}
-    lengths = np.array([len(ids) for ids in pq.read_table(facts["rows_file"])["input_ids"].to_pylist()])
-    facts["mean_length"] = float((lengths**2).sum() / lengths.sum())  # of the row in which a token stands
-    if any(not arm.is_dsft for arm in arms):
-        facts["trl_python"] = trl_environment()
-    print(f"{name}: {describe(case, facts)}\n", flush=True)
-    return judge(run_all(arms, case, options.repeats, folder, facts), case, facts)
+    print(f"{name}, {shape}:", flush=True)
+    values = {"rows": len(rows), "train_batch_size": len(rows), "max_length": length, "ranks": 1}
+    values |= {"model": str(model), "train_files": str(folder / "data.parquet"), "trl_sampling": "sequential"}
+    case = argparse.Namespace(**vars(options) | values, dtype="bfloat16" if gpu else "float32")
+    record = measure(case, arms, folder, gpu)
+    record["facts"]["shape"] = shape
+    return record
 
 
-def add_mfu(record: dict[str, Any], peak: float | None) -> dict[str, dict[str, str]]:
+def add_mfu(record: dict[str, Any], peak: Any) -> dict[str, dict[str, str]]:
     """MFU into the record's summary; the column for the table."""
     facts, rank = record["facts"], record["case"]["lora_rank"]
     column = {}
@@ -295,30 +212,19 @@ def main() -> None:
     unknown = [name for name in cases if name not in CASES]
     if unknown:
         stop(f"--cases: '{unknown[0]}' is none of {', '.join(CASES)}")
-    arms = parse_arms(options.arms, options.trl_micro_batch)
-    work_dir = Path(options.work_dir or tempfile.mkdtemp(prefix="dsft-bench-")).resolve()
-    say(f"runs and results stand in {work_dir}")
+    arms, folder = start(options)
     gpu = gpu_name()
-    from dsft.distributed import runtime
-
-    runtime.silence_libraries()
     print(f"GPU: {gpu or 'none found; a tiny model on CPU'}\n")
-    records = {name: run_case(name, arms, options, work_dir, gpu) for name in cases}
-    peak = peak_tflops(gpu, options.peak_tflops) if gpu else None
-    columns = {name: add_mfu(record, peak) for name, record in records.items()}
+    records = {name: run_case(name, arms, options, folder / name, gpu) for name in cases}
+    columns = {name: add_mfu(record, gpu and peak_tflops(gpu, options.peak_tflops)) for name, record in records.items()}
     finish(records, options.json)
     for name, record in records.items():
-        print(f"{name}, {record['facts']['shape']}, on {gpu or 'CPU'}:\n")
-        print(time_table(record["summary"], columns[name]) + "\n")
+        table = time_table(record["summary"], columns[name])
+        print(f"{name}, {record['facts']['shape']}, on {gpu or 'CPU'}:\n\n{table}\n")
         if gpu is None:
-            print(unmeasured(name, arms) + "\n")
+            print(f"{name}, qwen2.5-7b-shape, on a GPU:\n\n| arm | tokens/s | MFU |\n| --- | --- | --- |")
+            print("".join(f"| {arm} | unmeasured | unmeasured |\n" for arm in arms))
     print(PUBLISHED)
-
-
-def unmeasured(name: str, arms: list[Arm]) -> str:
-    """The GPU's table where there is none."""
-    lines = [f"{name}, qwen2.5-7b-shape, on a GPU:", "", "| arm | tokens/s | MFU |", "| --- | --- | --- |"]
-    return "\n".join([*lines, *(f"| {arm} | unmeasured | unmeasured |" for arm in arms)])
 
 
 if __name__ == "__main__":

@@ -6,8 +6,7 @@ dsft: what it trains on stands in case.json, and the rows come as token ids and 
 
     torchrun --standalone --nproc_per_node 2 scripts/bench_trl.py case.json
 
-It appends a line for each optimizer step to the file that the case names, and at its end one with the peak memory
-and the versions.
+It appends a line for each optimizer step to the file that the case names, and at its end one with the peak GPU memory.
 """
 
 import json
@@ -50,7 +49,6 @@ def make_arguments(case: dict):
     """SFTConfig for the case: dsft's optimizer and schedule, and the settings with which TRL is fastest."""
     from trl import SFTConfig
 
-    bfloat16 = case["dtype"] == "bfloat16"
     on_gpu = torch.cuda.is_available()
     options: dict = {}
     if case["backend"] == "fsdp":
@@ -59,34 +57,21 @@ def make_arguments(case: dict):
         options = {"deepspeed": case["ds_config"]}
     rows_at_once = int(os.environ.get("WORLD_SIZE", 1)) * case["micro_batch_size"]
     return SFTConfig(
-        output_dir=case["output_dir"],
+        output_dir=case["output_dir"], use_cpu=not on_gpu, seed=case["seed"], num_train_epochs=case["epochs"],
         per_device_train_batch_size=case["micro_batch_size"],
-        use_cpu=not on_gpu,
         gradient_accumulation_steps=case["train_batch_size"] // rows_at_once,
-        num_train_epochs=case["epochs"],
-        learning_rate=case["lr"],
-        adam_beta1=case["betas"][0],
-        adam_beta2=case["betas"][1],
-        weight_decay=case["weight_decay"],
-        warmup_steps=case["warmup_steps"],
-        lr_scheduler_type="cosine",
-        max_grad_norm=case["clip_grad"],
-        bf16=bfloat16,  # over a bfloat16 model and float32 LoRA: faster than all in bfloat16
+        learning_rate=case["lr"], adam_beta1=case["betas"][0], adam_beta2=case["betas"][1],
+        weight_decay=case["weight_decay"], max_grad_norm=case["clip_grad"],
+        lr_scheduler_type="cosine", warmup_steps=case["warmup_steps"],
+        bf16=case["dtype"] == "bfloat16",  # over a bfloat16 model and float32 LoRA: faster than all in bfloat16
         activation_checkpointing=case["gradient_checkpointing"],
         max_length=None,  # the rows are cut already
         dataset_kwargs={"skip_prepare_dataset": True},  # they come with labels
-        train_sampling_strategy=case["sampling"],
-        dataloader_num_workers=0,
-        dataloader_pin_memory=on_gpu,
+        train_sampling_strategy=case["trl_sampling"], dataloader_num_workers=0, dataloader_pin_memory=on_gpu,
         model_init_kwargs={"dtype": case["dtype"], "attn_implementation": "sdpa", "device_map": None},
-        logging_steps=1,
-        save_strategy="no",
-        eval_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        seed=case["seed"],
+        logging_steps=1, save_strategy="no", eval_strategy="no", report_to="none", disable_tqdm=True,
         **options,
-    )
+    )  # fmt: skip
 
 
 def make_trainer(case: dict):
@@ -124,42 +109,26 @@ def make_trainer(case: dict):
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             if "loss" in logs and state.is_world_process_zero:
-                line = {
-                    "step": state.global_step,
-                    "seconds": self.seconds,
-                    "loss": logs["loss"],
-                    "grad_norm": logs["grad_norm"],
-                    "computed_tokens": self.computed,
-                }
-                append(case["steps_file"], line)
+                line = {"step": state.global_step, "seconds": self.seconds, "computed_tokens": self.computed}
+                append(case["steps_file"], line | {name: logs[name] for name in ("loss", "grad_norm")})
 
     arguments = make_arguments(case)  # first: with DeepSpeed it decides how from_pretrained loads
     if not torch.cuda.is_available():
         shard_on_cpu(case["backend"], arguments)
     rows = Dataset.from_dict(pq.read_table(case["rows_file"]).to_pydict())
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=case["lora_rank"],
-        lora_alpha=case["lora_alpha"],
-        lora_dropout=0.0,
-        target_modules="all-linear",
-    )
+    lora = {"r": case["lora_rank"], "lora_alpha": case["lora_alpha"], "lora_dropout": 0.0}
     return CountingTrainer(
         model=case["model"],
         args=arguments,
         train_dataset=rows,
         processing_class=AutoTokenizer.from_pretrained(case["model"]),
-        peft_config=lora,
+        peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **lora),
         callbacks=[Recorder()],
     )
 
 
 def score_targets_only() -> None:
-    """TRL's output head on the target positions only, on CPU too.
-
-    TRL does so where Triton runs; elsewhere it computes the logits of every position. This shows what is left of a
-    difference without that one.
-    """
+    """TRL's output head on the target positions only, on CPU too; by default, TRL does so only where Triton runs."""
     import trl.trainer.utils
 
     trl.trainer.utils._use_triton = lambda device: True
@@ -186,18 +155,9 @@ def main() -> None:
     trainer.train()
     check_sharded(case["backend"], trainer.model)
     if trainer.is_world_process_zero():
-        import accelerate
-        import datasets
-        import deepspeed
-        import peft
-        import transformers
-        import trl
-
-        packages = (torch, transformers, peft, accelerate, deepspeed, datasets, trl)
         dtypes = sorted({f"{'trained' if p.requires_grad else 'frozen'} {p.dtype}" for p in trainer.model.parameters()})
         gpu = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
-        versions = {package.__name__: package.__version__ for package in packages}
-        append(case["steps_file"], {"end": True, "gpu_peak_gib": gpu, "dtypes": dtypes, "versions": versions})
+        append(case["steps_file"], {"end": True, "gpu_peak_gib": gpu, "dtypes": dtypes})
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     os._exit(0)  # gloo ranks can abort in the interpreter's clean-up, which a launcher reports as a failed run
@@ -207,13 +167,8 @@ def check_sharded(backend: str, model) -> None:
     """Refuse a run whose parameters were whole on every rank: it would have measured something else."""
     from torch.distributed.tensor import DTensor
 
-    parameters = list(model.parameters())
-    sharded = {
-        "fsdp": all(isinstance(p, DTensor) for p in parameters),
-        "zero3": all(hasattr(p, "ds_id") for p in parameters),
-        "plain": True,
-    }
-    if not sharded[backend]:
+    is_sharded = {"fsdp": lambda p: isinstance(p, DTensor), "zero3": lambda p: hasattr(p, "ds_id")}
+    if backend != "plain" and not all(map(is_sharded[backend], model.parameters())):
         sys.exit(f"error: TRL has not sharded the model under {backend}")
 
 

@@ -1,18 +1,23 @@
-"""dsft/train.py with a trap: the process kills itself at a chosen file operation of a save. See fault_drills.py.
+"""dsft/train.py with a fault at a chosen file operation of a save. See fault_drills.py.
 
-It stands in for dsft/train.py in a command line, under every launcher, and leaves dsft as it is: the trap is one of
-Python's audit hooks, which hears of each opening, renaming, … just before it happens. What $DSFT_FAULT says:
+It replaces dsft/train.py in a command line, under every launcher, and leaves dsft as it is: one of Python's audit hooks
+sees each open, rename, … just before it happens. $DSFT_FAULT holds JSON:
 
     root     only operations below this folder count
-    record   write each operation to this file, with -RANK added to its name, and spring nothing; or:
-    rank     the one with the trap
-    save     the trap is set when the temporary folder of this step's checkpoint is first touched
-    pattern  of the operations from there on, those whose "EVENT PATH" has this pattern count
-    nth      the one that kills
-    delay    seconds to let pass after it: the instants between two operations, such as within a write
-    marker   a file outside the run's folder that says where it sprang; while it stands, the trap stays open
+    rank     the rank that counts them
+    save     counting starts when the temporary folder of this step's checkpoint is first touched
+    pattern  only operations whose "EVENT PATH" matches count
+    nth      the fault happens at this one
+    delay    seconds later, to hit the instants between two operations, such as within a write
+    action   kill       SIGKILL of this process
+             disk-full  from now on every write fails with ENOSPC, on all ranks: the files are /dev/full
+             read-only  from now on every change of the folder fails with EROFS, on all ranks
+    marker   a file outside of root that is written when the fault happens
 """
 
+import builtins
+import errno
+import io
 import json
 import os
 import re
@@ -23,23 +28,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-PLAN = "DSFT_FAULT"
+FAULT, LOG = "DSFT_FAULT", "DSFT_DRILL"
 # Where an event's arguments hold (path, descriptor of the folder that a relative path starts from).
 PATHS: dict[str, list[tuple[int, int | None]]] = {
-    "open": [(0, None)],
-    "os.chmod": [(0, 2)],
-    "os.link": [(1, 3)],
-    "os.mkdir": [(0, 2)],
-    "os.remove": [(0, 1)],
-    "os.rename": [(0, 2), (1, 3)],
-    "os.rmdir": [(0, 1)],
-    "os.symlink": [(1, 2)],
-    "os.truncate": [(0, None)],
-}
+    "open": [(0, None)], "os.chmod": [(0, 2)], "os.link": [(1, 3)], "os.mkdir": [(0, 2)], "os.remove": [(0, 1)],
+    "os.rename": [(0, 2), (1, 3)], "os.rmdir": [(0, 1)], "os.symlink": [(1, 2)], "os.truncate": [(0, None)],
+}  # fmt: skip
 
 
 def touched_path(path: Any, folder: Any) -> str:
-    """The absolute path that an event speaks of, "" where it names an open file."""
+    """The absolute path of an event, "" where it names an open file."""
     if isinstance(path, int):
         return ""
     name = os.fsdecode(path)
@@ -48,64 +46,60 @@ def touched_path(path: Any, folder: Any) -> str:
     return os.path.abspath(name)
 
 
-def set_trap(plan: dict[str, Any]) -> None:
-    """Listen from now on."""
-    root = str(plan["root"]) + os.sep
-    record = None
-    if "record" in plan:
-        record = os.open(f"{plan['record']}-{os.environ.get('RANK', 0)}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    counted = 0 if record is None else None
-    is_set = False
-    listening = threading.local()
+def inject(fault: dict[str, Any], own_rank: int) -> None:
+    """Listen to file operations, and cause the fault when its time has come."""
+    root, marker, action = fault["root"] + os.sep, Path(fault["marker"]), fault["action"]
+    counted, is_counting = 0, False
 
-    def kill_this_process(where: str) -> None:
-        try:
-            marker = os.open(plan["marker"], os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-        except FileExistsError:
-            return  # it has sprung before, in a process that was started again since
-        if plan["delay"]:
-            time.sleep(plan["delay"])
-        os.write(marker, json.dumps({"where": where, "pid": os.getpid(), "time": time.monotonic()}).encode())
-        os.kill(os.getpid(), signal.SIGKILL)
+    def spring(where: str) -> None:
+        time.sleep(fault["delay"])
+        marker.write_text(json.dumps([where, time.monotonic()]), encoding="utf-8")
+        if action == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        for name in os.listdir("/proc/self/fd") if action == "disk-full" else []:
+            if os.path.realpath(f"/proc/self/fd/{name}") == root + "metrics.jsonl":  # which stays open
+                os.dup2(full, int(name))
 
     def listen(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal counted, is_set
-        if event not in PATHS or getattr(listening, "now", False):
+        nonlocal counted, is_counting
+        if event not in PATHS:
             return
-        listening.now = True  # what is done here is heard here too
-        try:
-            paths = [touched_path(arguments[p], None if f is None else arguments[f]) for p, f in PATHS[event]]
-            inside = [path.removeprefix(root) for path in paths if path.startswith(root)]
-            if not inside:
-                return
-            where = " ".join([event, *inside])
-            if record is not None:
-                os.write(record, where.encode() + b"\n")
-                return
-            assert counted is not None
-            is_set = is_set or f".checkpoint-{plan['save']:06d}.tmp" in where
-            if is_set and re.search(plan["pattern"], where):
-                counted += 1
-                if counted == plan["nth"]:
-                    if plan["delay"]:
-                        threading.Thread(target=kill_this_process, args=[where], daemon=True).start()
-                    else:
-                        kill_this_process(where)
-        except OSError:
-            pass  # a hook that raises would itself break the operation
-        finally:
-            listening.now = False
+        paths = [touched_path(arguments[p], None if f is None else arguments[f]) for p, f in PATHS[event]]
+        inside = [path.removeprefix(root) for path in paths if path.startswith(root)]
+        if not inside:
+            return
+        where = " ".join([event, *inside])
+        is_counting = is_counting or f".checkpoint-{fault['save']:06d}.tmp" in where
+        if own_rank == fault["rank"] and is_counting and re.search(fault["pattern"], where):
+            counted += 1
+            if counted == fault["nth"]:
+                if fault["delay"]:
+                    threading.Thread(target=spring, args=[where], daemon=True).start()
+                else:
+                    spring(where)
+        changes = event != "open" or arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if action == "read-only" and changes and marker.exists():
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(paths[0]))
 
+    def open_on_full_disk(file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+        handle = system_open(file, mode, *arguments, **options)
+        if mode[0] != "r" and touched_path(file, None).startswith(root) and marker.exists():
+            os.dup2(full, handle.fileno())
+        return handle
+
+    if action == "disk-full":
+        full, system_open = os.open("/dev/full", os.O_WRONLY), io.open
+        builtins.open = io.open = open_on_full_disk
     sys.addaudithook(listen)
 
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
-if PLAN in os.environ:
-    trap, own_rank = json.loads(os.environ[PLAN]), int(os.environ.get("RANK", 0))
-    if trap.get("rank", own_rank) == own_rank:
-        set_trap(trap)
 
 if __name__ == "__main__":
+    rank = int(os.environ.get("RANK", 0))
+    Path(f"{os.environ[LOG]}.rank{rank}").write_text(str(os.getpid()), encoding="utf-8")
+    if FAULT in os.environ:
+        inject(json.loads(os.environ[FAULT]), rank)
     from dsft.train import main
 
     main()

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dsft.checkpointing.layout import find_checkpoint, is_checkpoint
+from dsft.checkpointing.folder import find_checkpoint, is_checkpoint
 from dsft.model import source
 
 

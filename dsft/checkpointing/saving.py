@@ -1,11 +1,11 @@
-"""Writing checkpoints: slices of the state from all ranks into files, in the foreground or beside the training."""
+"""Saving checkpoints: slices of the state from all ranks to files, synchronously or in the background."""
 
 import math
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -17,39 +17,38 @@ import torch
 import torch.distributed as dist
 
 from dsft.backends.base import StateSlice
+from dsft.checkpointing.folder import ADAPTER, METRICS, CheckpointFolder
 from dsft.checkpointing.integrity import checksum
-from dsft.checkpointing.layout import ADAPTER, METRICS, CheckpointFolder
 from dsft.checkpointing.state import STATE, TrainerState
-from dsft.checkpointing.tensor_files import TensorFile, TensorWriter, index_text, plan_files
+from dsft.checkpointing.tensor_files import Shape, TensorFile, TensorWriter, grouped, index_text, plan_files
 from dsft.distributed.runtime import World
 from dsft.errors import UserError
 from dsft.files import is_refusal, reason
 
 Result = TypeVar("Result")
-MESSAGE_BYTES = 16 * 2**20  # small tensors travel together up to this size
-PRIORITY_ASIDE = 19  # a nice value
-GROUP_TIMEOUT = timedelta(hours=1)  # a slow disk is no reason to end a run; a rank that has died is seen elsewhere
+MESSAGE_BYTES = 16 * 2**20  # small tensors are sent together up to this size
+BACKGROUND_NICENESS = 19
+GROUP_TIMEOUT = timedelta(hours=1)  # a slow disk must not end a run; dsft.distributed.liveness sees a dead rank
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All that one checkpoint holds, as far as this rank has it."""
+    """This rank's part of one checkpoint."""
 
     state: TrainerState
     slices: dict[str, list[tuple[str, StateSlice]]]
-    """By stem of the file names: (name in the file, slice), in one order on all ranks."""
+    """By start of the file name: (name in the file, slice), in the same order on all ranks."""
     small_files: dict[str, bytes]
     """By file name; only on rank 0."""
     metrics: tuple[Path, int]
-    """metrics.jsonl, and how many of its bytes belong to this step."""
+    """metrics.jsonl, and its size in bytes at this step."""
     is_best: bool
 
 
 class Checkpointer:
     """Saves the checkpoints of a run. Every rank calls every method, in the same order.
 
-    The ranks talk through a process group of their own, so that a save in the background never meets the training's
-    collectives.
+    They use a process group of their own, so that a save in the background does not mix with training's collectives.
     """
 
     def __init__(self, folder: CheckpointFolder, world: World, *, keep: int | None, asynchronous: bool) -> None:
@@ -58,18 +57,18 @@ class Checkpointer:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self.blocked_seconds = 0.0
-        """How long saves have kept the training waiting."""
+        """For how long saves have blocked training."""
 
     @property
     def has_failed(self) -> bool:
-        """Whether a save in the background has failed on this rank; `finish` raises its error."""
+        """Whether a save in the background has failed on this rank; `finish` raises the error."""
         return self._error is not None
 
     def save(self, snapshot: Snapshot) -> None:
-        """Write a checkpoint; in the background, only wait for the one before and copy the state.
+        """Write a checkpoint; in the background, only wait for the previous one and copy the state.
 
         Raises:
-            UserError: this checkpoint, or in the background the one before, could not be written.
+            UserError: this checkpoint, or in the background the previous one, could not be written.
         """
         started = time.perf_counter()
         self.finish()
@@ -78,7 +77,7 @@ class Checkpointer:
                 stem: [(name, replace(part, values=part.values.to("cpu", copy=True))) for name, part in parts]
                 for stem, parts in snapshot.slices.items()
             }
-            work = partial(self._write_aside, replace(snapshot, slices=copied))
+            work = partial(self._write_in_background, replace(snapshot, slices=copied))
             self._thread = threading.Thread(target=work, daemon=True)
             self._thread.start()
         else:
@@ -87,11 +86,7 @@ class Checkpointer:
         self.blocked_seconds += time.perf_counter() - started
 
     def finish(self) -> None:
-        """Wait for the save in the background.
-
-        Raises:
-            UserError: it has failed; on all ranks.
-        """
+        """Wait for the save in the background. Raises UserError on all ranks if it failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -99,13 +94,11 @@ class Checkpointer:
         if error is not None:
             raise error
 
-    def _write_aside(self, snapshot: Snapshot) -> None:
-        """With what the training leaves of the processor: on CPU all of its cores compute. Linux has a priority a
-        thread, which the threads that this one starts inherit.
-        """
+    def _write_in_background(self, snapshot: Snapshot) -> None:
+        """At low priority, because training on CPU uses all cores. On Linux it is per thread, and inherited."""
         if sys.platform == "linux":
             with suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), PRIORITY_ASIDE)
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), BACKGROUND_NICENESS)
         self._write(snapshot)
 
     def _write(self, snapshot: Snapshot) -> None:
@@ -123,7 +116,7 @@ class Checkpointer:
                 self._folder.abandon(step)
 
     def _plan(self, snapshot: Snapshot) -> list[TensorFile]:
-        """LoRA is small: rank 0 writes it, the weights in one file, as PEFT reads them, and the moments in another."""
+        """LoRA is small: rank 0 writes the weights in one file, as PEFT reads them, and the moments in another."""
         files: list[TensorFile] = []
         for stem, parts in snapshot.slices.items():
             tensors = [(name, part.shape) for name, part in parts]
@@ -156,7 +149,7 @@ class Checkpointer:
         self._folder.rotate(self._keep)
 
     def _agree(self, work: Callable[[], Result], step: int) -> list[Result]:
-        """Run `work` on every rank; the results of all of them, or the same UserError on all of them."""
+        """Run `work` on every rank; returns all results, or raises the same UserError on all ranks."""
         result, text = None, None
         try:
             result = work()
@@ -175,20 +168,20 @@ class Checkpointer:
         if isinstance(error, UserError):
             return str(error)
         latest = self._folder.latest()
-        keeps = f"{latest} is still valid" if latest else "there is no older checkpoint"
+        keeps = f"{latest} is still valid" if latest else "no older checkpoint exists"
         place = f"cannot save {self._folder.path(step)}"
         if is_refusal(error):
-            return f"{place}: {reason(error)}; {keeps}; make room and start the same command again"
+            return f"{place}: {reason(error)}; {keeps}; free some space and rerun the same command"
         what = " ".join(f"{type(error).__name__}: {error}".split())
-        return f"{place}: rank {self._world.rank}: {what}; {keeps} (--debug shows more)"
+        return f"{place}: rank {self._world.rank}: {what}; {keeps} (--debug shows the traceback)"
 
     # Slices to files
 
     def _write_tensors(self, snapshot: Snapshot, files: list[TensorFile]) -> dict[str, str]:
-        """This rank's part of writing all files: it writes its own ones, and sends the other ranks what they need.
+        """Write this rank's files, and send its slices to the ranks that write the others.
 
-        Sending has a thread of its own, so that ranks write at the same time: for every pair of ranks messages keep one
-        order, therefore none can wait for ever. No rank holds more than one message beside what it was given.
+        A thread sends, so that ranks write in parallel. Messages between two ranks keep their order, so
+        there is no deadlock. A rank holds at most one message in addition to its slices.
 
         Returns:
             Checksums by file name of the files that this rank has written.
@@ -199,7 +192,7 @@ class Checkpointer:
         if self._group is not None:
             everywhere = [{}] * self._world.size
             dist.all_gather_object(everywhere, places, group=self._group)
-        messages = list(_messages(files))
+        messages = [(file, tensors) for file in files for tensors in grouped(file.tensors, MESSAGE_BYTES)]
         stem_of = {file.name: next(stem for stem in snapshot.slices if file.name.startswith(stem)) for file in files}
         failures: list[Exception] = []
 
@@ -245,42 +238,27 @@ class Checkpointer:
         self,
         tag: int,
         keys: list[tuple[str, str]],
-        tensors: Sequence[tuple[str, tuple[int, ...]]],
+        tensors: Sequence[tuple[str, Shape]],
         parts: dict[tuple[str, str], StateSlice],
         everywhere: list[dict[tuple[str, str], tuple[int, int]]],
     ) -> torch.Tensor:
-        """The whole tensors of a message, flattened, one behind the other: float32 1-D."""
+        """The full tensors of a message, flattened and concatenated."""
         sizes = [math.prod(shape) for _, shape in tensors]
-        starts = [sum(sizes[:i]) for i in range(len(sizes))]
         whole = torch.empty(sum(sizes))
+        views = whole.split(sizes)
         for rank, places in enumerate(everywhere):
-            ranges = [(start + places[key][0], places[key][1]) for key, start in zip(keys, starts, strict=True)]
+            lengths = [places[key][1] for key in keys]
+            targets = [view[places[key][0] :][: places[key][1]] for view, key in zip(views, keys, strict=True)]
             if rank == self._world.rank:
-                for (start, length), key in zip(ranges, keys, strict=True):
-                    whole[start : start + length] = parts[key].values
-            elif len(ranges) == 1:
-                start, length = ranges[0]
-                if length:
-                    dist.recv(whole[start : start + length], src=rank, group=self._group, tag=tag)
-            elif sum(length for _, length in ranges):
-                joined = torch.empty(sum(length for _, length in ranges))
-                dist.recv(joined, src=rank, group=self._group, tag=tag)
-                for start, length in ranges:
-                    whole[start : start + length] = joined[:length]
-                    joined = joined[length:]
+                pieces: Sequence[torch.Tensor] = [parts[key].values for key in keys]
+            elif len(targets) == 1 and lengths[0]:  # a large tensor: received where it belongs
+                dist.recv(targets[0], src=rank, group=self._group, tag=tag)
+                continue
+            else:
+                joined = torch.empty(sum(lengths))
+                if joined.numel():
+                    dist.recv(joined, src=rank, group=self._group, tag=tag)
+                pieces = joined.split(lengths)
+            for target, piece in zip(targets, pieces, strict=True):
+                target.copy_(piece)
         return whole
-
-
-def _messages(files: Sequence[TensorFile]) -> Iterator[tuple[TensorFile, list[tuple[str, tuple[int, ...]]]]]:
-    """What travels together: neighbours in one file, up to MESSAGE_BYTES, or one larger tensor."""
-    for file in files:
-        together: list[tuple[str, tuple[int, ...]]] = []
-        size = 0
-        for name, shape in file.tensors:
-            more = 4 * math.prod(shape)
-            if together and size + more > MESSAGE_BYTES:
-                yield file, together
-                together, size = [], 0
-            together.append((name, shape))
-            size += more
-        yield file, together

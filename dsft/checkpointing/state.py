@@ -1,4 +1,4 @@
-"""trainer_state.json and config.yaml: where a run stands, and with which flags."""
+"""trainer_state.json and config.yaml: a run's progress and its flags."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -17,21 +17,21 @@ COMMAND = "# command: "
 
 @dataclass
 class TrainerState:
-    """Where a run stands."""
+    """The progress of a run."""
 
     step: int
     total_steps: int
-    """Where the run ends."""
+    """After which the run is complete."""
     epoch: float
     backend: str
     world_size: int
     data: str
-    """Fingerprint of the tokenised training rows."""
+    """Fingerprint of the tokenized training rows."""
     position: tuple[int, int] = (0, 0)
-    """Whole epochs done, and global batches done in the running one."""
+    """Completed epochs, and completed global batches of the current one."""
     val_loss: float | None = None
     validation_due: bool = False
-    """The run was stopped before the validation of this step; a resume begins with it."""
+    """The run was stopped before this step's validation; a resume starts with it."""
     best_step: int | None = None
     best_val_loss: float | None = None
     versions: dict[str, str] = field(default_factory=dict)
@@ -42,14 +42,14 @@ class TrainerState:
 
 
 def read_state(checkpoint: Path) -> TrainerState:
-    """Raises UserError where trainer_state.json is damaged."""
+    """Raises UserError if trainer_state.json is damaged."""
     try:
         values = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
         state = TrainerState(**values | {"position": tuple(values["position"])})
         _check(state)
         return state
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{checkpoint / STATE} is damaged ({error}); name another checkpoint") from error
+        raise UserError(f"{checkpoint / STATE} is damaged ({error}); choose another checkpoint") from error
 
 
 def _check(state: TrainerState) -> None:
@@ -57,24 +57,24 @@ def _check(state: TrainerState) -> None:
     counts = [state.step, state.total_steps, state.world_size, *state.position, *best]
     losses = [loss for loss in (state.val_loss, state.best_val_loss if best else None) if loss is not None]
     if not all(type(count) is int and count >= 0 for count in counts) or len(state.position) != 2:
-        raise ValueError("a step or a count is no whole number")
+        raise ValueError("a step or a count is not an int")
     if not all(isinstance(number, (int, float)) for number in (state.epoch, *losses)):
-        raise ValueError("a loss or the epoch is no number")
+        raise ValueError("a loss or the epoch is not a number")
     if best and state.best_val_loss is None:
-        raise ValueError("the best step lacks its loss")
+        raise ValueError("the best step has no loss")
     if not isinstance(state.data, str) or not isinstance(state.versions, dict):
-        raise ValueError("the fingerprint of the rows is no text, or the versions are no names with numbers")
+        raise ValueError("the fingerprint is not a str, or the versions are not a dict")
 
 
 def read_flags(checkpoint: Path) -> dict[str, Any]:
-    """The flags of the run that wrote a checkpoint. Raises UserError where config.yaml is damaged."""
+    """The flags of the run that wrote a checkpoint. Raises UserError if config.yaml is damaged."""
     path = checkpoint / CONFIG
     try:
         stored = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(stored, dict):
-            raise ValueError("it holds no flags")
+            raise ValueError("not a mapping of flags")
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}); name another checkpoint") from error
+        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}); choose another checkpoint") from error
     return stored
 
 

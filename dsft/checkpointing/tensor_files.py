@@ -1,7 +1,7 @@
-"""Named float32 tensors in safetensors files: written as they come, read a part at a time.
+"""Named float32 tensors in safetensors files, written as they arrive and read a part at a time.
 
-The safetensors library writes a file from a dict that holds all of its tensors. A checkpoint may be larger than the
-memory, so the header is written here first, and the values as they arrive; the format is the library's, which reads it.
+The safetensors library writes a file from a dict that holds all of its tensors. A checkpoint may be larger than memory,
+so the header is written here first, and the values as they arrive. The library reads the files.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from dsft.errors import UserError
 
 Shape = tuple[int, ...]
 LARGEST_FILE = 4 * 2**30
-SMALLEST_SHARE = 64 * 2**20  # less than this is not split between ranks
+SMALLEST_SHARE = 64 * 2**20  # a smaller share per rank is not worth a file
 BYTES = 4  # of a float32
 
 
@@ -36,17 +36,8 @@ class TensorFile:
     owner: int
 
 
-def plan_files(stem: str, tensors: Sequence[tuple[str, Shape]], ranks: int, first_owner: int = 0) -> list[TensorFile]:
-    """Share tensors between files of like size: stem.safetensors, or numbered files as transformers names them.
-
-    Args:
-        stem: name of the files.
-        tensors: name and shape of each, in the order in which they stand.
-        ranks: that write.
-        first_owner: rank of the first file; the others follow in turn.
-    """
-    total = BYTES * sum(math.prod(shape) for _, shape in tensors)
-    limit = min(LARGEST_FILE, max(SMALLEST_SHARE, math.ceil(total / ranks)))
+def grouped(tensors: Sequence[tuple[str, Shape]], limit: int) -> list[list[tuple[str, Shape]]]:
+    """Consecutive tensors with at most `limit` bytes together; a larger one is alone."""
     groups: list[list[tuple[str, Shape]]] = [[]]
     size = 0
     for name, shape in tensors:
@@ -56,6 +47,21 @@ def plan_files(stem: str, tensors: Sequence[tuple[str, Shape]], ranks: int, firs
             size = 0
         groups[-1].append((name, shape))
         size += more
+    return groups
+
+
+def plan_files(stem: str, tensors: Sequence[tuple[str, Shape]], ranks: int, first_owner: int = 0) -> list[TensorFile]:
+    """Split tensors into files of similar size: stem.safetensors, or numbered files as transformers names them.
+
+    Args:
+        stem: start of the file names.
+        tensors: name and shape of each, in order.
+        ranks: number of ranks that write.
+        first_owner: rank that writes the first file; the others follow round robin.
+    """
+    total = BYTES * sum(math.prod(shape) for _, shape in tensors)
+    limit = min(LARGEST_FILE, max(SMALLEST_SHARE, math.ceil(total / ranks)))
+    groups = grouped(tensors, limit)
     count = len(groups)
     names = [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     if count == 1:
@@ -72,7 +78,7 @@ def index_text(files: Sequence[TensorFile]) -> str:
 
 
 class TensorWriter:
-    """Writes the tensors of one file in order, and its checksum with them."""
+    """Writes the tensors of one file in order, and computes its checksum."""
 
     def __init__(self, path: Path, tensors: Sequence[tuple[str, Shape]]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -81,13 +87,13 @@ class TensorWriter:
             start, end = end, end + BYTES * math.prod(shape)
             header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # values begin at a multiple of eight bytes, as the format asks
+        text += b" " * (-len(text) % 8)  # the format aligns values to eight bytes
         self._sum, self._left = hashlib.sha256(), len(text) + 8 + end
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115 (closed by __exit__)
         self._add(len(text).to_bytes(8, "little") + text)
 
     def write(self, values: torch.Tensor) -> None:
-        """The next values, float32 1-D, on CPU."""
+        """Append values: float32, 1-D, on CPU."""
         self._add(values.contiguous().numpy().view(np.uint8).data)
 
     def _add(self, data: "bytes | memoryview") -> None:
@@ -98,8 +104,8 @@ class TensorWriter:
             left = left[self._file.write(left) :]
 
     def finish(self) -> str:
-        """Flush to the disk; returns the SHA-256 in hexadecimal digits."""
-        assert not self._left, "not the values that the header announces"
+        """Flush to disk; returns the SHA-256 in hexadecimal digits."""
+        assert not self._left, "values and header differ in size"
         os.fsync(self._file.fileno())
         return self._sum.hexdigest()
 
@@ -111,7 +117,7 @@ class TensorWriter:
 
 
 class TensorReader:
-    """Reads what TensorWriter has written."""
+    """Reads the files that TensorWriter writes."""
 
     def __init__(self, folder: Path, stem: str) -> None:
         """Raises:
@@ -124,47 +130,47 @@ class TensorReader:
             try:
                 handle = safe_open(path, framework="pt")
             except (OSError, SafetensorError) as error:
-                raise UserError(f"{path} is damaged ({error}); name another checkpoint") from error
+                raise UserError(f"{path} is damaged ({error}); choose another checkpoint") from error
             for name in handle.keys():  # noqa: SIM118 (no dict)
                 if name in self._path_of:
                     other = self._path_of[name].name
-                    raise UserError(f"{path} holds '{name}', which {other} holds as well; name another checkpoint")
+                    raise UserError(f"{path} and {other} both contain '{name}'; choose another checkpoint")
                 self._handle_of[name], self._path_of[name] = handle, path
 
     @property
     def place(self) -> str:
-        """The files, in words."""
+        """The files as one path."""
         is_single = (self.folder / f"{self.stem}.safetensors").is_file()
         return f"{self.folder / self.stem}{'' if is_single else '-*'}.safetensors"
 
     def check(self, shapes: dict[str, Shape]) -> None:
-        """Raise UserError unless it holds the named float32 tensors in their shapes, and no others."""
-        other = f"so it belongs to another model or other LoRA flags than {self.folder.name} was asked for"
+        """Raise UserError unless the files contain exactly these tensors, in float32."""
+        remedy = "it was saved with another model or other LoRA flags; choose another checkpoint"
         for name, shape in shapes.items():
             handle = self._handle_of.get(name)
             if handle is None:
-                raise UserError(f"{self.place} holds no '{name}', {other}; name another checkpoint")
+                raise UserError(f"{self.place} does not contain '{name}': {remedy}")
             part = handle.get_slice(name)
             stored, kind = tuple(part.get_shape()), part.get_dtype()
             if stored != shape or kind != "F32":
                 raise UserError(
-                    f"{self._path_of[name]}: '{name}' should be F32 {list(shape)}, it is {kind} {list(stored)}, "
-                    f"{other}; name another checkpoint"
+                    f"{self._path_of[name]}: expected '{name}' to be F32 {list(shape)}, got {kind} {list(stored)}: "
+                    f"{remedy}"
                 )
         for name in sorted(self._path_of.keys() - shapes.keys()):
-            raise UserError(
-                f"{self._path_of[name]} holds '{name}', which the model has not, {other}; name another checkpoint"
-            )
+            raise UserError(f"{self._path_of[name]} contains '{name}', which the model does not have: {remedy}")
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Values start to stop of the flattened tensor, 1-D on CPU; only the rows that hold them are read.
+        """Elements start to stop of the flattened tensor, on CPU; only the rows that contain them are read.
 
         Raises:
-            UserError: there is no tensor of that name.
+            UserError: no tensor of that name.
         """
         handle = self._handle_of.get(name)
         if handle is None:
-            raise UserError(f"{self.place} holds no '{name}', so it belongs to another model; name another checkpoint")
+            raise UserError(
+                f"{self.place} does not contain '{name}': it was saved with another model; choose another checkpoint"
+            )
         part = handle.get_slice(name)
         shape = part.get_shape()
         if not shape:
@@ -177,10 +183,10 @@ class TensorReader:
 
 
 def _stored_files(folder: Path, stem: str) -> list[Path]:
-    """stem.safetensors, or all of the numbered files; which of them are there is checked, and that there are no more.
+    """stem.safetensors, or all of the numbered files.
 
     Raises:
-        UserError: naming the file that is missing, or one too many.
+        UserError: one is missing or unexpected.
     """
     found = sorted(path.name for path in folder.glob(f"{stem}-*.safetensors"))
     wanted = [f"{stem}.safetensors"]
@@ -189,8 +195,8 @@ def _stored_files(folder: Path, stem: str) -> list[Path]:
         wanted = [f"{stem}-{i + 1:05d}-of-{numbers[1]}.safetensors" for i in range(int(numbers[1]))]
     for name in wanted:
         if not (folder / name).is_file():
-            raise UserError(f"{folder / name} is missing; name another checkpoint")
+            raise UserError(f"{folder / name} is missing; choose another checkpoint")
     for name in found:
         if name not in wanted:
-            raise UserError(f"{folder / name} does not belong to {folder.name}; name another checkpoint")
+            raise UserError(f"{folder / name} does not belong to {folder.name}; choose another checkpoint")
     return [folder / name for name in wanted]

@@ -1,13 +1,12 @@
-"""The leak guard: what stands in the training rows and in the validation rows.
+"""The leak guard: validation rows that are also training rows, or share a prompt, a dialogue or a game level with one.
 
-A model is judged on rows that it was not trained on, or the validation loss measures its memory. Four things are
-looked for: whole rows, prompts, dialogues, and levels of a game; see docs/leaks.md.
+A validation loss on rows that were trained on measures memory; see docs/leaks.md.
 """
 
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,17 +15,10 @@ from dsft.dataset.splitting import join_rows, rows_to_split_off, split_off
 from dsft.errors import UserError
 
 if TYPE_CHECKING:
+    from dsft.config import TrainConfig
     from dsft.dataset.tokens import TokenDataset
 
-OnLeak = Literal["warn", "error", "drop_val", "drop_train", "ignore"]
-
-
-class SeparationFlags(Protocol):
-    """The flags that say what becomes of rows on both sides."""
-
-    val_fraction: float | None
-    on_leak: OnLeak
-    seed: int
+NO_ROWS = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -35,7 +27,7 @@ class Matches:
 
     val: int64 [matches], the validation rows, ascending
     train: int64 [matches], the first training row that each of them matches
-    distinct: how many different rows, prompts, dialogues or levels of the validation set that are
+    distinct: number of different rows, prompts, dialogues or levels among them
     """
 
     val: np.ndarray
@@ -45,21 +37,17 @@ class Matches:
     def __len__(self) -> int:
         return len(self.val)
 
-    def examples(self, count: int = 3) -> list[tuple[int, int]]:
-        """Some (validation row, training row)."""
-        return list(zip(self.val[:count].tolist(), self.train[:count].tolist(), strict=True))
-
 
 @dataclass(frozen=True)
 class Leaks:
-    """What two datasets have in common. Where nothing leaks it is false.
+    """What two datasets have in common; false where nothing leaks.
 
-    rows: the same tokens and targets.
-    prompts: the same prompt, whatever the answer.
-    dialogues: rows of one dialogue, by the definition of dsft.dataset.folding.find_dialogues over both sets.
-    levels: the same level of a game, whichever seed made it.
-    val_rows, train_rows: int64 [rows], ascending: all rows of the dialogues and levels that both sets have, and of
-        those that these touch in turn. Without the ones or the others, nothing leaks.
+    rows: the same tokens and targets
+    prompts: the same prompt, whatever the answer
+    dialogues: rows of one dialogue, as dsft.dataset.folding.find_dialogues defines it, over both sets
+    levels: the same level of a game, whichever seed made it
+    val_rows, train_rows: int64 [rows], ascending: all rows of the dialogues and levels that are in both sets, and of
+        those connected to them. Without the ones or the others, nothing leaks.
     """
 
     rows: Matches
@@ -72,28 +60,27 @@ class Leaks:
     def __bool__(self) -> bool:
         return len(self.val_rows) > 0
 
+    def kinds(self) -> dict[str, Matches]:
+        """The kinds that were found, by name."""
+        kinds = {"row": self.rows, "prompt": self.prompts, "dialogue": self.dialogues, "level": self.levels}
+        return {name: matches for name, matches in kinds.items() if len(matches)}
+
     def summary(self, train: "TokenDataset", val: "TokenDataset") -> str:
-        """The counts and an example, in words."""
-        kinds = (
-            (self.rows, "whole rows", "is a copy of"),
-            (self.prompts, "prompts", "has the prompt of"),
-            (self.dialogues, f"rows of {self.dialogues.distinct} dialogues", "is of the dialogue of"),
-            (self.levels, f"rows of {self.levels.distinct} levels", "is of the level of"),
-        )
-        found = [kind for kind in kinds if len(kind[0])]
-        (val_row, train_row), relation = found[0][0].examples(1)[0], found[0][2]
+        """The counts and an example, in one line."""
+        kinds = self.kinds()
+        first = next(iter(kinds.values()))
         return (
-            f"{len(self.val_rows)} of {len(val)} validation rows leak from the training rows "
-            f"({', '.join(f'{len(matches)} {kind}' for matches, kind, _ in found)}): "
-            f"{val.place(val_row)} {relation} {train.place(train_row)}"
+            f"{len(self.val_rows):,} of {len(val):,} validation rows leak from the training rows "
+            f"({', '.join(f'{len(matches):,} by {name}' for name, matches in kinds.items())}), "
+            f"e.g. {val.place(int(first.val[0]))} from {train.place(int(first.train[0]))}"
         )
 
 
 def find_leaks(train: "TokenDataset", val: "TokenDataset") -> Leaks:
     """Compare hashes of rows, prompts and levels, and the beginnings of dialogues by binary search.
 
-    For n training and m validation dialogues of about l tokens that takes m log(n) comparisons of l tokens, and memory
-    for some numbers a row.
+    For n training and m validation dialogues of about l tokens, this takes m log(n) comparisons of l tokens, and memory
+    for a few numbers per row.
     """
     dialogues = _common_dialogues(train, val)
     levels = train.level, val.level
@@ -111,50 +98,20 @@ def find_leaks(train: "TokenDataset", val: "TokenDataset") -> Leaks:
     )
 
 
-def rows_to_drop(
-    train: "TokenDataset", val: "TokenDataset", on_leak: OnLeak, warn: Callable[[str], None]
-) -> tuple[np.ndarray, str]:
-    """Look for leaks and do as --on_leak says.
-
-    Returns:
-        int64 [rows], ascending: rows that the training set (drop_train) or the validation set (drop_val) must lose; and
-        a line that says so, empty where there are none.
-
-    Raises:
-        UserError: there are leaks and on_leak is error, or nothing would be left.
-    """
-    nothing = np.empty(0, np.int64), ""
-    if on_leak == "ignore":
-        return nothing
-    leaks = find_leaks(train, val)
-    if not leaks:
-        return nothing
-    told = leaks.summary(train, val)
-    if on_leak == "error":
-        raise UserError(f"{told}; name other --val_files, or let --on_leak drop_val or drop_train leave them out")
-    if on_leak == "warn":
-        warn(f"{told}; --on_leak drop_val or drop_train leaves them out, --on_leak ignore says nothing")
-        return nothing
-    side, data, dropped = (
-        ("validation", val, leaks.val_rows) if on_leak == "drop_val" else ("training", train, leaks.train_rows)
-    )
-    if len(dropped) == len(data):
-        raise UserError(f"--on_leak {on_leak} leaves no {side} row: {told}; name other --val_files")
-    return dropped, f"--on_leak {on_leak} leaves out {len(dropped)} of {len(data)} {side} rows: {told}"
-
-
 @dataclass(frozen=True)
 class Separation:
-    """Which rows train and which validate. It is small, so one rank can find it for all.
+    """Which rows train and which validate. It is small, so one rank can decide for all.
 
     split: int64 [rows], training rows that validate; None where none are split off
-    drop_train, drop_val: int64 [rows], rows that --on_leak leaves out
-    text: what is left out, in one line; empty where nothing is
+    drop_train, drop_val: int64 [rows], rows that --on_leak drops
+    leaks: what was found; None where nothing was looked for
+    text: what is dropped, in one line; empty where nothing is
     """
 
     split: np.ndarray | None = None
-    drop_train: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
-    drop_val: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    drop_train: np.ndarray = field(default_factory=NO_ROWS.copy)
+    drop_val: np.ndarray = field(default_factory=NO_ROWS.copy)
+    leaks: Leaks | None = None
     text: str = ""
 
     def apply(self, train: "TokenDataset", val: "TokenDataset | None") -> "tuple[TokenDataset, TokenDataset | None]":
@@ -165,25 +122,38 @@ class Separation:
 
 
 def separate(
-    train: "TokenDataset", val: "TokenDataset | None", flags: SeparationFlags, warn: Callable[[str], None]
+    train: "TokenDataset", val: "TokenDataset | None", flags: "TrainConfig", warn: Callable[[str], None]
 ) -> Separation:
-    """Split off a validation set, or look for what the one given has in common with the training rows.
+    """Split off a validation set, or look for leaks into the one given and do as --on_leak says.
 
     Raises:
-        UserError: what the flags ask for cannot be done, or --on_leak error finds something.
+        UserError: the rows cannot be split, --on_leak error finds a leak, or dropping would leave no row.
     """
     if flags.val_fraction is not None:
         return Separation(split=rows_to_split_off(train, flags.val_fraction, flags.seed))
-    if val is None:
+    if val is None or flags.on_leak == "ignore":
         return Separation()
-    rows, text = rows_to_drop(train, val, flags.on_leak, warn)
-    if flags.on_leak == "drop_train":
-        return Separation(drop_train=rows, text=text)
-    return Separation(drop_val=rows, text=text)
+    leaks = find_leaks(train, val)
+    if not leaks:
+        return Separation(leaks=leaks)
+    summary = leaks.summary(train, val)
+    if flags.on_leak == "error":
+        raise UserError(f"{summary}; choose other --val_files, or drop the rows with --on_leak drop_val or drop_train")
+    if flags.on_leak == "warn":
+        warn(f"{summary}; drop the rows with --on_leak drop_val or drop_train, or silence this with --on_leak ignore")
+        return Separation(leaks=leaks)
+    drop_val = flags.on_leak == "drop_val"
+    name, data, dropped = ("validation", val, leaks.val_rows) if drop_val else ("training", train, leaks.train_rows)
+    if len(dropped) == len(data):
+        raise UserError(f"--on_leak {flags.on_leak} would leave no {name} row: {summary}; choose other --val_files")
+    text = f"--on_leak {flags.on_leak} drops {len(dropped):,} of {len(data):,} {name} rows: {summary}"
+    if drop_val:
+        return Separation(drop_val=dropped, leaks=leaks, text=text)
+    return Separation(drop_train=dropped, leaks=leaks, text=text)
 
 
 def _match(train: np.ndarray, val: np.ndarray) -> Matches:
-    """Validation rows whose key stands in the training set, by keys of any integers, [rows] each; 0 is none."""
+    """Validation rows whose key is in the training set; keys are integers, [rows] each, and 0 stands for no key."""
     known, first = np.unique(train, return_index=True)
     place = np.minimum(np.searchsorted(known, val), len(known) - 1)
     rows = np.flatnonzero((known[place] == val) & (val != 0))
@@ -193,10 +163,9 @@ def _match(train: np.ndarray, val: np.ndarray) -> Matches:
 def _common_dialogues(train: "TokenDataset", val: "TokenDataset") -> tuple[np.ndarray, np.ndarray]:
     """Number the dialogues of both sets together, from 1: int64 [training rows], int64 [validation rows].
 
-    All rows of a dialogue begin with its shortest prompt: of two rows that are linked, the one begins with the other's
-    prompt, and so with every prompt that this one begins with. So two dialogues are one where the shortest prompt of
-    the one is the beginning of the other's. Within a set none is, and they are sorted: the beginning of a prompt can
-    only be the last one before it, and those that begin with it follow it in a row.
+    All rows of a dialogue begin with its shortest prompt, so two dialogues are the same where the shortest prompt of
+    one is a prefix of the other's. Within a set no shortest prompt is a prefix of another and they are sorted: a prefix
+    of a prompt can only be the last one before it, and those that it is a prefix of follow it directly.
     """
     train_firsts, train_index = _shortest_prompts(train)
     val_firsts, val_index = _shortest_prompts(val)
@@ -218,7 +187,7 @@ def _common_dialogues(train: "TokenDataset", val: "TokenDataset") -> tuple[np.nd
 
 
 def _shortest_prompts(data: "TokenDataset") -> tuple[list[int], np.ndarray]:
-    """A row with the shortest prompt of each dialogue, sorted by their tokens; and which of them is each row's."""
+    """A row with the shortest prompt of each dialogue, sorted by tokens; and the index of each row's dialogue."""
     order = np.lexsort((data.prompt_ends - data.prompt_starts, data.dialogue))
     _, first, index = np.unique(data.dialogue[order], return_index=True, return_inverse=True)
     number = np.empty(len(data), np.int64)

@@ -1,4 +1,4 @@
-"""A validation set split off the training rows: whole dialogues and levels, drawn by the seed alone."""
+"""Split a validation set off the training rows: whole dialogues and levels, drawn by the seed alone."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from dsft.errors import UserError
 if TYPE_CHECKING:
     from dsft.dataset.tokens import TokenDataset
 
-SEARCHED = 1000  # rows for which the groups are chosen so that their number comes out; those before are just drawn
+SEARCHED = 1000  # the last so many rows are chosen to meet the target exactly; those before are taken as drawn
 
 
 def rows_to_split_off(data: "TokenDataset", fraction: float, seed: int) -> np.ndarray:
@@ -20,37 +20,37 @@ def rows_to_split_off(data: "TokenDataset", fraction: float, seed: int) -> np.nd
 
     Args:
         data: what is split.
-        fraction: share of the rows that validate, above 0 and below 1; what comes nearest to it is taken.
-        seed: of the drawing.
+        fraction: share of the rows that validate, between 0 and 1; met as nearly as whole dialogues allow.
+        seed: of the draw.
 
     Raises:
-        UserError: the rows are all of one dialogue.
+        UserError: all rows are of one dialogue.
     """
     groups = join_rows([data.dialogue + 1, data.level, data.row_hash])
     _, group, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     if len(sizes) < 2:
         raise UserError(
-            f"--val_fraction {fraction} splits whole dialogues, and all {len(data)} rows of --train_files belong to "
-            "one (or to one level of a game); name --val_files instead"
+            f"--val_fraction {fraction} splits off whole dialogues, but all {len(data)} rows of --train_files belong "
+            "to one dialogue (or one game level); use --val_files instead"
         )
-    # Apart from the stream that lays out the batches, which begins with the seed too.
+    # A stream apart from the one that shuffles the batches, which starts from the same seed.
     order = np.random.default_rng(np.random.SeedSequence(seed).spawn(1)[0]).permutation(len(sizes))
     chosen = order[choose_sizes(sizes[order].tolist(), fraction * len(data))]
     return np.flatnonzero(np.isin(group, chosen))
 
 
 def split_off(data: "TokenDataset", rows: np.ndarray) -> tuple["TokenDataset", "TokenDataset"]:
-    """Training rows without those of `rows_to_split_off`, and these as a validation set."""
+    """The training rows without those of `rows_to_split_off`, and those as a validation set."""
     train, val = data.without(rows), data.subset(rows)
-    val.counts = replace(val.counts, rows_dropped=0, tokens_dropped=0)  # told once, with the training rows
+    val.counts = replace(val.counts, rows_dropped=0, tokens_dropped=0)  # counted with the training rows
     return train, val
 
 
 def join_rows(keys: Sequence[np.ndarray]) -> np.ndarray:
-    """Number groups of rows: rows with an equal key are in one group, and so are those with a common neighbour.
+    """Connected components: rows that share a key are in one group.
 
     Args:
-        keys: integers, [rows] each; a key is compared with those of the same array. 0 is none.
+        keys: integers, [rows] each; a key is compared with those of the same array, 0 stands for no key.
 
     Returns:
         int64 [rows], the first row of each row's group.
@@ -69,10 +69,10 @@ def join_rows(keys: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def choose_sizes(sizes: Sequence[int], wanted: float) -> list[int]:
-    """Indices of sizes whose sum comes nearest to `wanted`; at least one, and not all. Of equals the smaller sum.
+    """Indices of sizes whose sum is nearest to `wanted`: at least one, and not all. Of a tie, the smaller sum.
 
-    Exact up to SEARCHED; of more, the first ones are taken as they come, and the rest makes up the difference. The sums
-    that the first sizes can have are bits of a number, to which each further size adds those that lie by it higher.
+    Exact up to SEARCHED; beyond it, the first ones are taken as they come and the rest makes up the difference. This is
+    subset sum with the reachable sums as the bits of an int: each further size adds the bits shifted by it.
     """
     taken: list[int] = []
     left: list[int] = []
@@ -83,14 +83,14 @@ def choose_sizes(sizes: Sequence[int], wanted: float) -> list[int]:
         elif size <= wanted - SEARCHED:
             taken.append(index)
             wanted -= size
-        else:  # going on would use up the small ones, which make up the difference best
+        else:  # the small ones that follow make up the difference best
             left += range(index, len(sizes))
             break
     least = 0 if taken else 1
     most = sum(sizes[index] for index in left) - 1
     limit = min(most, max(int(2 * wanted) + 1, min(sizes[index] for index in left)))
     nearest = math.ceil(wanted - 0.5)
-    reached, last = 1, {0: -1}  # sum -> index of the size that made it possible
+    reached, last = 1, {0: -1}  # sum -> index of the size that made it reachable
     for index in left:
         new = (reached << sizes[index]) & ~reached & ((1 << (limit + 1)) - 1)
         reached |= new

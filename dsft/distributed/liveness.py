@@ -1,10 +1,11 @@
-"""Ranks that notice when another one dies, is stopped or is lost with its machine, or when their launcher dies.
+"""Ends the run when a rank is killed, stopped or unreachable, or when its launcher has died.
 
-Collectives do not: gloo waits half an hour for a stopped peer and NCCL ten minutes for a dead one. A launcher waits
-half a minute for ranks that do not hear its SIGTERM, and when it is killed itself, its ranks go on as orphans.
+Collectives do not notice in time: gloo waits half an hour for a stopped peer, NCCL ten minutes for a dead one. A
+launcher waits half a minute for ranks that ignore SIGTERM, and when it is killed itself, its ranks run on as orphans.
 
-So every rank has a thread that looks around once a second. It counts its own turns and compares no clocks: when a
-whole job is suspended and continued, nobody has missed anything.
+So every rank has a thread that looks once a second at the processes of its own machine, and another one that exchanges
+heartbeats with the other machines. Both count their own ticks and compare no clocks: when a whole job is suspended
+and continued, nobody has missed anything.
 """
 
 import json
@@ -16,11 +17,10 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 import psutil
@@ -32,15 +32,17 @@ from dsft.errors import UserError, print_error
 Result = TypeVar("Result")
 
 TICK = 1.0
-"""Seconds between two looks. The longest way to an end, by TICKS_SILENT, stays below a minute."""
-TICKS_GONE = 3  # until a peer's end is told: where it was in order, its launcher has ended this rank by then
-TICKS_STOPPED = 20  # until a peer that a signal has stopped is given up
-TICKS_SILENT = 45  # until a machine of which nothing is heard is given up
-TICKS_SILENT_AFTER_FAILURE = 5  # the same where a collective has failed, or the connection to the store
-TICKS_AGREEING = 3  # for machines to hear of each other why they end
-TICKS_ORPHANED = 600  # for a run to end in order when its launcher is gone
-GONE = "gone"
-LAUNCHER_VARIABLES = {"TORCHELASTIC_RUN_ID", "CROSS_SIZE"}  # torchrun's; that of DeepSpeed's launcher on each machine
+"""Seconds between two looks. The slowest way to an exit, SILENT_AFTER_TICKS, stays below a minute."""
+DEAD_AFTER_TICKS = 3  # if the peer exited normally, its launcher has ended this rank by then
+STOPPED_AFTER_TICKS = 20
+SILENT_AFTER_TICKS = 45  # a machine without heartbeats
+SILENT_AFTER_TICKS_IF_FAILED = 5  # the same once a collective or the connection to the store has failed
+AGREE_TICKS = 3  # for ranks to agree on the reason
+ORPHANED_TICKS = 600  # for a run to save and exit after its launcher has died
+LOST = {
+    psutil.STATUS_DEAD: (DEAD_AFTER_TICKS, "died; if it printed no error, it may have been killed for lack of memory"),
+    psutil.STATUS_STOPPED: (STOPPED_AFTER_TICKS, "been stopped for {seconds:.0f} s by a signal or a debugger"),
+}
 
 
 @dataclass(frozen=True)
@@ -49,223 +51,157 @@ class Peer:
 
     rank: int
     pid: int
-    created: float
     host: str
-    place: str
-    """Where its process id means something: ranks of one place see each other in the process table."""
-    word: int
-    """Number of its file that holds the place's word."""
-
-    def __str__(self) -> str:
-        return f"rank {self.rank} (process {self.pid} on {self.host})"
+    machine: str
+    """Ranks with the same value see each other in the process table."""
+    port: int
+    """Of the store that rank 0 hosts, else 0."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why the run ends, and which ranks are no more."""
+    """Why the run ends, and which ranks are lost. Without a reason, the lost rank prints its own error."""
 
     reason: str
-    lost: tuple[int, ...] = ()
+    lost: Sequence[int] = ()
 
 
-class Word:
-    """The right to say why the run ends, which the ranks of a place have once, so that one line is printed.
+class Heartbeat:
+    """Every rank increments its machine's counter in a store on rank 0, and reads the others'.
 
-    It is a byte in a pipe that all of them hold: the system hands it to one, and forgets the pipe with the last.
+    A machine is alive as long as one of its ranks gets a turn; its ranks watch each other. The store also holds the
+    first verdict. Requests are made in a thread of their own, because a TCPStore waits forever for a stopped process.
     """
 
-    def __init__(self) -> None:
-        self.file, writer = os.pipe()
-        os.set_blocking(self.file, False)
-        os.write(writer, b"1")
-        self._is_mine = False
-
-    def share(self, first: Peer) -> None:
-        """Hold the word of the place's first rank. Where the system does not allow it, this rank keeps its own."""
-        with suppress(OSError):
-            shared = os.open(f"/proc/{first.pid}/fd/{first.word}", os.O_RDONLY | os.O_NONBLOCK)
-            os.close(self.file)
-            self.file = shared
-
-    def take(self) -> bool:
-        """Whether this rank has it, or gets it now."""
-        with suppress(BlockingIOError):
-            self._is_mine = self._is_mine or bool(os.read(self.file, 1))
-        return self._is_mine
-
-
-class Beats:
-    """How machines hear of each other: ranks raise their machine's counter in a store that rank 0 holds.
-
-    A machine is heard of as long as one of its ranks gets a turn; its ranks see to each other. The requests have a
-    thread of their own, because TCPStore waits without limit for the answer of a stopped process.
-    """
-
-    def __init__(
-        self, store: dist.TCPStore, place: str, places: Iterable[str], reached: Iterable[str], tick: float
-    ) -> None:
-        """`reached` are the places that have raised their counters; the others may never be heard of."""
-        self._store, self._place, self._tick = store, place, tick
-        self._places, reached = list(places), set(reached)
-        counters = {place: int(place in reached) for place in self._places}
-        self._heard = self._listened = (0, counters)  # answers of the store, counters
-        self._silent: Counter[str] = Counter()
-        self._own_verdict: Verdict | None = None
-        self.verdict: Verdict | None = None
-        """What the first rank that found a reason to end has told all machines."""
+    def __init__(self, store: dist.Store, machine: str, machines: Sequence[str], tick: float, is_host: bool) -> None:
+        """`machine` is this rank's, the first of `machines` rank 0's; the store ends with the process that hosts it."""
+        self._store, self._machine, self._tick, self._is_host = store, machine, tick, is_host
+        self._silent, self._first, self._proposal = dict.fromkeys(machines, 0), machines[0], ""
         self.is_broken = False
-        threading.Thread(target=self._run, name="dsft beats", daemon=True).start()
+        self.verdict: Verdict | None = None
+        """The first one that any rank has published."""
+        threading.Thread(target=self._run, name="dsft heartbeat", daemon=True).start()
 
-    @classmethod
-    def open_store(cls, places: Iterable[str]) -> dist.TCPStore:
-        """Rank 0's part: a store on a free port."""
-        store = cls.reach_store(None)
-        for key, value in (*((place, "0") for place in places), ("verdict", "")):
-            store.set(key, value)
-        return store
-
-    @classmethod
-    def reach_store(cls, port: int | None) -> dist.TCPStore:
-        """The other ranks' part; all meet at MASTER_ADDR already, which is rank 0's machine."""
+    @staticmethod
+    def connect(port: int | None = None) -> dist.TCPStore:
+        """Connect to the store at MASTER_ADDR, which is rank 0's machine; without a port, host it."""
         host, limit = os.environ["MASTER_ADDR"], timedelta(seconds=10)
         return dist.TCPStore(host, port or 0, is_master=port is None, timeout=limit, wait_for_workers=False)
 
-    def listen(self) -> dict[str, int]:
-        """The ticks for which each other machine has been silent; one that was never heard of is not counted.
+    def silent(self) -> dict[str, int]:
+        """Ticks for which each other machine has been silent; called once a tick.
 
-        Where the store does not answer, that is the silence of rank 0's machine, and says nothing of the others.
+        A store that does not answer is the silence of rank 0's machine, and says nothing about the others.
         """
-        (answers_before, before), (answers, now) = self._listened, self._heard
-        self._listened = answers, now
-        answered = answers != answers_before
-        for place in self._places:
-            if answered and (place == self._places[0] or now[place] != before[place]):
-                self._silent[place] = 0
-            elif now[place] and (answered or place == self._places[0]):
-                self._silent[place] += 1
-        return {place: ticks for place, ticks in self._silent.items() if place != self._place}
+        self._silent[self._first] += 1
+        return {machine: ticks for machine, ticks in self._silent.items() if machine != self._machine}
 
     def agree(self, verdict: Verdict) -> Verdict:
-        """Tell the other machines; what they were told first is what all say. Without a store, one's own."""
-        self._own_verdict = verdict
-        for _ in range(TICKS_AGREEING):
+        """Publish a verdict; returns the one that was published first, or this one if the store does not answer."""
+        self._proposal = json.dumps(asdict(verdict))
+        for _ in range(AGREE_TICKS):
             if self.verdict is None:
                 time.sleep(self._tick)
+        if self._is_host:
+            time.sleep(2 * self._tick)  # until the others have read it
         return self.verdict or verdict
 
     def _run(self) -> None:
+        machines = list(self._silent)
+        before = [b"0"] * len(machines)
         try:
+            for machine in machines:
+                self._store.add(machine, 0)
             while True:
-                if self._own_verdict is not None:
-                    self._store.compare_set("verdict", "", json.dumps(asdict(self._own_verdict)))
-                self._store.add(self._place, 1)
-                *counts, told = self._store.multi_get([*self._places, "verdict"])
-                self._heard = (
-                    self._heard[0] + 1,
-                    {place: int(count) for place, count in zip(self._places, counts, strict=True)},
-                )
-                if told:
-                    self.verdict = Verdict(**json.loads(told))
+                published = self._store.compare_set("verdict", "", self._proposal)
+                if published:
+                    self.verdict = Verdict(**json.loads(published))
+                self._store.add(self._machine, 1)
+                counts = self._store.multi_get(machines)
+                for machine, old, new in zip(machines, before, counts, strict=True):
+                    is_heard = machine == self._first or old != new or new == b"0"  # 0: it cannot reach the store
+                    self._silent[machine] = 0 if is_heard else self._silent[machine] + 1
+                before = counts
                 time.sleep(self._tick)
-        except Exception:  # rank 0 has ended, or the network lost the connection
+        except Exception:  # rank 0 has exited, or the network has dropped the connection
             self.is_broken = True
 
 
 class Liveness:
-    """The watch of one rank: `start` it first of all, `meet` once there is a process group, `close` at the end."""
+    """The watch of one rank: `start` it first, `meet` once there is a process group, `close` at the end."""
 
     current: ClassVar["Liveness | None"] = None
     """The one that is watching in this process."""
 
-    def __init__(
-        self, remedy: Callable[[], str], *, debug: bool = False, tick: float = TICK, place: str | None = None
-    ) -> None:
-        """Take down who started this process.
-
-        Args:
-            remedy: what a user can do after the end. It may only read files, and gets two seconds.
-            debug: show what goes wrong in the watch itself.
-            tick: seconds between two looks.
-            place: which ranks see each other in the process table; found out where not given.
-        """
+    def __init__(self, remedy: Callable[[], str], *, debug: bool = False, tick: float = TICK) -> None:
+        """`remedy` says what a user can do next; it may only read files, and gets two seconds."""
         self.on_orphaned: Callable[[], object] | None = None
-        """What makes the run save and end when the launcher has died. Without it the process ends at once."""
-        self._remedy, self._debug, self._tick, self._place = remedy, debug, tick, place or _this_place()
-        self._launcher = processes.PARENT if LAUNCHER_VARIABLES & os.environ.keys() else None
-        self._outer_launcher: psutil.Process | None = None
-        started_by = processes.launchers()
-        if len(started_by) > 1 and "deepspeed.launcher.launch" in started_by[0][1]:
-            self._outer_launcher = started_by[1][0]  # the command a user typed, of which that is the child
-        self._word = Word()
-        self._everyone: list[Peer] = []
-        self._here: dict[int, psutil.Process] = {}
-        self._beats: Beats | None = None
-        self._gone: Counter[int] = Counter()
-        self._stopped: Counter[int] = Counter()
-        self._ticks = self._orphaned = 0
+        """Makes the run save and exit when the launcher has died. Without it the process exits at once."""
+        self._remedy, self._debug, self._tick = remedy, debug, tick
+        self._launcher = processes.Launcher()
+        self._rank = 0
+        self._peers: list[Peer] = []
+        self._processes: dict[int, psutil.Process] = {}
+        """Those of the other ranks on this machine."""
+        self._heartbeat: Heartbeat | None = None
+        self._since: Counter[tuple[int, str]] = (
+            Counter()
+        )  # ticks for which a rank has been psutil.STATUS_DEAD or stopped
+        self._ticks = self._orphaned_ticks = 0
         self._is_suspicious = self._is_ending = self._collective_failed = False
         self._closed = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread = threading.Thread(target=self._run, name="dsft liveness", daemon=True)
 
     def start(self) -> None:
         """Watch the launcher from now on, if there is one."""
         Liveness.current = self
-        if self._launcher is not None:
-            self._start_thread()
-
-    def _start_thread(self) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="dsft liveness", daemon=True)
+        if self._launcher.pid is not None:
             self._thread.start()
 
     def meet(self) -> None:
         """Watch the other ranks from now on. Collective."""
         if dist.get_world_size() == 1:
             return
-        me, host = psutil.Process(), socket.gethostname()
-        everyone = _gather(Peer(dist.get_rank(), me.pid, me.create_time(), host, self._place, self._word.file))
-        here = [peer for peer in everyone if peer.place == self._place]
-        if here[0].pid != me.pid:
-            self._word.share(here[0])
-        places = dict.fromkeys(peer.place for peer in everyone)
-        if len(places) > 1:
-            self._meet_machines(list(places))
-        found = {peer.rank: _process(peer) for peer in here if peer.pid != me.pid}
-        self._everyone, self._here = everyone, {rank: process for rank, process in found.items() if process}
-        self._start_thread()
+        self._rank = dist.get_rank()
+        store = self._survive(Heartbeat.connect) if self._rank == 0 else None
+        me = Peer(self._rank, os.getpid(), socket.gethostname(), processes.this_machine(), store.port if store else 0)
+        peers: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(peers, me)
+        if store is None and peers[0].port:
+            store = self._survive(lambda: Heartbeat.connect(peers[0].port))
+        for peer in peers:
+            if peer.machine == me.machine and peer != me:
+                with suppress(psutil.Error):  # it may have died already
+                    self._processes[peer.rank] = psutil.Process(peer.pid)
+        self._peers = peers
+        # A rank that cannot reach the store beats for itself alone: ranks of one machine still watch each other.
+        machines = list(dict.fromkeys(peer.machine for peer in peers))
+        self._heartbeat = Heartbeat(store or dist.HashStore(), me.machine, machines, self._tick, self._rank == 0)
+        if not self._thread.is_alive():
+            self._thread.start()
 
-    def _meet_machines(self, places: list[str]) -> None:
-        """Without a store the ranks of this machine still watch each other."""
-        store = self._survive(lambda: Beats.open_store(places)) if dist.get_rank() == 0 else None
-        port = _gather(None if store is None else store.port)[0]
-        if port is not None and store is None:
-            store = self._survive(lambda: Beats.reach_store(port))
-        heard = store is not None and self._survive(lambda: store.add(self._place, 1)) is not None
-        reached = [place for place, is_heard in _gather((self._place, heard)) if is_heard]
-        if store is not None:
-            self._beats = Beats(store, self._place, places, reached, self._tick)
+    def explain(self) -> None:
+        """After an error that may be a failed collective: exit with the reason if a peer is lost, else return soon.
 
-    def explain(self, seconds: float = 15) -> None:
-        """Where a collective may have failed: end with the reason if it is a lost peer, else return soon.
-
-        For the main thread alone. The launcher has seen a peer end too: its SIGTERM would end this rank before it
-        knows the reason.
+        For the main thread only. If a peer has died, the launcher's SIGTERM comes before the reason is known.
         """
-        if not self._everyone:
+        if not self._peers:
             return
         before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self._collective_failed = True
-        turns = self._ticks + (TICKS_GONE + TICKS_AGREEING + 2 if self._beats else 2)  # other machines tell later
-        limit = time.monotonic() + seconds
-        while self._is_ending or (time.monotonic() < limit and (self._ticks < turns or self._is_suspicious)):
+        has_neighbours = len(self._processes) < len(self._peers) - 1  # machines, whose verdict takes longer
+        enough = self._ticks + (DEAD_AFTER_TICKS + 3 if has_neighbours else 2)
+        limit = time.monotonic() + 15
+        while self._is_ending or (time.monotonic() < limit and (self._ticks < enough or self._is_suspicious)):
             time.sleep(self._tick / 4)
         signal.signal(signal.SIGTERM, before)
 
-    def close(self) -> None:
-        """This rank ends in order or says itself why it ends; the others of its machine need not add to that."""
+    def close(self, *, reports: bool = False) -> None:
+        """Stop watching. If this rank `reports` an error of its own, the others will say nothing about its end."""
         self._closed.set()
-        self._word.take()
         Liveness.current = None
+        if reports and self._heartbeat is not None:
+            self._heartbeat.agree(Verdict("", [self._rank]))
 
     # The thread
 
@@ -275,7 +211,7 @@ class Liveness:
             self._ticks += 1
 
     def _survive(self, work: Callable[[], Result]) -> Result | None:
-        """What `work` gives, or None: a fault of the watch must not end the run."""
+        """What `work` returns, or None: a fault of the watch must not end the run."""
         try:
             return work()
         except Exception:
@@ -285,124 +221,78 @@ class Liveness:
 
     def _look(self) -> None:
         self._look_at_launcher()
-        if self._beats is not None and self._beats.verdict is not None:
-            self._end(self._beats.verdict)
+        heartbeat = self._heartbeat
+        if heartbeat is None:
+            return
+        verdict = heartbeat.verdict
+        if verdict is not None and (verdict.reason or self._collective_failed):
+            self._end(verdict)
         self._look_at_processes()
-        silent = self._beats.listen() if self._beats is not None else {}
-        self._is_suspicious = any(self._gone.values()) or any(ticks > 1 for ticks in silent.values())
-        quick = self._collective_failed or (self._beats is not None and self._beats.is_broken)
-        for place, ticks in silent.items():
-            if ticks >= (TICKS_SILENT_AFTER_FAILURE if quick else TICKS_SILENT):
-                seconds = f"{ticks * self._tick:.0f} s"
-                self._lose(
-                    [peer for peer in self._everyone if peer.place == place],
-                    f"not answered for {seconds}: it has ended, or the machine or its network is lost",
-                )
+        silent = heartbeat.silent()
+        self._is_suspicious = bool(self._gone()) or any(ticks > 1 for ticks in silent.values())
+        has_failed = self._collective_failed or heartbeat.is_broken
+        limit = SILENT_AFTER_TICKS_IF_FAILED if has_failed else SILENT_AFTER_TICKS
+        for machine, ticks in silent.items():
+            if ticks >= limit:
+                lost = [peer for peer in self._peers if peer.machine == machine]
+                self._lose(lost, f"not answered for {ticks * self._tick:.0f} s: its machine or network may be down")
 
     def _look_at_launcher(self) -> None:
-        if self._orphaned:
-            self._orphaned += 1
-            if self._orphaned > TICKS_ORPHANED:
-                minutes = f"{TICKS_ORPHANED * self._tick / 60:.0f} minutes"
-                self._end(Verdict(f"the run's launcher has died, and it did not get to its end in {minutes}"))
-        elif self._launcher is not None and (
-            os.getppid() != self._launcher or (self._outer_launcher and _state(self._outer_launcher) == GONE)
-        ):
-            self._orphaned = 1
+        if self._orphaned_ticks:
+            self._orphaned_ticks += 1
+            if self._orphaned_ticks > ORPHANED_TICKS:
+                minutes = f"{ORPHANED_TICKS * self._tick / 60:.0f} minutes"
+                self._end(Verdict(f"the launcher has died, and the run did not stop within {minutes}"))
+        elif self._launcher.has_died():
+            self._orphaned_ticks = 1
             if self.on_orphaned is None:
-                self._end(Verdict(f"the run's launcher (process {self._launcher}) has died"))
+                self._end(Verdict(f"the launcher (process {self._launcher.pid}) has died"))
             self.on_orphaned()
 
     def _look_at_processes(self) -> None:
-        for rank, process in self._here.items():
-            state = _state(process)
-            self._gone[rank] = self._gone[rank] + 1 if state == GONE else 0
-            self._stopped[rank] = self._stopped[rank] + 1 if state == psutil.STATUS_STOPPED else 0
-        gone = [peer for peer in self._everyone if self._gone[peer.rank] >= TICKS_GONE]
-        if gone:
-            self._lose(gone, "died; where it does not say why, the system may have killed it for lack of memory")
-        stopped = [peer for peer in self._everyone if self._stopped[peer.rank] >= TICKS_STOPPED]
-        if stopped:
-            seconds = f"{TICKS_STOPPED * self._tick:.0f} s"
-            self._lose(stopped, f"been stopped for {seconds}, by a signal or a debugger")
+        for rank, process in self._processes.items():
+            now = processes.state_of(process)
+            for state in LOST:
+                self._since[rank, state] = self._since[rank, state] + 1 if state == now else 0
+        for state, (limit, what) in LOST.items():
+            lost = [peer for peer in self._peers if self._since[peer.rank, state] >= limit]
+            if lost:
+                self._lose(lost, what.format(seconds=limit * self._tick))
 
     def _lose(self, peers: list[Peer], what: str) -> NoReturn:
         """End because of peers of one machine."""
-        ranks = tuple(peer.rank for peer in peers)
-        if len(peers) == 1:
-            self._end(Verdict(f"{peers[0]} has {what}", ranks))
-        self._end(Verdict(f"ranks {', '.join(map(str, ranks))} on {peers[0].host} have {what}", ranks))
+        ranks = [peer.rank for peer in peers]
+        who = f"rank {ranks[0]} (process {peers[0].pid} on {peers[0].host}) has"
+        if len(ranks) > 1:
+            who = f"ranks {', '.join(map(str, ranks))} on {peers[0].host} have"
+        self._end(Verdict(f"{who} {what}", [*ranks, *self._gone()]))
+
+    def _gone(self) -> list[int]:
+        return [rank for rank in self._processes if self._since[rank, psutil.STATUS_DEAD]]
 
     def _end(self, verdict: Verdict) -> NoReturn:
-        """Say why, once in all, and end this process without its clean-up, in which it would wait for the lost."""
+        """Print the reason on one rank and end this process without its clean-up, which would wait for the lost."""
         self._is_ending = True
         try:
-            if self._beats is not None:
-                verdict = self._beats.agree(verdict)
-            if self._word.take():
-                self._kill_stopped()
-                if self._speaks(verdict):
-                    _within(4, lambda: self._say(verdict.reason))
+            if self._heartbeat is not None:
+                verdict = self._heartbeat.agree(verdict)
+            for rank, process in self._processes.items():  # without a launcher nobody else would end a stopped one
+                if rank in verdict.lost and processes.state_of(process) == psutil.STATUS_STOPPED:
+                    self._survive(process.kill)
+            left = [peer.rank for peer in self._peers if peer.rank not in verdict.lost]
+            is_lowest = left[0] == self._rank if left else os.environ.get("LOCAL_RANK", "0") == "0"
+            if verdict.reason and is_lowest:
+                parts = [verdict.reason, "all ranks exit", _within(2, self._remedy)]
+                _within(2, lambda: print_error(UserError("; ".join(filter(None, parts)))))
+            elif verdict.reason:
+                time.sleep(AGREE_TICKS * self._tick)  # at the first exit the launcher may end the one that reports
             _within(1, sys.stdout.flush)
-            if self._beats is not None:
-                time.sleep(TICKS_AGREEING * self._tick)  # the store ends with rank 0
         finally:
             os._exit(1)
 
-    def _speaks(self, verdict: Verdict) -> bool:
-        """Whether the lowest rank that is left is of this place; before ranks have met, whether this is a first one."""
-        left = [peer.place for peer in self._everyone if peer.rank not in verdict.lost]
-        return left[0] == self._place if left else os.environ.get("LOCAL_RANK", "0") == "0"
-
-    def _kill_stopped(self) -> None:
-        """Nobody else would end it where there is no launcher, and torchrun waits half a minute before it does."""
-        for rank, process in self._here.items():
-            if self._stopped[rank] >= TICKS_STOPPED and _state(process) == psutil.STATUS_STOPPED:
-                with suppress(psutil.Error):
-                    process.kill()
-
-    def _say(self, reason: str) -> None:
-        remedy = _within(2, self._remedy)
-        print_error(UserError("; ".join(filter(None, [reason, "all ranks end", remedy]))))
-
-
-def _this_place() -> str:
-    """A machine since its start, and a container on it that has process ids of its own."""
-    parts = [socket.gethostname()]
-    with suppress(OSError):
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
-        parts.append(os.readlink("/proc/self/ns/pid"))
-    return " ".join(parts)
-
-
-def _gather(value: Any) -> list[Any]:
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def _process(peer: Peer) -> psutil.Process | None:
-    """Its process, which another one with that number later is not. None where it is not to be seen from here."""
-    with suppress(psutil.Error):
-        process = psutil.Process(peer.pid)
-        if abs(process.create_time() - peer.created) < 10:  # the system's clock may have been set in between
-            return process
-    return None
-
-
-def _state(process: psutil.Process) -> str:
-    """Its status in the process table, or GONE. Where the table cannot be read it counts as running."""
-    try:
-        status = process.status() if process.is_running() else GONE
-        return GONE if status in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD) else status
-    except psutil.NoSuchProcess:
-        return GONE
-    except psutil.Error:
-        return psutil.STATUS_RUNNING
-
 
 def _within(seconds: float, work: Callable[[], Result]) -> Result | None:
-    """What `work` gives, or None where it fails or takes longer: a file system or a full pipe may block it."""
+    """What `work` returns, or None if it fails or takes longer: a file system or a full pipe may block it."""
     found: list[Result] = []
 
     def attempt() -> None:

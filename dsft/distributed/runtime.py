@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from dsft.distributed.liveness import Liveness
-from dsft.errors import UserError
+from dsft.errors import UserError, end_quietly, run_and_report
 
 Result = TypeVar("Result")
 M_MMAP_THRESHOLD = -3  # malloc.h
@@ -263,7 +263,7 @@ def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
     return tensor.tolist()
 
 
-def least_over_ranks(values: list[float], device: torch.device) -> list[float]:
+def min_over_ranks(values: list[float], device: torch.device) -> list[float]:
     """Element-wise minimum over all ranks, in float64."""
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
     if dist.is_initialized() and dist.get_world_size() > 1:
@@ -309,37 +309,36 @@ class StopSignals:
         self.received = self.received or signal.Signals(number).name
 
 
-def _watched(work: Callable[[], Any]) -> None:
-    """Work to the end of all ranks. Where another one was lost on the way, that is the reason told, and not what
-    the collective says in which it was missed.
-    """
-    try:
-        work()
-        if dist.is_initialized():
-            dist.barrier()  # no rank leaves while another may still need it
-    except UserError:
-        raise
-    except Exception:
-        if Liveness.current is not None:
-            Liveness.current.explain()
-        raise
-    finally:
-        if Liveness.current is not None:
-            Liveness.current.close()
-
-
 def run_to_exit(work: Callable[[], Any], *, debug: bool) -> None:
     """Run a command's work and end the process: one line and status 1 for an error, no traceback.
 
-    A rank that fails alone must not wait for the others in a library's clean-up, so the process ends at once
-    and the launcher, or their own watch, ends the rest.
+    A rank that fails alone must not wait for the others in a library's clean-up, so the process exits at once,
+    and the launcher or their own watch ends the others. If a peer was lost, that is the reason that is printed, and not
+    the error of the collective that missed it.
     """
-    from dsft.errors import end_quietly, run_and_report
+
+    def watched() -> None:
+        reports = False
+        try:
+            work()
+            if dist.is_initialized():
+                dist.barrier()  # no rank exits while another may still need it
+        except UserError as error:
+            reports = not error.is_agreed
+            raise
+        except Exception:
+            if Liveness.current is not None:
+                Liveness.current.explain()
+            reports = True
+            raise
+        finally:
+            if Liveness.current is not None:
+                Liveness.current.close(reports=reports)
 
     try:
-        status = run_and_report(lambda: _watched(work), debug=debug)
+        status = run_and_report(watched, debug=debug)
     except PeerFailedError:
-        end_quietly()  # were this rank the first to end, its launcher could end the one that speaks
+        end_quietly()  # were this rank the first to exit, its launcher could end the one that reports
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()

@@ -85,7 +85,7 @@ def generate(config: GenerateConfig) -> Report:
     splits = {name: size for name, size in (("test", config.test_size), ("train", config.train_size)) if size}
     existing = [name for name in ("train.parquet", "test.parquet", REPORT) if (folder / name).exists()]
     if existing:
-        raise UserError(f"{folder / existing[0]} exists; delete it, or name another --output_dir")
+        raise UserError(f"{folder / existing[0]} exists; delete it, or choose another --output_dir")
     guard_disk(lambda: folder.mkdir(parents=True, exist_ok=True), folder)
     flags = {k: v for k, v in asdict(config).items() if k not in ("config", "debug", "output_dir", "num_processes")}
     report = Report(config.output_dir, flags)

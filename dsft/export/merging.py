@@ -13,7 +13,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dsft.checkpointing.layout import ADAPTER, find_checkpoint
+from dsft.checkpointing.folder import ADAPTER, find_checkpoint
 from dsft.checkpointing.models import resolve_model
 from dsft.checkpointing.tensor_files import TensorReader
 from dsft.config import MergeConfig
@@ -59,7 +59,7 @@ def merge(config: MergeConfig) -> MergeReport:
     run = given if given.resolve() != checkpoint else checkpoint.parent
     output = Path(config.output).expanduser() if config.output else run / "merged"
     if output.exists():
-        raise UserError(f"{output} exists and is not overwritten; name another --output, or remove it")
+        raise UserError(f"{output} exists and is not overwritten; choose another --output, or remove it")
     base_name = config.base or _base_of(checkpoint)
     path = resolve_model(base_name)
     source = ModelSource(path, trust_remote_code=config.trust_remote_code)
@@ -97,7 +97,7 @@ def merge(config: MergeConfig) -> MergeReport:
     except Exception as error:
         if isinstance(error, UserError) or not is_refusal(error):
             raise
-        raise UserError(f"cannot write {output}: {reason(error)}; make room, or name another --output") from error
+        raise UserError(f"cannot write {output}: {reason(error)}; make room, or choose another --output") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return MergeReport(output, checkpoint, len(targets), largest, relative, tolerance)
@@ -124,7 +124,7 @@ def _base_of(checkpoint: Path) -> str:
     try:
         name = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (ValueError, KeyError) as error:
-        raise UserError(f"{config} is damaged ({error}); name another checkpoint") from error
+        raise UserError(f"{config} is damaged ({error}); choose another checkpoint") from error
     if not name:
         raise UserError(f"{config} names no base model; name it with --base")
     return name
@@ -152,7 +152,9 @@ def _with_adapter(base: Any, checkpoint: Path, base_name: str) -> PeftModel:
         return PeftModel.from_pretrained(base.float(), str(checkpoint)).eval()
     except (RuntimeError, ValueError, KeyError) as error:
         why = " ".join(str(error).split())[:300]
-        raise UserError(f"the adapter of {checkpoint} does not fit {base_name}: {why}; name another --base") from error
+        raise UserError(
+            f"the adapter of {checkpoint} does not fit {base_name}: {why}; choose another --base"
+        ) from error
 
 
 def _merge_layers(model: PeftModel) -> tuple[Any, set[str]]:
@@ -170,7 +172,7 @@ def _check_weights(reloaded: nn.Module, merged: nn.Module, original: nn.Module, 
     for name, weight in merged.state_dict().items():
         if not torch.equal(written[name], weight):
             raise UserError(
-                f"{name} reads back other than it was written; the disk may be damaged, name another --output"
+                f"{name} reads back other than it was written; the disk may be damaged, choose another --output"
             )
         same = torch.equal(weight, before[name].to(weight.dtype))
         if same and name in targets:

@@ -1,9 +1,9 @@
 """Floating-point operations of a model's forward and backward pass.
 
-The convention: a multiplication and an addition count as two. A frozen weight costs 4 for each token (2 forward, 2 for
-the gradient of its input), a trained one 6 (2 more for its own gradient). Linear layers and the products of attention
-are counted, embeddings, norms and activations are not; nothing that is computed again counts twice. Of a
-mixture-of-experts model, whose experts are no linear layers to torch, the experts are not counted.
+By convention a multiply-add counts as two. A frozen weight costs 4 per token (2 forward, 2 for the gradient of its
+input), a trained one 6 (2 more for its own gradient). Linear layers and the matrix products of attention are counted;
+embeddings, norms, activations and recomputation are not, nor are the experts of a mixture-of-experts model, which are
+not nn.Linear.
 """
 
 import time
@@ -22,25 +22,16 @@ from transformers.pytorch_utils import Conv1D
 class Cost:
     """Floating-point operations of a forward and backward pass."""
 
-    token: float
-    """For each token that is computed."""
-    pair: float
-    """For each token that a token attends to."""
-    target: float
-    """For each target, in the head."""
+    token: float  # per computed token
+    pair: float  # per pair of tokens of which one attends to the other
+    target: float  # per target, in the output head
 
     def of(self, tokens: np.ndarray | float, pairs: np.ndarray | float, targets: np.ndarray | float) -> np.ndarray:
-        """The sum."""
         return np.asarray(self.token * tokens + self.pair * pairs + self.target * targets)
 
 
 def count_flops(model: nn.Module, shape: Callable[[nn.Parameter], tuple[int, ...]]) -> Cost:
-    """What a token, an attended pair and a target cost, forward and backward.
-
-    Args:
-        model: wrapped in LoRA or not, sharded or not.
-        shape: the full shape of a parameter.
-    """
+    """Cost of a model, wrapped in LoRA or not, sharded or not; `shape` gives the full shape of a parameter."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     per_token = per_target = 0.0
     for module in model.modules():
@@ -59,7 +50,7 @@ def count_flops(model: nn.Module, shape: Callable[[nn.Parameter], tuple[int, ...
 
 
 def measure_matmul(dtype: torch.dtype, device: torch.device) -> float:
-    """Operations a second of this machine's own matrix product, the best of a few, with the threads of this rank."""
+    """FLOP/s of a matrix product on this device with the threads of this rank, the best of a few runs."""
     size = 8192 if device.type == "cuda" else 1024
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = float("inf")

@@ -1,9 +1,9 @@
-"""Attention over folded rows: every token sees its ancestors in the prefix tree and itself.
+"""Attention over folded rows: every token attends to its ancestors in the prefix tree and itself.
 
-On CPU the tree is cut into blocks of tokens that have their ancestors in common, and a block attends to exactly the
-keys that it may see: no work is spent on other dialogues. The products are plain matrix products on tiles of queries,
-in bfloat16 up to twice as fast as torch's fused kernel for CPU (scripts/bench_kernels.py). On CUDA FlexAttention skips
-what the mask rules out.
+On CPU the tree is cut into blocks of tokens whose ancestors are the same, and each block attends to exactly the keys it
+may see: no work is spent on other dialogues. The products are plain matrix products on tiles of queries, in bfloat16 up
+to twice as fast as torch's fused kernel for CPU (scripts/bench_kernels.py). On CUDA it is FlexAttention, which skips
+what the block mask rules out.
 """
 
 import inspect
@@ -18,88 +18,79 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from dsft.errors import UserError
+from dsft.model.library_internals import has_attention_interface, softmax_backward
 
 NAME = "dsft_tree"
 DENSE_BLOCK = 128  # tokens; smaller subtrees are one block with a mask
 TILE = 256  # queries at once
 REPLACED = ("auto", "sdpa", "flex_attention")  # implementations that compute the same as ours
-UNKNOWN = ("softcap", "s_aux", "position_bias")  # what some models ask of attention beside a mask
+UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # arguments of attention, in some models, besides a mask
 DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")  # of attention weights
-FORGETFUL = ("nemotron",)  # model types whose layers do not hand arguments on to attention
+DROP_ARGUMENTS = ("nemotron",)  # model types whose layers do not pass arguments on to attention
 
 
 def tree_unsupported_reason(model: Any, attn_implementation: str) -> str | None:
-    """Why a model's attention cannot take the structure of a tree; None where it can.
-
-    Args:
-        model: of transformers, not yet wrapped.
-        attn_implementation: the flag.
-    """
-    config = model.config.get_text_config()
+    """Why the attention of a transformers model, not yet wrapped, cannot follow a tree; None if it can."""
+    config, name = model.config.get_text_config(), type(model).__name__
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     parameters = inspect.signature(model.forward).parameters
+    dropouts = [setting for setting in DROPOUTS if getattr(config, setting, None)]
     if attn_implementation not in REPLACED:
         return f"--attn_implementation is {attn_implementation}"
-    if not getattr(model, "_supports_attention_backend", False):
-        return f"{type(model).__name__} has an attention of its own"
+    if not has_attention_interface(model):
+        return f"{name} has an attention of its own"
     if kinds or getattr(config, "sliding_window", None) is not None:
-        return f"{type(model).__name__} has {', '.join(sorted(kinds)) or 'sliding-window attention'}"
+        return f"{name} has {', '.join(sorted(kinds)) or 'sliding-window attention'}"
     if "position_ids" not in parameters or not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return f"{type(model).__name__}.forward takes no positions, or no arguments for attention"
+        return f"{name}.forward takes no position_ids, or no arguments for attention"
     if getattr(config, "attn_logit_softcapping", None) is not None:
-        return f"{type(model).__name__} caps the logits of attention"
-    dropped = [name for name in DROPOUTS if getattr(config, name, None)]
-    if dropped:
-        return f"config.json asks for {dropped[0]}"
-    if config.model_type in FORGETFUL:
-        return f"{type(model).__name__} keeps arguments from its attention"
+        return f"{name} caps the logits of attention"
+    if dropouts:
+        return f"config.json sets {dropouts[0]}"
+    if config.model_type in DROP_ARGUMENTS:
+        return f"{name} does not pass arguments to its attention"
     if any(
-        name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
-        for name, module in model.named_modules()
+        path.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+        for path, module in model.named_modules()
     ):
-        return f"{type(model).__name__} counts positions from its pad token"
+        return f"{name} counts positions from its pad token"
     return None
 
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive tokens whose ancestors outside the block are the same.
-
-    start, end: of its tokens
-    ancestors: ranges of tokens before it, in order, of which its tokens see everything
-    mask: bool [tokens, tokens], what they see of the block itself; None where that is all before them
-    """
+    """Consecutive tokens with the same ancestors outside the block."""
 
     start: int
     end: int
-    ancestors: tuple[tuple[int, int], ...]
-    mask: torch.Tensor | None
+    ancestors: tuple[tuple[int, int], ...]  # ranges of earlier tokens; each token of the block attends to all of them
+    mask: torch.Tensor | None  # bool [tokens, tokens], attention within the block; None if causal
 
 
 class Tree:
-    """The attention structure of one packed micro-batch, in the form that the device's kernel wants."""
+    """The attention structure of one packed micro-batch, in the form that the device's kernel needs."""
 
     def __init__(self, subtree_end: np.ndarray, parent: np.ndarray) -> None:
         self.subtree_end = torch.from_numpy(subtree_end)
         self._parent = parent
         self.blocks: list[Block] = []
         self.block_mask: Any = None
-        self.uses = 0  # calls of attention that have followed it
-        self.asked: set[str] = set()  # what they were asked to do and did not
+        self.uses = 0  # calls of attention that followed it
+        self.ignored: set[str] = set()  # arguments of these calls that were ignored
 
     def check_use(self, layers: int) -> None:
-        """To be called after a forward: the model's layers may not have followed the structure.
+        """To be called after a forward: the model's layers may have ignored the tree.
 
         Raises:
-            UserError: some did not, so what they computed is wrong.
+            UserError: some did, so what they computed is wrong.
         """
         problem = ""
-        if self.asked:
-            problem = f"this model's attention needs {', '.join(sorted(self.asked))}"
+        if self.ignored:
+            problem = f"this model's attention needs {', '.join(sorted(self.ignored))}"
         elif self.uses < layers:
             problem = f"{layers - self.uses} of this model's {layers} layers do not follow folded rows"
         if problem:
-            raise UserError(f"{problem}; choose --attn_implementation eager, which folds only what needs no mask")
+            raise UserError(f"{problem}; use --attn_implementation eager, which folds only what needs no mask")
 
     def to(self, device: torch.device) -> "Tree":
         """Build what attention on this device needs."""
@@ -124,33 +115,26 @@ def flex_block_mask(subtree_end: torch.Tensor) -> Any:
 def cut_into_blocks(subtree_end: np.ndarray, parent: np.ndarray, dense: int = DENSE_BLOCK) -> Iterator[Block]:
     """The blocks of a forest in the order of its tokens.
 
-    A subtree of at most `dense` tokens lies in one block, with small siblings beside it. A larger one is a block of the
-    tokens before its first branch, then the blocks of its branches.
-
-    Args:
-        subtree_end: int64 [tokens], see dsft.dataset.folding.
-        parent: int64 [tokens], likewise.
-        dense: tokens.
+    A subtree of at most `dense` tokens is in one block, with small siblings next to it. A larger one is a block of the
+    tokens before its first branch, then the blocks of its branches. subtree_end, parent: see dsft.dataset.folding.
     """
     index = np.arange(len(parent))
-    goes_on = (parent == index - 1) & (subtree_end == np.roll(subtree_end, 1)) & (index > 0)
-    run_ends = np.append(np.flatnonzero(~goes_on)[1:], len(parent))  # of tokens without a branch between them
-    waiting: list[tuple[int, int, tuple[tuple[int, int], ...]]] = [(0, len(parent), ())]  # begin, end, ancestors
+    continues = (parent == index - 1) & (subtree_end == np.roll(subtree_end, 1)) & (index > 0)
+    run_ends = np.append(np.flatnonzero(~continues)[1:], len(parent))  # of tokens without a branch between them
+    waiting: list[tuple[int, int, tuple[tuple[int, int], ...]]] = [(0, len(parent), ())]  # start, end, ancestors
     while waiting:
-        begin, end, ancestors = waiting.pop()
-        here = begin
-        while here < end and int(subtree_end[here]) - begin <= dense:  # small siblings are one block
+        start, end, ancestors = waiting.pop()
+        if start == end:
+            continue
+        here = start
+        while here < end and int(subtree_end[here]) - start <= dense:  # small siblings are one block
             here = int(subtree_end[here])
-        if here == begin:
-            here = int(run_ends[np.searchsorted(run_ends, begin, side="right")])
-            after = int(subtree_end[begin])
-            waiting.append((after, end, ancestors))
-            waiting.append((here, after, _joined(ancestors, begin, here)))
+        if here == start:
+            here, after = int(run_ends[np.searchsorted(run_ends, start, side="right")]), int(subtree_end[start])
+            waiting += [(after, end, ancestors), (here, after, _joined(ancestors, start, here))]
         else:
             waiting.append((here, end, ancestors))
-        if here > begin:
-            yield Block(begin, here, ancestors, _mask(subtree_end, parent, begin, here))
-        waiting = [some for some in waiting if some[0] < some[1]]
+        yield Block(start, here, ancestors, _mask(subtree_end, parent, start, here))
 
 
 def _joined(ranges: tuple[tuple[int, int], ...], start: int, end: int) -> tuple[tuple[int, int], ...]:
@@ -167,21 +151,13 @@ def _mask(subtree_end: np.ndarray, parent: np.ndarray, start: int, end: int) -> 
 
 
 class BlockAttention(torch.autograd.Function):
-    """Attention block by block, on tiles of queries. The backward pass computes the weights again from q and k."""
+    """Attention block by block, on tiles of queries; backward recomputes the attention weights."""
 
     @staticmethod
     def forward(
         ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: list[Block]
     ) -> torch.Tensor:
-        """[key heads, groups, tokens, head size of value].
-
-        Args:
-            ctx: autograd's.
-            query: [key heads, groups, tokens, head size], scaled.
-            key: [key heads, tokens, head size].
-            value: [key heads, tokens, head size].
-            blocks: of cut_into_blocks.
-        """
+        """From a scaled query [key heads, groups, tokens, head size], key and value [key heads, tokens, head size]."""
         ctx.save_for_backward(query, key, value)
         ctx.blocks = blocks
         output = query.new_empty(*query.shape[:3], value.shape[-1])
@@ -209,7 +185,7 @@ class BlockAttention(torch.autograd.Function):
                 slope = outer[0][:, :, tile].flatten(1, 2)
                 value_part[:, :known] += torch.bmm(weights.transpose(1, 2), slope)
                 slopes = torch.bmm(slope, values[:, :known].transpose(1, 2))
-                slopes = torch.ops.aten._softmax_backward_data(slopes, weights, -1, weights.dtype)
+                slopes = softmax_backward(slopes, weights)
                 query_gradient[:, :, tile] = torch.bmm(slopes, keys[:, :known]).unflatten(1, (query.shape[1], -1))
                 key_part[:, :known] += torch.bmm(slopes.transpose(1, 2), queries.flatten(1, 2))
             at = 0
@@ -221,18 +197,18 @@ class BlockAttention(torch.autograd.Function):
 
 
 def _ranges(block: Block) -> tuple[tuple[int, int], ...]:
-    """Of the tokens that a block sees, itself included."""
+    """Of the tokens that a block attends to, including itself."""
     return _joined(block.ancestors, block.start, block.end)
 
 
 def _seen(tensor: torch.Tensor, block: Block) -> torch.Tensor:
-    """What a block sees of [heads, tokens, head size]."""
+    """The part of [heads, tokens, head size] that a block attends to."""
     parts = [tensor[:, start:end] for start, end in _ranges(block)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def _tiles(block: Block) -> Iterator[tuple[slice, int]]:
-    """Queries of a block, and how many of the keys it sees are not all after them."""
+    """Tiles of a block's queries, each with the number of its keys up to the last query of the tile."""
     known = sum(end - start for start, end in block.ancestors)
     for start in range(block.start, block.end, TILE):
         end = min(start + TILE, block.end)
@@ -264,19 +240,19 @@ def tree_attention(
     tree: Tree | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Transformers' attention interface; `tree` comes from the keyword arguments of the model's forward.
+    """Follows transformers' AttentionInterface; `tree` comes from the keyword arguments of the model's forward.
 
-    query is [1, heads, tokens, head size]; key and value have fewer heads where those are grouped. `tree` is the
-    structure of the tokens; without one this is transformers' own scaled-dot-product attention.
+    query is [1, heads, tokens, head size]; key and value may have fewer heads (grouped-query attention). Without a tree
+    this is transformers' own scaled-dot-product attention.
     """
     if tree is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    if dropout:  # not in DROPOUTS; a forward without it, in evaluation, may have come before
+    if dropout:  # under a name that DROPOUTS lacks; a forward in evaluation may have come before
         raise UserError(
-            "this model drops attention weights, which folded rows do not; choose --attn_implementation eager"
+            "this model drops attention weights, which folded rows do not support; use --attn_implementation eager"
         )
     tree.uses += 1
-    tree.asked |= {name for name in UNKNOWN if kwargs.get(name) is not None}
+    tree.ignored |= {name for name in UNSUPPORTED if kwargs.get(name) is not None}
     if tree.block_mask is not None:
         return flex_attention_forward(module, query, key, value, tree.block_mask, scaling)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling

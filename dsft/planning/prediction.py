@@ -22,6 +22,7 @@ from dsft.dataset.batches import GlobalBatches
 from dsft.dataset.folding import fold
 from dsft.dataset.micro_batches import MicroBatch, MicroBatches, Plan, packed
 from dsft.distributed import runtime
+from dsft.errors import UserError
 from dsft.loss import TargetHead, summed_loss
 from dsft.model import tree_attention
 from dsft.model.lora import LoraOptions, add_lora
@@ -346,7 +347,10 @@ def remedies(prediction: Prediction, bare: Any, setting: Setting, *, longest: in
     for words, changed in tried:
         if words.endswith(" ranks") and any(one.split(",")[0].endswith(" ranks") for one in found):
             continue  # fewer of them do
-        tokens = most_tokens(changed)
+        try:
+            tokens = most_tokens(changed)
+        except UserError:  # --ds_config contradicts the flag
+            continue
         if tokens is None:
             continue
         fewer = f"--max_tokens_per_micro_batch {tokens}" if tokens < prediction.tokens else ""

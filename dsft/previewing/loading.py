@@ -1,116 +1,195 @@
-"""One set of rows for a preview: tokenised as training would, before truncation, and as they stand in the files."""
+"""The rows of a preview: as they are in the files, tokenized, and separated as training separates them."""
 
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
 from dsft.config import PreviewConfig
-from dsft.config.flags import RowFlags
 from dsft.dataset.chat_format import ChatFormat, Segment
-from dsft.dataset.readers import Cell, find_files, read_columns
+from dsft.dataset.leaks import Leaks, separate
+from dsft.dataset.readers import find_files, read_columns
 from dsft.dataset.tokens import TokenDataset, load_dataset, row_segments
 from dsft.errors import UserError
-from dsft.previewing.row_checks import Scan
-from dsft.previewing.template_checks import Probe
+from dsft.previewing.row_checks import Finding, Scan
+from dsft.previewing.template_checks import ChatTemplate
 
 NO_LIMIT = 2**31 - 1
-MOST_COMPARED = 100  # rows whose prompts are made into tokens once more, as generation would
+MAX_COMPARED = 100  # rows whose prompts are tokenized again, as for generation
+HEAD, TAIL = 40, 25  # characters of an example's text
+NO_LEAK = "no validation row shares its text, prompt, dialogue or level with a training row"
 
 
 @dataclass
-class Loaded:
-    """One set of rows.
+class LoadedSet:
+    """The rows of --train_files or --val_files.
 
-    flag: train_files or val_files
-    whole: its rows before truncation; None where they cannot be read
-    data: its rows as trained on; None where training would refuse them
+    label: before the names of findings
     scan: of their text
-    cells: where the rows in `kept` stand
-    kept: number of a row -> its segments, for those that were asked for
-    errors: why there is no whole or no data, unless a finding of the scan says so
+    whole: before truncation; None where they cannot be read
+    data: as trained on; None where training would refuse them
+    segments: of the sampled rows, by their number
+    errors: why there is no `whole` or no `data`
     """
 
-    flag: str
+    label: str
     scan: Scan
     whole: TokenDataset | None = None
     data: TokenDataset | None = None
-    files: list[tuple[str, int]] = field(default_factory=list)
-    kept: dict[int, list[Segment]] = field(default_factory=dict)
+    segments: dict[int, list[Segment]] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
 
     @property
-    def label(self) -> str:
-        """Before the names of what is found in it."""
-        return "" if self.flag == "train_files" else "val: "
-
-    def cell(self, row: int) -> Cell:
-        """Where a row stands."""
-        for file, rows in self.files:
-            if row < rows:
-                return Cell(file, row)
-            row -= rows
-        raise IndexError(row)
+    def side(self) -> "Side | None":
+        """What training takes, unless it separates the rows."""
+        return None if self.data is None or self.whole is None else Side(self.data, self.whole.lengths)
 
 
-def load(
-    config: PreviewConfig,
-    flag: str,
-    names: list[str],
-    max_rows: int | None,
-    chat_format: ChatFormat,
-    probe: Probe,
-) -> Loaded:
-    """A set's rows, as far as they can be had.
+def load_set(config: PreviewConfig, flag: str, chat_format: ChatFormat, template: ChatTemplate) -> LoadedSet:
+    """The rows of a flag, train_files or val_files, as far as they can be read.
 
     Raises:
         UserError: there are no such files.
     """
-    unlimited = replace(config, max_length=NO_LIMIT, truncation="error")
-    loaded = Loaded(flag, Scan(config, probe.marks, label="" if flag == "train_files" else "val: "))
+    is_train = flag == "train_files"
+    names = (config.train_files if is_train else config.val_files) or []
+    max_rows = config.max_train_rows if is_train else config.max_val_rows
+    scan = Scan(config, template.source, template.user_header, template.end_of_turn)
+    loaded = LoadedSet("" if is_train else "val: ", scan)
 
-    def tokens(wanted: RowFlags) -> TokenDataset | None:
+    def tokenize(flags: PreviewConfig) -> TokenDataset | None:
         try:
-            return load_dataset(names, flag, chat_format.tokenizer, wanted, max_rows=max_rows, show_progress=True)
+            return load_dataset(names, flag, chat_format.tokenizer, flags, max_rows=max_rows, show_progress=True)
         except UserError as error:
             loaded.errors.append(str(error))
             return None
 
     files = find_files(names, flag)
-    loaded.data = tokens(config)
-    if loaded.data is not None and not loaded.data.counts.losses():
-        loaded.whole = loaded.data
-    else:
-        loaded.whole = tokens(unlimited)
-    wanted = _wanted_rows(config, loaded)
+    loaded.data = loaded.whole = tokenize(config)
+    if loaded.data is None or loaded.data.counts.losses():
+        loaded.whole = tokenize(replace(config, max_length=NO_LIMIT, truncation="error"))
+    sampled: set[int] = set()
+    if is_train and loaded.whole is not None:
+        rows = len(loaded.whole)
+        sampled = set(np.linspace(0, rows - 1, min(rows, MAX_COMPARED)).astype(int).tolist())
     columns, flags = config.columns()
     try:
-        for rows in read_columns(files, columns, flags, max_rows):
-            for cell, cells in rows:
-                _see(loaded, cell, cells, wanted, chat_format, config)
+        for chunk in read_columns(files, columns, flags, max_rows):
+            for cell, values in chunk:
+                make = partial(row_segments, values, cell, chat_format, config)
+                if scan.rows in sampled:
+                    loaded.segments[scan.rows] = make()
+                scan.see(values, cell, make if loaded.whole is None else None)
     except UserError as error:
         loaded.errors.append(str(error))
     return loaded
 
 
-def _see(
-    loaded: Loaded, cell: Cell, cells: tuple, wanted: set[int], chat_format: ChatFormat, data_format: RowFlags
-) -> None:
-    number = loaded.scan.rows
-    if not loaded.files or loaded.files[-1][0] != cell.file or cell.row == 0:
-        loaded.files.append((cell.file, 0))
-    loaded.files[-1] = (cell.file, cell.row + 1)
+class Side(NamedTuple):
+    """The rows that train, or those that validate.
 
-    def make() -> list[Segment]:
-        return row_segments(cells, cell, chat_format, data_format)
+    data: as token ids
+    lengths: tokens of these rows and of those that truncation drops, before it, int64 [rows]
+    """
 
-    loaded.scan.see(cells, cell, make if loaded.whole is None else None)
-    if number in wanted:
-        loaded.kept[number] = make()
+    data: TokenDataset
+    lengths: np.ndarray
 
 
-def _wanted_rows(config: PreviewConfig, loaded: Loaded) -> set[int]:
-    """The rows whose prompts are made into tokens once more."""
-    if loaded.whole is None or loaded.flag != "train_files":
-        return set()
-    rows = len(loaded.whole)
-    return set(np.linspace(0, rows - 1, min(rows, MOST_COMPARED)).astype(int).tolist())
+@dataclass
+class SeparatedSets:
+    """The rows of a run.
+
+    train, val: None where there are none, or training would refuse them
+    findings: what leaks, or what was done about it
+    left_out: which rows of --train_files do not train, bool [rows]; None where all do
+    """
+
+    train: Side | None
+    val: Side | None
+    findings: list[Finding] = field(default_factory=list)
+    left_out: np.ndarray | None = None
+
+
+def separate_sets(
+    train: LoadedSet, val: LoadedSet | None, config: PreviewConfig, chat_format: ChatFormat
+) -> SeparatedSets:
+    """Separate the rows as training does by --val_fraction and --on_leak.
+
+    Where training would refuse some rows for another reason, such as their length, the whole rows are searched for
+    leaks instead.
+    """
+    sets = SeparatedSets(train.side, val.side if val else None)
+    is_usable = sets.train is not None and (val is None or sets.val is not None)
+    data, other = ((loaded.data if is_usable else loaded.whole) if loaded else None for loaded in (train, val))
+    if data is None or (other is None and config.val_fraction is None):
+        return sets
+    # Training would end at --on_leak error; here every kind of leak is reported.
+    flags = replace(config, on_leak="warn") if config.on_leak == "error" else config
+    try:
+        separation = separate(data, other, flags, warn=lambda _: None)
+    except UserError as error:
+        sets.findings = [Finding("refused", "leaks" if config.val_fraction is None else "split", str(error))]
+        return sets
+    split, leaks = separation.split, separation.leaks
+    if split is not None:
+        text = f"--val_fraction {config.val_fraction:g} splits off {len(split):,} of {len(data):,} rows"
+        sets.findings = [Finding("ok", "split", text)]
+    elif leaks and other is not None and not separation.text:
+        sets.findings = leak_findings(leaks, data, other, config, chat_format)
+    else:
+        text = separation.text or (NO_LEAK if leaks is not None else "not searched with --on_leak ignore")
+        sets.findings = [Finding("ok", "leaks", text)]
+    if is_usable and train.whole is not None:
+        kept, validating = separation.apply(data, other)
+        sets.left_out = _rows_of(train.whole, data, separation.drop_train if split is None else split)
+        sets.train = Side(kept, train.whole.lengths[~sets.left_out])
+        if split is not None and validating is not None:
+            sets.val = Side(validating, train.whole.lengths[sets.left_out])
+        elif val is not None and val.whole is not None and other is not None and validating is not None:
+            sets.val = Side(validating, val.whole.lengths[~_rows_of(val.whole, other, separation.drop_val)])
+    return sets
+
+
+def _rows_of(whole: TokenDataset, data: TokenDataset, rows: np.ndarray) -> np.ndarray:
+    """Which of the whole rows are these of `data`, from which truncation may have dropped some: bool [rows]."""
+    places = [(source[:, 0] << 40) + source[:, 1] for source in (whole.source, data.source[rows])]
+    return np.isin(*places)
+
+
+def leak_findings(
+    leaks: Leaks, train: TokenDataset, val: TokenDataset, config: PreviewConfig, chat_format: ChatFormat
+) -> list[Finding]:
+    """One for each kind of leak with rows that none before it has: a copied row has the same prompt too."""
+    reported = np.empty(0, np.int64)
+    findings = []
+    for name, matches in leaks.kinds().items():
+        new = ~np.isin(matches.val, reported)
+        if not new.any():
+            continue
+        reported = np.union1d(reported, matches.val)
+        first = int(np.argmax(new))
+        val_row, train_row = int(matches.val[first]), int(matches.train[first])
+        shared = f"{matches.distinct:,} {name}{'s' if matches.distinct > 1 else ''}"
+        relation = {
+            "row": "are copies of training rows",
+            "prompt": "have the prompt of a training row",
+        }.get(name, f"share {shared} with training rows")
+        text = (
+            f"{len(matches):,} of {len(val):,} validation rows {relation}, e.g. {val.place(val_row)} and "
+            f"{train.place(train_row)}, {_question(val, val_row, chat_format)}; "
+            "drop them with --on_leak drop_val or drop_train"
+        )
+        findings.append(Finding("refused" if config.on_leak == "error" else "warning", f"leak by {name}", text))
+    return findings
+
+
+def _question(data: TokenDataset, row: int, chat_format: ChatFormat) -> str:
+    """The last turn before a row's first answer, without its middle."""
+    tokens = data.prompt(row)
+    turns = np.flatnonzero(tokens == chat_format.end_of_turn)
+    if len(turns):
+        tokens = tokens[turns[-2] + 1 if len(turns) > 1 else 0 : turns[-1]]
+    text = " ".join(str(chat_format.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)).split())
+    return repr(text if len(text) <= HEAD + TAIL else f"{text[:HEAD].rstrip()} … {text[-TAIL:].lstrip()}")

@@ -1,65 +1,51 @@
-"""Faults that the rows' text shows before anything is tokenised: each is named once, with its count and an example.
+"""Faults of rows, each reported once with its count and an example.
 
-Every fault has a detector that sees the rows one by one as they stand in the parquet files, so that a set of any size
-is read once and never held.
+A check of the text sees the rows one by one as they are in the parquet files, so a set of any size is never held.
 """
 
-import hashlib
-import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
+
+import numpy as np
 
 from dsft.config.flags import RowFlags
 from dsft.dataset.chat_format import THINK
 from dsft.dataset.readers import Cell, walk
+from dsft.dataset.tokens import Counts, TokenDataset, truncate_row
 from dsft.errors import UserError
 
-Kind = Literal["ok", "warning", "refused"]
 END_THINK = "</think>"
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 HIDDEN = re.compile(r"\A((?!<think>).)*?</think>|<think>.*?(</think>|\Z)|</?answer>", re.DOTALL)
-PROMPT_NAMES = ("prompt", "question", "instruction", "input", "query", "user")
-RESPONSE_NAMES = ("response", "answer", "output", "completion", "assistant", "reply", "chosen")
-GROWS = 20  # characters that the shorter of two texts must have before their common beginning says anything
-FEWEST_LETTERS = 8  # of a text before its script says anything
-SCRIPTS = {
-    "Latin": r"[A-Za-zÀ-ɏ]",
-    "Cyrillic": r"[Ѐ-ӿ]",
-    "Arabic": r"[؀-ۿ]",
-    "Devanagari": r"[ऀ-ॿ]",
-    "Thai": r"[฀-๿]",
-    "Hangul": r"[가-힯]",
-    "Japanese": r"[぀-ヿ]",
-    "Chinese": r"[一-鿿]",
-}
-LETTERS = {name: re.compile(pattern) for name, pattern in SCRIPTS.items()}
-WEIGHT = {"Chinese": 3, "Japanese": 3, "Hangul": 2}  # one of their letters says as much as so many Latin ones
+PROMPT_NAMES = {"prompt", "question", "instruction", "input", "query", "user"}
+RESPONSE_NAMES = {"response", "answer", "output", "completion", "assistant", "reply", "chosen"}
+MIN_PREFIX = 20  # characters that a text must have before another that starts with it means anything
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
-    kind: ok, warning (training would go on), or refused (training would not start)
-    name: what was looked at
+    kind: ok, warning (training would start), or refused (it would not)
+    name: what was checked
     text: what was found, in one line
     """
 
-    kind: Kind
+    kind: Literal["ok", "warning", "refused"]
     name: str
     text: str
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row as it stands in the file.
+    """One row as it is in the file.
 
-    prompt, response: its values, nested keys followed; of a conversation, prompt is all of it
-    is_conversation: every assistant turn is learned, not a response
+    prompt, response: its values, with nested keys followed; the prompt of a conversation is all of it
+    is_conversation: every assistant turn is a target, instead of a response
     """
 
     cell: Cell
@@ -67,96 +53,54 @@ class Row:
     response: Any = None
     is_conversation: bool = False
 
+    @classmethod
+    def read(cls, values: tuple, cell: Cell, flags: RowFlags) -> "Row":
+        """From the values of the columns.
+
+        Raises:
+            UserError: a nested key does not exist.
+        """
+        prompt_keys, response_keys = flags.prompt_dict_keys, flags.response_dict_keys
+        if flags.messages_key is not None:
+            return cls(cell, walk(values[0], prompt_keys, cell, flags.messages_key), is_conversation=True)
+        prompt = walk(values[0], prompt_keys, cell, flags.prompt_key)
+        return cls(cell, prompt, walk(values[1], response_keys, cell, flags.response_key))
+
     @cached_property
     def turns(self) -> list[tuple[str, str]]:
-        """(role, content) of the prompt's or conversation's messages that have both."""
-        messages = self.prompt if isinstance(self.prompt, list) else []
-        return [
-            (m["role"], m["content"])
-            for m in messages
-            if isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-        ]
+        """(role, content) of the messages that have both as strings."""
+        messages = [m for m in self.prompt if isinstance(m, dict)] if isinstance(self.prompt, list) else []
+        pairs = [(message.get("role"), message.get("content")) for message in messages]
+        return [(role, content) for role, content in pairs if isinstance(role, str) and isinstance(content, str)]
+
+    @cached_property
+    def assistant_turns(self) -> list[str]:
+        """The contents of the assistant's messages."""
+        return [content for role, content in self.turns if role == "assistant"]
+
+    @cached_property
+    def message(self) -> Any:
+        """The response; of a list of one, that one."""
+        is_single = isinstance(self.response, list) and len(self.response) == 1
+        return self.response[0] if is_single else self.response
 
     @cached_property
     def answers(self) -> list[str | None]:
-        """What is learned; None for a response that is no text."""
+        """The texts that are learned; None for a response that is not text."""
         if self.is_conversation:
-            return [content for role, content in self.turns if role == "assistant"]
-        value = self.response
-        if isinstance(value, list) and len(value) == 1:
-            value = value[0]
-        if isinstance(value, dict):
-            value = value.get("content")
-        return [value if isinstance(value, str) else None]
-
-    @cached_property
-    def asked(self) -> str:
-        """What stands before the first answer and is no earlier answer."""
-        if isinstance(self.prompt, str):
-            return self.prompt
-        return "\n".join(content for role, content in self.turns if role != "assistant")
+            return list(self.assistant_turns)
+        text = self.message.get("content") if isinstance(self.message, dict) else self.message
+        return [text if isinstance(text, str) else None]
 
 
-def read_row(cells: tuple, cell: Cell, data_format: RowFlags) -> Row:
-    """A row of the columns read.
-
-    Raises:
-        UserError: a nested key that is not there.
-    """
-    prompt_keys, response_keys = data_format.prompt_dict_keys, data_format.response_dict_keys
-    if data_format.messages_key is not None:
-        return Row(cell, walk(cells[0], prompt_keys, cell, data_format.messages_key), is_conversation=True)
-    return Row(
-        cell,
-        walk(cells[0], prompt_keys, cell, data_format.prompt_key),
-        walk(cells[1], response_keys, cell, data_format.response_key),
-    )
-
-
-def visible(answer: str) -> str:
-    """What an answer says without its thinking, tags and outer blanks."""
+def answer_text(answer: str) -> str:
+    """An answer without its thinking, its tags and surrounding whitespace."""
     return HIDDEN.sub("", answer).strip()
 
 
-class Detector:
-    """Counts the rows that have one fault."""
-
-    name: str
-    explains = False
-    """Whether a row that has it and is refused by the Trainer is refused for it."""
-
-    def __init__(self) -> None:
-        self.count = self.seen = 0
-        self.example: Cell | None = None
-        self.refuses = False
-
-    def see(self, row: Row) -> bool:
-        """Look at the next row; whether it has the fault."""
-        self.seen += 1
-        found = self.has(row)
-        if found:
-            self.count += 1
-            self.example = self.example or row.cell
-        return found
-
-    def has(self, row: Row) -> bool:
-        """Whether a row has it."""
-        raise NotImplementedError
-
-    def finding(self) -> Finding | None:
-        """What is told at the end; nothing where no row has the fault."""
-        if not self.count:
-            return None
-        return Finding("refused" if self.refuses else "warning", self.name, self.text())
-
-    def text(self) -> str:
-        """What is wrong, and how to mend it."""
-        raise NotImplementedError
-
-    @property
-    def rows(self) -> str:
-        """How many rows have it."""
-        return rows_of(self.count, self.seen)
+def thinks(text: str | None) -> bool:
+    """Whether a text has thinking."""
+    return text is not None and (THINK in text or END_THINK in text)
 
 
 def rows_of(count: int, total: int) -> str:
@@ -164,345 +108,283 @@ def rows_of(count: int, total: int) -> str:
     return f"all {total:,} rows" if count == total > 1 else f"{count:,} of {total:,} rows"
 
 
-class EmptyAnswers(Detector):
-    """Responses of which nothing is left without blanks, thinking and tags."""
+class RowCheck:
+    """Counts the rows that have one fault."""
 
-    name, explains = "empty answers", True
+    def __init__(self, name: str, has: Callable[[Row], bool], message: str = "", *, refused: bool = False) -> None:
+        """Args:
+        name: of the fault.
+        has: whether a row has it.
+        message: what is wrong and how to fix it, with {rows}, {example} and what `details` returns to be filled in.
+        refused: whether training refuses a row for this fault.
+        """
+        self.name, self.has, self.message, self.explains_refusal = name, has, message, refused
+        self.count = 0
+        self.example: Cell | None = None
+        self.is_refused = False
 
-    def has(self, row: Row) -> bool:
-        if row.answers == [None]:
-            return row.response is None  # what is no text at all is another fault
-        return any(answer is not None and not visible(answer) for answer in row.answers)
+    def see(self, row: Row) -> bool:
+        """Look at the next row; whether it has the fault."""
+        found = self.has(row)
+        if found:
+            self.count += 1
+            self.example = self.example or row.cell
+        return found
 
-    def text(self) -> str:
-        return f"{self.rows} have an answer without text, e.g. {self.example}; leave them out, or mend them"
+    def details(self) -> dict[str, str]:
+        """Further values for the message."""
+        return {}
 
-
-class Duplicates(Detector):
-    """Rows whose prompt and response have been there before."""
-
-    name = "duplicates"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._first: dict[bytes, Cell] = {}
-        self._like: Cell | None = None
-
-    def has(self, row: Row) -> bool:
-        text = json.dumps([row.prompt, row.response], sort_keys=True, default=str)
-        first = self._first.setdefault(hashlib.blake2b(text.encode(), digest_size=16).digest(), row.cell)
-        if first is row.cell:
-            return False
-        self._like = self._like or first
-        return True
-
-    def text(self) -> str:
-        return (
-            f"{self.rows} repeat an earlier one exactly, e.g. {self.example} that of {self._like}; "
-            "leave them out, unless they are meant to count more"
-        )
+    def finding(self, total: int) -> Finding | None:
+        """The result over all rows; None where none has the fault."""
+        if not self.count:
+            return None
+        text = self.message.format(rows=rows_of(self.count, total), example=self.example, **self.details())
+        return Finding("refused" if self.is_refused else "warning", self.name, text)
 
 
-class SwappedColumns(Detector):
-    """Prompts where responses are expected, and the other way round.
+class SwappedColumns(RowCheck):
+    """Prompts where responses are expected, and the reverse.
 
-    Told by the columns' names, the kinds and roles of the values, the template's user turns, thinking, and by texts
-    that grow from row to row as the prompts of a dialogue do. Two columns of plain questions and answers show no sign.
+    The signs are the columns' names, the types and roles of their values, the template's user turns, thinking, and
+    texts that grow from row to row as the prompts of a dialogue do. Two columns of single turns show none of them.
     """
 
-    name, explains = "swapped columns", True
-
-    def __init__(self, data_format: RowFlags, user_header: str) -> None:
-        """`user_header` is what the template puts before a user's words."""
-        super().__init__()
-        self._flags = data_format
-        self._by_name = _is_named(data_format.prompt_key, RESPONSE_NAMES, PROMPT_NAMES) and _is_named(
-            data_format.response_key, PROMPT_NAMES, RESPONSE_NAMES
+    def __init__(self, flags: RowFlags, user_header: str) -> None:
+        """`user_header` is what the template puts before a user turn."""
+        message = (
+            "{rows} have what looks like a prompt in the response column, e.g. {example}; "
+            f"try --prompt_key {flags.response_key} --response_key {flags.prompt_key}"
+        )
+        super().__init__("swapped columns", self._is_swapped, message, refused=True)
+        self._by_name = _is_named(flags.prompt_key, RESPONSE_NAMES, PROMPT_NAMES) and _is_named(
+            flags.response_key, PROMPT_NAMES, RESPONSE_NAMES
         )
         self._header = user_header.strip()
-        self._before: tuple[Any, Any] = ("", "")
+        self._previous: tuple[Any, Any] = ("", "")
 
-    def has(self, row: Row) -> bool:
+    def _is_swapped(self, row: Row) -> bool:
         if row.is_conversation:
             return False
         prompt, response = row.prompt, row.response
-        before, self._before = self._before, (prompt, response)
+        previous, self._previous = self._previous, (prompt, response)
         if self._by_name:
             return True
-        if isinstance(response, list):
-            last = response[-1] if response else None
-            return len(response) > 1 or (isinstance(last, dict) and last.get("role") in ("user", "system"))
-        if isinstance(response, dict):
-            return response.get("role") in ("user", "system")
+        if isinstance(response, list | dict):
+            last = response[-1] if isinstance(response, list) and response else response
+            is_asked = isinstance(last, dict) and last.get("role") in ("user", "system")
+            return is_asked or (isinstance(response, list) and len(response) > 1)
         if not isinstance(prompt, str) or not isinstance(response, str):
             return False
         return (
             (bool(self._header) and self._header in response and self._header not in prompt)
             or (END_THINK in prompt and END_THINK not in response)
-            or (_grows(before[1], response) and not _grows(before[0], prompt))
+            or (_continues(previous[1], response) and not _continues(previous[0], prompt))
         )
 
-    def text(self) -> str:
-        keys = f"--prompt_key {self._flags.response_key} --response_key {self._flags.prompt_key}"
-        return f"{self.rows} have what looks like a prompt as their response, e.g. {self.example}; try {keys}"
+
+def _is_named(column: str, likely: set[str], unlikely: set[str]) -> bool:
+    words = {*re.split(r"[^a-z]+", column.lower())}
+    return bool(words & likely) and not words & unlikely
 
 
-def _is_named(column: str, likely: Sequence[str], unlikely: Sequence[str]) -> bool:
-    words = re.split(r"[^a-z]+", column.lower())
-    return any(word in likely for word in words) and not any(word in unlikely for word in words)
+def _continues(before: Any, after: str) -> bool:
+    return isinstance(before, str) and MIN_PREFIX <= len(before) < len(after) and after.startswith(before)
 
 
-def _grows(before: Any, after: Any) -> bool:
-    return (
-        isinstance(before, str)
-        and isinstance(after, str)
-        and GROWS <= len(before) < len(after)
-        and after.startswith(before)
-    )
-
-
-class Roles(Detector):
-    """Messages with role names that neither the field nor the template knows."""
-
-    name, explains = "role names", True
+class RoleNames(RowCheck):
+    """Messages with roles that neither the conventions nor the template know."""
 
     def __init__(self, template: str) -> None:
-        super().__init__()
+        message = "{rows} use the roles {unknown}{known}, e.g. {example}; use system, user and assistant throughout"
+        super().__init__("role names", self._has_unknown, message, refused=True)
         self._template = template
-        self._known: Counter[str] = Counter()
-        self._unknown: Counter[str] = Counter()
+        self._roles: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}  # by whether they are known
 
-    def has(self, row: Row) -> bool:
-        roles = [role for role, _ in row.turns]
-        response = row.response[0] if isinstance(row.response, list) and len(row.response) == 1 else row.response
-        if isinstance(response, dict) and isinstance(response.get("role"), str):
-            roles.append(response["role"])
-        for role in dict.fromkeys(roles):
-            (self._known if self._knows(role) else self._unknown)[role] += 1
-        return not all(map(self._knows, roles))
+    def _has_unknown(self, row: Row) -> bool:
+        message = row.message if isinstance(row.message, dict) else {}
+        named = (*(role for role, _ in row.turns), message.get("role"))
+        roles = dict.fromkeys(role for role in named if isinstance(role, str))
+        for role in roles:
+            self._roles[self._is_known(role)][role] += 1
+        return not all(map(self._is_known, roles))
 
-    def _knows(self, role: str) -> bool:
+    def _is_known(self, role: str) -> bool:
         return role in ROLES or f"'{role}'" in self._template or f'"{role}"' in self._template
 
-    def text(self) -> str:
-        def names(counter: Counter[str]) -> str:
-            return ", ".join(f"'{name}'" for name, _ in counter.most_common(4)) + (", …" if len(counter) > 4 else "")
-
-        beside = f" beside {names(self._known)}" if self._known else ""
-        return (
-            f"{self.rows} name roles {names(self._unknown)}{beside}, e.g. {self.example}; "
-            "write system, user and assistant throughout"
+    def details(self) -> dict[str, str]:
+        known, unknown = (
+            ", ".join(f"'{name}'" for name, _ in roles.most_common(4)) + (", …" if len(roles) > 4 else "")
+            for roles in self._roles.values()
         )
+        return {"unknown": unknown, "known": f" besides {known}" if known else ""}
 
 
-class LastTurn(Detector):
-    """Prompts that end with the assistant's own turn, so that its answer follows itself."""
-
-    name = "last turn"
-
-    def has(self, row: Row) -> bool:
-        return not row.is_conversation and bool(row.turns) and row.turns[-1][0] == "assistant"
-
-    def text(self) -> str:
-        return f"{self.rows} have a prompt that ends with the assistant's turn, e.g. {self.example}; end it with user"
-
-
-class StrippedHistory(Detector):
-    """Answers that think after a history in which thinking was taken out, so that training is unlike generation."""
-
-    name = "thinking in histories"
-
-    def has(self, row: Row) -> bool:
-        history = [content for role, content in row.turns if role == "assistant" and content.strip()]
-        if row.is_conversation:
-            return any(map(_thinks, history)) and not all(map(_thinks, history))
-        return bool(history) and any(map(_thinks, row.answers)) and not all(map(_thinks, history))
-
-    def text(self) -> str:
-        return (
-            f"{self.rows} have thinking in the answer that is learned, but not in all of the assistant's turns before "
-            f"it, e.g. {self.example}; keep it there too, or leave it out everywhere"
-        )
-
-
-class StrippedAnswers(Detector):
+class ThinkingInAnswers(RowCheck):
     """Answers without thinking where the prompt, its history, or most other rows have it."""
 
-    name = "thinking in answers"
-
     def __init__(self) -> None:
-        super().__init__()
-        self._without: Counter[bool] = Counter()  # by whether the row itself tells that it should think
-        self._thinking = 0
-        self._examples: dict[bool, Cell] = {}
+        message = "{rows} have an answer without <think>, although {reason}, e.g. {example}; was it stripped?"
+        super().__init__("thinking in answers", self._lacks_thinking, message)
+        self._thinking = self._without = 0
+        self._first: Cell | None = None
 
-    def has(self, row: Row) -> bool:
+    def _lacks_thinking(self, row: Row) -> bool:
         [answer, *_] = row.answers or [None]
-        if row.is_conversation or answer is None or not visible(answer):
+        if row.is_conversation or answer is None or not answer_text(answer):
             return False
-        if _thinks(answer):
+        if thinks(answer):
             self._thinking += 1
             return False
-        told = THINK in row.asked or any(role == "assistant" and _thinks(content) for role, content in row.turns)
-        self._without[told] += 1
-        self._examples.setdefault(told, row.cell)
-        return told
-
-    def finding(self) -> Finding | None:
-        if self._thinking > self._without.total():
-            self.count = self._without.total()
-            self.example = self._examples.get(True) or self._examples.get(False)
-        return super().finding()
-
-    def text(self) -> str:
-        why = f"{self._thinking:,} others have it" if self._thinking > self.count else "it stands in their prompts"
-        return f"{self.rows} have an answer without <think>, though {why}, e.g. {self.example}; was it stripped?"
-
-
-class UnclosedThinking(Detector):
-    """Under --with_thinking the prompt ends with <think>, which these answers never close."""
-
-    name = "unclosed thinking"
-
-    def has(self, row: Row) -> bool:
-        return any(answer is not None and END_THINK not in answer for answer in row.answers)
-
-    def text(self) -> str:
-        return (
-            f"{self.rows} never close the <think> of --with_thinking, e.g. {self.example}; drop the flag, or mend them"
+        self._without += 1
+        self._first = self._first or row.cell
+        asked = (
+            [row.prompt] if isinstance(row.prompt, str) else [text for role, text in row.turns if role != "assistant"]
         )
+        return any(THINK in text for text in asked) or any(map(thinks, row.assistant_turns))
+
+    def details(self) -> dict[str, str]:
+        others = f"{self._thinking:,} others have it"
+        return {"reason": others if self._thinking > self.count else "their prompts have it"}
+
+    def finding(self, total: int) -> Finding | None:
+        if self._thinking > self._without:
+            self.count, self.example = self._without, self.example or self._first
+        return super().finding(total)
 
 
-def _thinks(text: str | None) -> bool:
-    return text is not None and (THINK in text or END_THINK in text)
+def _is_empty(row: Row) -> bool:
+    if row.answers == [None]:
+        return row.response is None  # another value that is not text is another fault
+    return any(answer is not None and not answer_text(answer) for answer in row.answers)
 
 
-class Marks(Detector):
-    """Answers that bring an end-of-turn of their own, which would stand twice."""
-
-    name = "end-of-turn in answers"
-
-    def __init__(self, end_of_turn: str) -> None:
-        super().__init__()
-        self._end = end_of_turn
-
-    def has(self, row: Row) -> bool:
-        return any(self._end in answer for answer in row.answers if answer is not None)
-
-    def text(self) -> str:
-        return (
-            f"{self.rows} have {self._end} in their answer, e.g. {self.example}; it is added by itself, so take it out"
-        )
-
-
-class Languages(Detector):
-    """Answers in another script than the last question, in a set whose rows mostly have one script for both."""
-
-    name = "languages"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._pairs: Counter[tuple[str, str]] = Counter()
-        self._examples: dict[tuple[str, str], Cell] = {}
-
-    def has(self, row: Row) -> bool:
-        asked = [content for role, content in row.turns if role == "user"] or [row.asked]
-        pair = script(asked[-1]), script(visible(row.answers[-1] or "") if row.answers else "")
-        if pair[0] is None or pair[1] is None:
-            return False
-        self._pairs[pair[0], pair[1]] += 1
-        self._examples.setdefault((pair[0], pair[1]), row.cell)
-        return pair[0] != pair[1]
-
-    def finding(self) -> Finding | None:
-        usual = [pair for pair, _ in self._pairs.most_common(1)]
-        if not usual or usual[0][0] != usual[0][1]:
-            return None  # a set of translations
-        return super().finding()
-
-    def text(self) -> str:
-        different = Counter({pair: n for pair, n in self._pairs.items() if pair[0] != pair[1]})
-        [(asked, answered), _], *_ = different.most_common()
-        return (
-            f"{self.rows} are answered in another script than they ask in, most often {asked} by {answered}, "
-            f"e.g. {self._examples[asked, answered]}; most rows keep to one"
-        )
-
-
-def script(text: str) -> str | None:
-    """The script that most of a text is written in; None where it has too few letters to tell."""
-    counts = {name: len(letters.findall(text)) * WEIGHT.get(name, 1) for name, letters in LETTERS.items()}
-    if counts["Japanese"]:  # which is written in Chinese letters too
-        counts["Japanese"] += counts.pop("Chinese")
-    best = max(counts, key=counts.__getitem__)
-    return best if counts[best] >= FEWEST_LETTERS else None
-
-
-@dataclass(frozen=True)
-class TemplateMarks:
-    """What the detectors need to know of a chat template."""
-
-    source: str = ""
-    user_header: str = ""
-    end_of_turn: str | None = None
+def _lost_history(row: Row) -> bool:
+    history = [thinks(content) for content in row.assistant_turns if content.strip()]
+    return bool(history) and not all(history) and any(map(thinks, row.answers))
 
 
 class Scan:
     """One pass over all rows of a set."""
 
-    def __init__(self, data_format: RowFlags, marks: TemplateMarks, *, label: str = "") -> None:
-        """`label` goes before the names of what is found."""
-        self.detectors: list[Detector] = [EmptyAnswers(), Duplicates(), SwappedColumns(data_format, marks.user_header)]
-        self.detectors += [Roles(marks.source), LastTurn(), StrippedHistory(), Languages()]
-        self.detectors += [UnclosedThinking()] if data_format.with_thinking else [StrippedAnswers()]
-        self.detectors += [Marks(marks.end_of_turn)] if marks.end_of_turn else []
+    def __init__(self, flags: RowFlags, template: str, user_header: str, end_of_turn: str) -> None:
+        """`template` is the chat template's source, `user_header` what it puts before a user turn."""
+        unclosed = RowCheck(
+            "unclosed thinking",
+            lambda row: any(answer is not None and END_THINK not in answer for answer in row.answers),
+            "{rows} never close the <think> of --with_thinking, e.g. {example}; drop the flag, or fix them",
+        )
+        self._checks = [
+            RowCheck(
+                "empty answers",
+                _is_empty,
+                "{rows} have an answer without text, e.g. {example}; drop or fix them",
+                refused=True,
+            ),
+            SwappedColumns(flags, user_header),
+            RoleNames(template),
+            RowCheck(
+                "last turn",
+                lambda row: not row.is_conversation and bool(row.turns) and row.turns[-1][0] == "assistant",
+                "{rows} have a prompt that ends with an assistant turn, e.g. {example}; end it with a user turn",
+            ),
+            RowCheck(
+                "thinking in histories",
+                _lost_history,
+                "{rows} have thinking in the answer but not in every earlier assistant turn, e.g. {example}; "
+                "keep it in all of them, or remove it everywhere",
+            ),
+            unclosed if flags.with_thinking else ThinkingInAnswers(),
+            RowCheck(
+                "end-of-turn in answers",
+                lambda row: any(end_of_turn in answer for answer in row.answers if answer is not None),
+                f"{{rows}} have {end_of_turn} in the answer, e.g. {{example}}; remove it, it is appended automatically",
+            ),
+        ]
+        # No faults by themselves; what they mean depends on the template.
+        self.history_thinks = RowCheck(
+            "", lambda row: any(map(thinks, row.assistant_turns[: -1 if row.is_conversation else None]))
+        )
+        self.no_system_turn = RowCheck("", lambda row: bool(row.turns) and row.turns[0][0] != "system")
         self.rows = 0
-        self.thinking_histories = self.without_system = 0
-        self.thinking_example: Cell | None = None
-        self._format, self._label = data_format, label
+        self._flags = flags
         self._refused = 0
         self._first_refusal = ""
 
-    def see(self, cells: tuple, cell: Cell, make: Callable[[], object] | None = None) -> None:
+    def see(self, values: tuple, cell: Cell, make: Callable[[], object] | None = None) -> None:
         """Look at the next row.
 
         Args:
-            cells: values of the columns read.
-            cell: where it stands.
-            make: what the Trainer would do with the row, where it is known that it refuses one.
+            values: of the columns.
+            cell: where the row is.
+            make: what training does with the row, where training is known to refuse a row.
         """
         self.rows += 1
-        found: list[Detector] = []
+        found: list[RowCheck] = []
         try:
-            row = read_row(cells, cell, self._format)
+            row = Row.read(values, cell, self._flags)
         except UserError:
-            pass  # `make` says so too
+            pass  # `make` raises the same
         else:
-            found = [detector for detector in self.detectors if detector.see(row)]
-            assistants = [content for role, content in row.turns if role == "assistant"]
-            earlier = assistants[:-1] if row.is_conversation else assistants
-            if any(map(_thinks, earlier)):
-                self.thinking_histories += 1
-                self.thinking_example = self.thinking_example or cell
-            self.without_system += bool(row.turns) and row.turns[0][0] != "system"
+            self.history_thinks.see(row)
+            self.no_system_turn.see(row)
+            found = [check for check in self._checks if check.see(row)]
         if make is None:
             return
         try:
             make()
         except UserError as error:
-            explaining = next((detector for detector in found if detector.explains), None)
-            if explaining is not None:
-                explaining.refuses = True
+            cause = next((check for check in found if check.explains_refusal), None)
+            if cause is not None:
+                cause.is_refused = True
             else:
                 self._refused += 1
                 self._first_refusal = self._first_refusal or str(error)
 
     def findings(self) -> Iterator[Finding]:
-        """What was found, a line for each fault."""
+        """One for each fault."""
         if self._refused:
             more = f" ({rows_of(self._refused, self.rows)})" if self._refused > 1 else ""
-            yield Finding("refused", f"{self._label}rows", self._first_refusal + more)
-        for detector in self.detectors:
-            found = detector.finding()
-            if found is not None:
-                yield replace(found, name=self._label + found.name)
+            yield Finding("refused", "rows", self._first_refusal + more)
+        yield from filter(None, (check.finding(self.rows) for check in self._checks))
+
+
+# Of the tokenized rows
+
+
+def duplicates_finding(whole: TokenDataset) -> Finding | None:
+    """Rows with the tokens and targets of an earlier row."""
+    _, first, index = np.unique(whole.row_hash, return_index=True, return_inverse=True)
+    repeated = np.flatnonzero(first[index] < np.arange(len(whole)))
+    if not len(repeated):
+        return None
+    row = int(repeated[0])
+    text = (
+        f"{rows_of(len(repeated), len(whole))} repeat an earlier row exactly, e.g. {whole.place(row)} that of "
+        f"{whole.place(int(first[index[row]]))}; drop them, unless they are meant to count more"
+    )
+    return Finding("warning", "duplicates", text)
+
+
+def truncation_finding(whole: TokenDataset, flags: RowFlags) -> Finding | None:
+    """What max_length costs, other than the start of prompts."""
+    how, total = flags.truncation, len(whole)
+    too_long = np.flatnonzero(whole.lengths > flags.max_length).tolist()
+    limit = f"--max_length {flags.max_length} (the longest row has {int(whole.lengths.max()):,} tokens)"
+    kept = (
+        {} if how == "error" else {row: truncate_row(*whole[row], Cell("", row), flags, Counts()) for row in too_long}
+    )
+    dropped = [row for row, rest in kept.items() if rest is None]
+    if how == "error":
+        affected, problem = too_long, f"have more tokens than {limit}"
+        remedy = "raise it, or choose --truncation left, right or drop"
+    elif how == "right":
+        affected = [row for row, rest in kept.items() if rest is None or rest[1].sum() < whole[row][1].sum()]
+        problem = f"lose the end of the answer, {len(dropped):,} of them all of it (these are dropped)"
+        remedy = f"raise {limit}, or choose --truncation left"
+    else:
+        affected, problem, remedy = dropped, f"are dropped by --truncation {how}", f"raise {limit}"
+    if not affected:
+        return None
+    text = f"{rows_of(len(affected), total)} {problem}, e.g. {whole.place(affected[0])}; {remedy}"
+    return Finding("refused" if how == "error" or len(dropped) == total else "warning", "truncation", text)

@@ -14,6 +14,7 @@ from dsft.errors import UserError
 from dsft.text import visible_text
 
 OPEN, CLOSE = "⟦", "⟧"
+MAX_CUT = 120  # characters of what truncation cuts that are shown
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,14 @@ class RowView:
     """One row.
 
     number: among all training rows, from 0
-    where: file and row
-    spans: all of its text, as it is trained on
-    tokens, targets: how many it has
+    place: file and row
+    spans: its text as trained on; all of it where it is not trained on
+    tokens, targets: their numbers
     cut: what truncation does to it; empty where it is whole
     """
 
     number: int
-    where: str
+    place: str
     spans: list[Span]
     tokens: int
     targets: int
@@ -50,27 +51,27 @@ class RowView:
 
 
 def choose_rows(lengths: np.ndarray, count: int, numbers: Sequence[int] | None = None) -> list[int]:
-    """Which rows to show: the first, the longest, then evenly spread ones.
+    """Which rows to show: the first, the longest, then evenly spaced ones.
 
     Args:
         lengths: tokens of each row, int64 [rows].
         count: how many.
-        numbers: these and no others.
+        numbers: these rows instead.
 
     Raises:
         UserError: a number beyond the last row.
     """
     rows = len(lengths)
     if numbers is not None:
-        beyond = [number for number in numbers if number >= rows]
-        if beyond:
+        if max(numbers, default=0) >= rows:
+            beyond = next(number for number in numbers if number >= rows)
             raise UserError(
-                f"--row_numbers {beyond[0]}: there are {rows} training rows; name numbers from 0 to {rows - 1}"
+                f"--row_numbers {beyond}: there are {rows:,} training rows; use numbers from 0 to {rows - 1}"
             )
         return list(dict.fromkeys(numbers))
-    spread = [step * rows // max(1, count - 1) for step in range(1, count)]
-    picks = [0, int(np.argmax(lengths)), *spread[:-1], rows - 1, *range(min(rows, count))]
-    return list(islice(dict.fromkeys(pick for pick in picks if pick < rows), count))
+    spaced = [step * rows // max(1, count - 1) for step in range(1, count - 1)]
+    picks = [0, int(np.argmax(lengths)), *spaced, rows - 1, *range(min(rows, count))]
+    return list(islice(dict.fromkeys(picks), count))
 
 
 def view_row(
@@ -80,44 +81,35 @@ def view_row(
     tokenizer: PreTrainedTokenizerBase,
     data_format: RowFlags,
 ) -> RowView:
-    """A row, cut to its length as the Trainer cuts it.
+    """A row, truncated as in training.
 
     Args:
         number: of the row.
-        cell: where it stands.
-        row: token ids int32 [length] and is-target bool [length], before any truncation.
+        cell: where it is.
+        row: token ids int32 [length] and is-target bool [length], before truncation.
         tokenizer: of the model.
         data_format: length and truncation.
     """
     tokens, is_target = row
-    limit = f"{len(tokens):,} tokens are more than max_length {data_format.max_length}"
+    cut = ""
     try:
         kept = truncate_row(tokens, is_target, cell, data_format, Counts())
     except UserError:
-        return _view(number, cell, row, tokenizer, f"refused: {limit}")
+        kept, cut = row, f"refused: {len(tokens):,} tokens exceed max_length {data_format.max_length:,}"
     if kept is None:
-        why = limit if data_format.truncation == "drop" else f"{len(tokens):,} tokens leave no target within max_length"
-        return _view(number, cell, row, tokenizer, f"dropped: {why}")
+        reason = f"exceed max_length {data_format.max_length:,}"
+        if data_format.truncation != "drop":
+            reason = "leave no target within max_length"
+        kept, cut = row, f"dropped: {len(tokens):,} tokens {reason}"
     lost = len(tokens) - len(kept[0])
-    if not lost:
-        return _view(number, cell, row, tokenizer, "")
-    if data_format.truncation == "left":
-        where, gone = "front of the prompt", tokens[:lost]
-    else:
-        targets = int(is_target[len(kept[0]) :].sum())
-        where, gone = f"end, {targets:,} targets among them,", tokens[-lost:]
-    text = _decode(tokenizer, gone)
-    text = text if len(text) <= 120 else f"{text[:60]} … {text[-60:]}"
-    return _view(number, cell, kept, tokenizer, f"{lost:,} tokens at the {where} are cut: {text!r}")
-
-
-def _view(
-    number: int, cell: Cell, row: tuple[np.ndarray, np.ndarray], tokenizer: PreTrainedTokenizerBase, cut: str
-) -> RowView:
-    tokens, is_target = row
-    return RowView(
-        number, str(cell), make_spans(tokens, is_target, tokenizer), len(tokens), count_targets(is_target), cut
-    )
+    if lost:
+        gone, where = tokens[-lost:], f"end, including {int(is_target[-lost:].sum()):,} targets,"
+        if data_format.truncation == "left":
+            gone, where = tokens[:lost], "start of the prompt"
+        text = _decode(tokenizer, gone)
+        text = text if len(text) <= MAX_CUT else f"{text[: MAX_CUT // 2]} … {text[-MAX_CUT // 2 :]}"
+        cut = f"{lost:,} tokens at the {where} are cut: {text!r}"
+    return RowView(number, str(cell), make_spans(*kept, tokenizer), len(kept[0]), count_targets(kept[1]), cut)
 
 
 def make_spans(tokens: np.ndarray, is_target: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[Span]:
@@ -126,24 +118,19 @@ def make_spans(tokens: np.ndarray, is_target: np.ndarray, tokenizer: PreTrainedT
     A stretch is decoded as a whole: one token may hold only a part of a character.
     """
     special = np.isin(tokens, list({*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}))
-    spans, start = [], 0
-    for (learned, marked), group in groupby(zip(is_target.tolist(), special.tolist(), strict=True)):
-        end = start + sum(1 for _ in group)
-        spans.append(Span(_decode(tokenizer, tokens[start:end]), learned, marked))
-        start = end
-    return spans
+    bounds = np.flatnonzero((np.diff(is_target) != 0) | (np.diff(special) != 0)) + 1
+    stretches = np.split(np.arange(len(tokens)), bounds)
+    return [Span(_decode(tokenizer, tokens[s]), bool(is_target[s[0]]), bool(special[s[0]])) for s in stretches]
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray) -> str:
-    text = tokenizer.decode(tokens.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    assert isinstance(text, str)
-    return text
+    return str(tokenizer.decode(tokens.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def plain_text(view: RowView) -> str:
-    """A row for a pipe or a file: targets stand between ⟦ and ⟧."""
+    """A row for a pipe or a file, with targets between ⟦ and ⟧."""
     parts = []
-    for learned, group in groupby(view.spans, key=lambda span: span.is_target):
+    for is_target, group in groupby(view.spans, key=lambda span: span.is_target):
         text = visible_text("".join(span.text for span in group))
-        parts.append(f"{OPEN}{text}{CLOSE}" if learned else text)
+        parts.append(f"{OPEN}{text}{CLOSE}" if is_target else text)
     return "".join(parts)

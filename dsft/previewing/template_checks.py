@@ -1,241 +1,225 @@
-"""Whether a tokenizer's chat template goes with how rows are trained on and how answers are generated."""
+"""Whether a chat template renders conversations as they are trained on and generated from."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jinja2
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from dsft.dataset.chat_format import THINK, ChatFormat, Segment
-from dsft.previewing.row_checks import END_THINK, Finding, Scan, TemplateMarks, rows_of
+from dsft.previewing.row_checks import END_THINK, Finding, Scan, rows_of
 
-QUESTION, ANSWER, AGAIN, SYSTEM, THOUGHT = "probequestion", "probeanswer", "probeagain", "probesystem", "probethought"
-LONGEST = 60  # characters of a template's own text in a message
-Messages = list[dict[str, str]]
+QUESTION, ANSWER, NEXT, SYSTEM, THOUGHT = "probequestion", "probeanswer", "probenext", "probesystem", "probethought"
+MAX_EXCERPT = 60  # characters of a template's text in a message
+TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError)
 
 
 @dataclass(frozen=True)
-class Probe:
-    """What a template does with a conversation of ours.
+class ChatTemplate:
+    """How a chat template renders a conversation of ours.
 
-    error: why it cannot be asked; the rest is empty then
-    marks: for the search for faults in the rows
-    default_system: the system prompt that it inserts where there is none
-    rewrites: how a turn looks once another has followed, where that differs from how it was trained on
-    strips_thinking: whether the thinking of earlier turns is taken out
-    has_end: whether a special token stands directly after an answer
-    begins_answer: whether what it puts before an answer in a history is what it ends a prompt for generation with
+    source: of the template; empty where the tokenizer has none
+    end_of_turn: the token that training appends to an answer
+    error: why the template does not render it; the rest has its defaults then
+    user_header: what stands before a user turn
+    default_system: the system prompt that is inserted where a conversation has none
+    rewrites: how a turn changes once another follows it; None where it stays as it was trained on
+    strips_thinking: whether earlier turns lose their thinking
+    ends_answers: whether a special token follows an answer directly
+    starts_answers: whether an answer in a history begins as a generation prompt ends
     """
 
+    source: str
+    end_of_turn: str
     error: str | None = None
-    marks: TemplateMarks = TemplateMarks()
+    user_header: str = ""
     default_system: str = ""
     rewrites: str | None = None
     strips_thinking: bool = False
-    has_end: bool = True
-    begins_answer: bool = True
+    ends_answers: bool = True
+    starts_answers: bool = True
 
 
-def probe_template(chat_format: ChatFormat) -> Probe:
-    """Ask a tokenizer's template. Without a template there is nothing to ask."""
+def inspect_template(chat_format: ChatFormat) -> ChatTemplate:
+    """Render some conversations with a tokenizer's template, if it has one."""
     tokenizer = chat_format.tokenizer
     end = str(tokenizer.convert_ids_to_tokens(chat_format.end_of_turn))
-    if not chat_format.has_template:
-        return Probe(marks=TemplateMarks(end_of_turn=end))
+    source = str(tokenizer.chat_template or "")
+    if not source:
+        return ChatTemplate(source, end)
 
     def render(*contents: str, system: str | None = None, generation: bool = False) -> str:
-        messages: Messages = [] if system is None else [{"role": "system", "content": system}]
+        messages = [] if system is None else [{"role": "system", "content": system}]
         messages += [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
-        assert isinstance(text, str)
-        return text
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation))
 
     try:
         asked = render(QUESTION)
-        first = render(QUESTION, generation=True)
-        answered = render(QUESTION, ANSWER)
-        later = render(QUESTION, ANSWER, AGAIN, generation=True)
-        thought = f"{THINK}{THOUGHT}{END_THINK}{ANSWER}"
-        thinking = render(QUESTION, thought, AGAIN, generation=True)
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-        return Probe(error=" ".join(str(error).split()), marks=TemplateMarks(str(tokenizer.chat_template), "", end))
-    after_answer = answered.partition(ANSWER)[2]
-    has_end = after_answer.startswith(end)
-    between = later.partition(ANSWER)[2].partition(AGAIN)[0]
-    user_header = between.removeprefix(end)
-    strips = THOUGHT not in thinking
-    rewrites, begins_answer = None, True
-    if not later.startswith(first + ANSWER):
-        if _common(first + ANSWER, later) < len(asked):
-            rewrites = _difference(first + ANSWER, later)
-        else:
-            begins_answer = False
-    elif not strips and not thinking.startswith(first + thought):
-        rewrites = _difference(first + thought, thinking)
+        trained = render(QUESTION, generation=True) + ANSWER
+        history = render(QUESTION, ANSWER, NEXT, generation=True)
+        thought = f"{THINK}{THOUGHT}{END_THINK}"
+        thinking = render(QUESTION, thought + ANSWER, NEXT, generation=True)
+        ends_answers = render(QUESTION, ANSWER).partition(ANSWER)[2].startswith(end)
+    except TEMPLATE_ERRORS as error:
+        return ChatTemplate(source, end, error=" ".join(str(error).split()))
+    strips_thinking, rewrites = THOUGHT not in thinking, None
+    starts_answers = history.startswith(trained)
+    if not starts_answers and _common_prefix(trained, history) < len(asked):
+        rewrites, starts_answers = _difference(trained, history), True
+    elif starts_answers and not strips_thinking:
+        rewrites = _difference(trained.replace(ANSWER, thought + ANSWER), thinking)
     try:
-        given = render(QUESTION, system=SYSTEM)
-        default_system = _inserted(asked, given)
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError):  # some take no system turn
+        default_system = _default_system(asked, render(QUESTION, system=SYSTEM))
+    except TEMPLATE_ERRORS:  # some take no system turn
         default_system = ""
-    return Probe(
-        marks=TemplateMarks(str(tokenizer.chat_template), user_header, end),
+    return ChatTemplate(
+        source,
+        end,
+        user_header=history.partition(ANSWER)[2].partition(NEXT)[0].removeprefix(end),
         default_system=default_system,
         rewrites=rewrites,
-        strips_thinking=strips,
-        has_end=has_end,
-        begins_answer=begins_answer,
+        strips_thinking=strips_thinking,
+        ends_answers=ends_answers,
+        starts_answers=starts_answers,
     )
 
 
-def _difference(before: str, after: str) -> str:
-    """Where a text stops being the beginning of another, in words."""
-    same = _common(before, after)
-    return f"{_short(before[same:])} becomes {_short(after[same:])}"
+def _difference(before: str, after: str) -> str | None:
+    """Where a text stops being a prefix of another; None where it is one."""
+    same = _common_prefix(before, after)
+    return None if same == len(before) else f"{_excerpt(before[same:])} becomes {_excerpt(after[same:])}"
 
 
-def _common(first: str, second: str) -> int:
-    """Characters that two texts share at their beginning."""
+def _common_prefix(first: str, second: str) -> int:
     pairs = enumerate(zip(first, second, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
-def _short(text: str) -> str:
-    return repr(text if len(text) <= LONGEST else text[: LONGEST - 1] + "…")
+def _excerpt(text: str) -> str:
+    return repr(text if len(text) <= MAX_EXCERPT else text[: MAX_EXCERPT - 1] + "…")
 
 
-def _inserted(without: str, given: str) -> str:
-    """The text that stands in a render without a system turn where another has our own."""
-    before, _, behind = given.partition(SYSTEM)
+def _default_system(without: str, given: str) -> str:
+    """What a conversation without a system turn has in the place of ours."""
+    before, _, after = given.partition(SYSTEM)
     if not before.strip() or not without.startswith(before):
         return ""
-    text, found, _ = without[len(before) :].partition(behind)
+    text, found, _ = without[len(before) :].partition(after)
     return text.strip() if found else ""
 
 
 def template_findings(
-    probe: Probe, scan: Scan, end_of_turn: int, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int] | None
+    template: ChatTemplate, scan: Scan, chat_format: ChatFormat, stops: Sequence[int] | None
 ) -> list[Finding]:
-    """Two lines: on histories, and on the end of a turn.
+    """One finding on histories, one on the end of a turn.
 
     Args:
-        probe: of the template.
+        template: as inspected.
         scan: of the training rows.
-        end_of_turn: the token that is learned after every answer.
-        tokenizer: of the model.
-        stops: what generation_config.json or config.json names as the end; None where neither does.
+        chat_format: of the run.
+        stops: tokens at which generation_config.json or config.json ends generation; None where neither names one.
     """
-    end = str(tokenizer.convert_ids_to_tokens(end_of_turn))
-    if not tokenizer.chat_template:
-        return [
-            Finding("ok", "template", "none: prompt and response are put together as they are"),
-            _end_finding(end_of_turn, end, tokenizer, stops),
-        ]
-    if probe.error is not None:
-        text = f"the chat template refuses a conversation of user and assistant: {probe.error}"
-        return [Finding("warning", "template", text), _end_finding(end_of_turn, end, tokenizer, stops)]
-    findings = [_history_finding(probe, scan)]
-    if not probe.has_end:
-        text = (
-            f"the chat template puts no special token directly after an answer; {end} is learned there in all "
-            f"{scan.rows:,} rows, but no history has it; mend the template, or take an instruction-tuned model's"
-        )
-        findings.append(Finding("warning", "end of turn", text))
+    if not template.source:
+        first = Finding("ok", "template", "none: prompt and response are concatenated as they are")
+    elif template.error is not None:
+        text = f"the chat template rejects a conversation of user and assistant: {template.error}"
+        first = Finding("warning", "template", text)
     else:
-        findings.append(_end_finding(end_of_turn, end, tokenizer, stops))
-    return findings
+        first = _history_finding(template, scan)
+    return [first, _end_finding(template, scan, chat_format, stops)]
 
 
-def _history_finding(probe: Probe, scan: Scan) -> Finding:
-    """Whether the render of a history is the beginning of its render one turn later."""
-    if probe.rewrites is not None:
+def _history_finding(template: ChatTemplate, scan: Scan) -> Finding:
+    """Whether a conversation is rendered as a prefix of its continuation."""
+    name, thinking, no_system = "histories", scan.history_thinks, scan.no_system_turn
+    if template.rewrites is not None:
         text = (
-            f"the chat template renders a turn otherwise once another follows: {probe.rewrites}; the rows of a "
-            "dialogue share less than their texts do, and --messages_key is refused"
+            f"the chat template changes a turn once another follows: {template.rewrites}; the rows of a dialogue "
+            "share less than their texts do, and --messages_key is refused"
         )
-        return Finding("warning", "histories", text)
-    if probe.strips_thinking and scan.thinking_histories:
+        return Finding("warning", name, text)
+    if template.strips_thinking and thinking.count:
         text = (
-            f"the chat template strips the thinking of earlier turns: {rows_of(scan.thinking_histories, scan.rows)} "
-            f"lose some, e.g. {scan.thinking_example}; the model is trained on histories that it would not have written"
+            f"the chat template strips thinking from earlier turns: {rows_of(thinking.count, scan.rows)} lose some, "
+            f"e.g. {thinking.example}; the model is trained on histories that it would not have written"
         )
-        return Finding("warning", "histories", text)
-    text = "the render of a history is the beginning of its render one turn later"
-    if probe.strips_thinking:
-        text += "; thinking of earlier turns is stripped, but the rows have none"
-    if probe.default_system and scan.without_system:
-        rows = rows_of(scan.without_system, scan.rows)
-        text += f"; {rows} have no system turn and get the template's: {_short(probe.default_system)}"
-    return Finding("ok", "histories", text)
+        return Finding("warning", name, text)
+    text = "every conversation is rendered as a prefix of its continuation"
+    if template.strips_thinking:
+        text += "; thinking is stripped from earlier turns, but the rows have none there"
+    if template.default_system and no_system.count:
+        rows = rows_of(no_system.count, scan.rows)
+        text += f"; {rows} have no system turn and get the template's: {_excerpt(template.default_system)}"
+    return Finding("ok", name, text)
 
 
-def _end_finding(
-    end_of_turn: int, end: str, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int] | None
-) -> Finding:
-    """Whether what is learned at an answer's end is what programs that generate stop at."""
-    at = f"{end} is learned after every answer"
+def _end_finding(template: ChatTemplate, scan: Scan, chat_format: ChatFormat, stops: Sequence[int] | None) -> Finding:
+    """Whether the token that ends an answer is in histories too, and ends generation."""
+    name, end, tokenizer = "end of turn", template.end_of_turn, chat_format.tokenizer
+    if not template.ends_answers:
+        text = (
+            f"the chat template puts no special token directly after an answer; training appends {end} in all "
+            f"{scan.rows:,} rows, but histories do not have it; fix the template, or use an instruction-tuned model's"
+        )
+        return Finding("warning", name, text)
+    text = f"{end} is learned after every answer"
     known = [tokenizer.eos_token_id] if stops is None else list(stops)
-    if end_of_turn in known:
-        return Finding("ok", "end of turn", f"{at}, and generation stops at it")
+    if chat_format.end_of_turn in known:
+        return Finding("ok", name, f"{text}, and generation stops at it")
     source = "the tokenizer's end of sequence" if stops is None else "the model's generation config"
     names = ", ".join(str(tokenizer.convert_ids_to_tokens(stop)) for stop in known if stop is not None)
-    text = (
-        f"{at}, but {source} stops at {names or 'nothing'}: dsft.validate stops at both, other programs will not; "
-        "name it as eos_token_id in generation_config.json of the merged model"
+    text += (
+        f", but {source} stops at {names or 'nothing'}: dsft.validate stops at both, other programs do not; "
+        "add it to eos_token_id in the merged model's generation_config.json"
     )
-    return Finding("warning", "end of turn", text)
+    return Finding("warning", name, text)
 
 
 def start_finding(
-    probe: Probe, chat_format: ChatFormat, rows: Sequence[tuple[str, list[Segment], np.ndarray, np.ndarray]]
+    template: ChatTemplate, chat_format: ChatFormat, rows: Sequence[tuple[str, list[Segment], np.ndarray, np.ndarray]]
 ) -> Finding:
-    """Whether generation would start exactly where training's targets begin.
+    """Whether generation starts exactly where the targets begin.
 
-    The prompt of every answer is made into tokens in one piece, as dsft.validate does it, and compared with the tokens
-    that stand before the answer's targets in the row.
+    The prompt of every answer is tokenized in one piece, as dsft.validate does, and compared with the tokens before the
+    answer's targets in the row.
 
     Args:
-        probe: of the template.
+        template: as inspected.
         chat_format: of the run.
-        rows: for each row where it stands, its segments, and its untruncated tokens and targets.
+        rows: for each row its place, its segments, and its untruncated tokens and targets.
     """
-    different, example, prompts = 0, "", 0
-    for where, segments, tokens, is_target in rows:
+    compared = different = 0
+    example = ""
+    for place, segments, tokens, is_target in rows:
         starts = np.flatnonzero(is_target & ~np.concatenate([[False], is_target[:-1]]))
-        texts = _prompts(segments, str(chat_format.tokenizer.convert_ids_to_tokens(chat_format.end_of_turn)))
         # Answers that follow each other directly make one run of targets, whose first prompt is compared.
-        made = chat_format.tokenize([[Segment(text, False)] for text in texts[: len(starts)]])
-        prompts += len(made)
-        unlike = sum(
-            not np.array_equal(prompt, tokens[:start]) for (prompt, _), start in zip(made, starts, strict=True)
-        )
-        different += unlike
-        example = example or (where if unlike else "")
+        texts = _prompts(segments, template.end_of_turn)[: len(starts)]
+        prompts = [ids for ids, _ in chat_format.tokenize([[Segment(text, False)] for text in texts])]
+        unequal = sum(not np.array_equal(ids, tokens[:start]) for ids, start in zip(prompts, starts, strict=True))
+        compared, different = compared + len(prompts), different + unequal
+        example = example or (place if unequal else "")
     name = "start of answers"
     if different:
         text = (
-            f"{different:,} of {prompts:,} prompts have other tokens where they are generated from than in training, "
-            f"e.g. {example}; give one row a turn, with prompt and response"
+            f"{different:,} of {compared:,} prompts tokenize differently for generation than in training, "
+            f"e.g. {example}; use one row per turn, with prompt and response"
         )
         return Finding("warning", name, text)
-    if chat_format.has_template and probe.error is None and not probe.begins_answer:
+    if not template.starts_answers:
         text = (
-            "the chat template ends a prompt for generation otherwise than it begins an answer in a history, so "
-            "answers are trained after the one and read after the other"
+            "the chat template ends a generation prompt otherwise than it begins an answer in a history, so answers "
+            "are trained after one and read after the other"
         )
         return Finding("warning", name, text)
-    return Finding("ok", name, f"generation starts where the targets begin, in {prompts:,} prompts compared")
+    return Finding("ok", name, f"generation starts where the targets begin, in {compared:,} prompts compared")
 
 
 def _prompts(segments: Sequence[Segment], end: str) -> list[str]:
     """The text before each answer of a row."""
     texts, so_far, after_answer = [], "", False
     for segment in segments:
-        if segment.is_target:
-            if not after_answer:
-                texts.append(so_far)
-            so_far += segment.text + end
-        else:
-            so_far += segment.text
+        if segment.is_target and not after_answer:
+            texts.append(so_far)
+        so_far += segment.text + (end if segment.is_target else "")
         after_answer = segment.is_target or (after_answer and not segment.text)
     return texts

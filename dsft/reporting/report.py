@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from dsft.checkpointing.inspection import Line
+from dsft.checkpointing.inspection import CheckpointSummary
 from dsft.config import ReportConfig, TrainConfig
 from dsft.config.report import HTML
 from dsft.config.values import default_text, value_text
@@ -157,7 +157,7 @@ def _configuration(runs: Sequence[Run]) -> list[Block]:
 
 
 def _checkpoints(run: Run) -> list[Block]:
-    # Checksums are not compared here, so nothing is said of a complete checkpoint.
-    remarks = {"not compared": ""}
+    remarks = {"not compared": ""}  # checksums are not compared here
     rows = [[Mono(line.name), *line.cells()[1:], remarks.get(line.verdict, line.verdict)] for line in run.checkpoints]
-    return [table([*Line.HEAD[:-1], "links", ""], rows, right=(1, 2, 3, 4)) if rows else paragraph("None yet.")]
+    head = [*CheckpointSummary.HEAD[:-1], "links", ""]
+    return [table(head, rows, right=(1, 2, 3, 4)) if rows else paragraph("None yet.")]

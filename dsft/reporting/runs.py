@@ -9,8 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from dsft.checkpointing.inspection import Line, checkpoints_of
-from dsft.checkpointing.layout import METRICS, is_checkpoint
+from dsft.checkpointing.folder import METRICS, is_checkpoint
+from dsft.checkpointing.inspection import CheckpointSummary, checkpoints_of
 from dsft.checkpointing.state import CONFIG, TrainerState, read_command, read_flags
 from dsft.config.values import value_text
 from dsft.errors import UserError
@@ -41,7 +41,7 @@ class Run:
     flags: dict[str, Any]
     command: str | None
     metrics: pd.DataFrame
-    checkpoints: list[Line]
+    checkpoints: list[CheckpointSummary]
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -52,7 +52,7 @@ class Run:
     @property
     def state(self) -> TrainerState | None:
         """Of the newest checkpoint."""
-        states = [line.state for line in self.checkpoints if line.is_whole and line.state is not None]
+        states = [line.state for line in self.checkpoints if line.is_complete and line.state is not None]
         return states[-1] if states else None
 
     @property
@@ -83,7 +83,7 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
             run = read_run(Path(os.path.expanduser(path)), path)
         except OSError as error:
             place = error.filename or path
-            raise UserError(f"cannot read {place}: {reason(error)}; make it readable, or name another") from error
+            raise UserError(f"{place} cannot be read: {reason(error)}; make it readable, or choose another") from error
         resolved = run.folder.resolve()
         if resolved in runs:
             raise UserError(f"{path} and {runs[resolved].root} are the same run; name each run once")
@@ -173,8 +173,8 @@ def data_figures(run: Run) -> dict[str, str]:
     steps = steps.rename(columns=columns).reindex(columns=[*columns.values(), "epoch"])
     if len(steps):
         first = steps[steps["epoch"].fillna(0) <= 1]
-        is_whole = (first["epoch"] == 1).any() and len(first) == first.index[-1]
-        read, when = (first, "in the first epoch") if is_whole else (steps, f"in {len(steps)} logged steps")
+        is_complete = (first["epoch"] == 1).any() and len(first) == first.index[-1]
+        read, when = (first, "in the first epoch") if is_complete else (steps, f"in {len(steps)} logged steps")
         totals = read[["tokens", "targets"]].sum()
         figures |= {str(name): f"{total:,.0f} {when}" for name, total in totals.items() if total}
         folded = steps[steps["fold_ratio"] > 0]

@@ -11,7 +11,7 @@ import torch
 
 import dsft
 from dsft.backends.base import MOMENTS, PARAMETER, Backend, StateSlice, trainable
-from dsft.checkpointing.layout import ADAPTER, CONFIG, METRICS, MODEL, OPTIMIZER, CheckpointFolder
+from dsft.checkpointing.folder import ADAPTER, CONFIG, METRICS, MODEL, OPTIMIZER, CheckpointFolder
 from dsft.checkpointing.saving import Checkpointer, Snapshot
 from dsft.checkpointing.state import TrainerState, read_state
 from dsft.checkpointing.tensor_files import TensorReader

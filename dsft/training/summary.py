@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from dsft.checkpointing.layout import CheckpointFolder
+from dsft.checkpointing.folder import CheckpointFolder
 from dsft.checkpointing.state import TrainerState
 from dsft.config import TrainConfig
 from dsft.planning.out_of_memory import fitting_text

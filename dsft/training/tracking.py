@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dsft.checkpointing.layout import METRICS
+from dsft.checkpointing.folder import METRICS
 from dsft.checkpointing.state import TrainerState
 from dsft.config import TrainConfig
 from dsft.errors import UserError

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from dsft.backends import backend_class
-from dsft.checkpointing.layout import CONFIG, CheckpointFolder
+from dsft.checkpointing.folder import CONFIG, CheckpointFolder
 from dsft.checkpointing.resuming import InitialWeights, find_resume, open_output, read_history
 from dsft.checkpointing.state import TrainerState, with_command
 from dsft.config import EVERY_EPOCH, TrainConfig
@@ -102,7 +102,7 @@ class Trainer:
     def _plan(self, base: BaseModel) -> None:
         """Lay the run out, and predict what it needs; nothing of the model has been read yet."""
         config, data, size = self.config, self.data, self.world.size
-        [free] = runtime.least_over_ranks([free_memory(self.device, self.world)], self.device)
+        [free] = runtime.min_over_ranks([free_memory(self.device, self.world)], self.device)
         [self.matmul_rate] = runtime.sum_over_ranks([measure_matmul(self.dtype, self.device)], self.device)
         memory = Memory.of(self.device, free)
         self.plan = plan = runtime.on_main(

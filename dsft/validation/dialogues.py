@@ -180,7 +180,7 @@ def _measure_loss(
 ) -> dict[str, float]:
     """The same figure as the Trainer's."""
     model = generator.model
-    [free] = runtime.least_over_ranks([free_memory(device, world)], device)
+    [free] = runtime.min_over_ranks([free_memory(device, world)], device)
     plan = RunPlan.of_model(
         model, model.dtype, device, ranks=world.size, free=free, longest=int(data.lengths.max()), trees=False
     )

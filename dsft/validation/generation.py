@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dsft.checkpointing.layout import ADAPTER, find_checkpoint, is_checkpoint
+from dsft.checkpointing.folder import ADAPTER, find_checkpoint, is_checkpoint
 from dsft.checkpointing.models import resolve_model
 from dsft.checkpointing.tensor_files import TensorReader
 from dsft.config import ValidateConfig

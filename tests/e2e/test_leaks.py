@@ -52,14 +52,14 @@ def fingerprint(out: Path) -> str:
 
 def told(tmp_path: Path) -> str:
     return (
-        "3 of 5 validation rows leak from the training rows (2 whole rows, 2 prompts, 3 rows of 1 dialogues): "
-        f"{tmp_path}/v.parquet, row 2 is a copy of {tmp_path}/t.parquet, row 3"
+        "3 of 5 validation rows leak from the training rows (2 by row, 2 by prompt, 3 by dialogue), "
+        f"e.g. {tmp_path}/v.parquet, row 2 from {tmp_path}/t.parquet, row 3"
     )
 
 
 def test_by_default_one_line_warns(train, tmp_path):
     done = train()
-    remedy = "--on_leak drop_val or drop_train leaves them out, --on_leak ignore says nothing"
+    remedy = "drop the rows with --on_leak drop_val or drop_train, or silence this with --on_leak ignore"
     assert done.err == f"warning: {told(tmp_path)}; {remedy}\n"
     said = started(done)
     assert said["data"].startswith("6 rows, ")
@@ -70,14 +70,14 @@ def test_by_default_one_line_warns(train, tmp_path):
 def test_an_error_is_one_line_and_makes_nothing(train, tmp_path):
     done = train(on_leak="error")
     assert done.status == 1
-    remedy = "name other --val_files, or let --on_leak drop_val or drop_train leave them out"
+    remedy = "choose other --val_files, or drop the rows with --on_leak drop_val or drop_train"
     assert done.err == f"error: {told(tmp_path)}; {remedy}\n"
     assert not (tmp_path / "out").exists()
 
 
 def test_validation_rows_are_dropped_and_ignoring_is_silent(train, tmp_path):
     said = started(train(on_leak="drop_val", output_dir=tmp_path / "dropped"))
-    assert said["leaks"] == f"--on_leak drop_val leaves out 3 of 5 validation rows: {told(tmp_path)}"
+    assert said["leaks"] == f"--on_leak drop_val drops 3 of 5 validation rows: {told(tmp_path)}"
     assert said["val"].startswith("2 rows, ")
     assert said["data"].startswith("6 rows, ")
     done = train(on_leak="ignore", output_dir=tmp_path / "ignored")
@@ -95,7 +95,7 @@ def test_validation_rows_are_dropped_and_ignoring_is_silent(train, tmp_path):
 def test_dropped_training_rows_are_part_of_the_run(train, tmp_path):
     out = tmp_path / "out"
     said = started(train(on_leak="drop_train"))
-    assert said["leaks"] == f"--on_leak drop_train leaves out 2 of 6 training rows: {told(tmp_path)}"
+    assert said["leaks"] == f"--on_leak drop_train drops 2 of 6 training rows: {told(tmp_path)}"
     assert said["data"].startswith("4 rows, ")
     assert said["val"].startswith("5 rows, ")
     first = fingerprint(out)
@@ -114,7 +114,7 @@ def test_dropped_training_rows_are_part_of_the_run(train, tmp_path):
     )
     all_of_it = train(on_leak="drop_train", val_files=tmp_path / "t.parquet", output_dir=tmp_path / "none")
     assert all_of_it.status == 1
-    assert all_of_it.errors[0].startswith("error: --on_leak drop_train leaves no training row: 6 of 6 validation rows")
+    assert all_of_it.errors[0].startswith("error: --on_leak drop_train would leave no training row: 6 of 6 validation")
     assert not (tmp_path / "none").exists()
 
 
@@ -134,6 +134,6 @@ def test_a_share_of_the_rows_is_split_off_and_kept_for_a_resume(train, tmp_path)
     assert "val_fraction was 0.3, is 0.5" in other.errors[0]
     one = write_parquet(tmp_path / "one.parquet", turns("leaves", 3))
     refused = train(**split | {"train_files": one, "output_dir": tmp_path / "one"})
-    assert refused.errors[0].startswith("error: --val_fraction 0.3 splits whole dialogues, and all 3 rows of ")
+    assert refused.errors[0].startswith("error: --val_fraction 0.3 splits off whole dialogues, but all 3 rows of ")
     both = train(val_fraction=0.3, output_dir=tmp_path / "both")
-    assert both.errors == ["error: val_fraction takes its rows from --train_files; drop it, or --val_files"]
+    assert both.errors == ["error: val_fraction splits --train_files; drop it, or --val_files"]

@@ -58,23 +58,23 @@ Plant = Callable[[Rows, Rows], None]
 FAULTS: dict[str, tuple[Plant, dict, str]] = {
     "a row in both sets": (add_copy, {}, "leak by row: 1 of 29 validation rows are copies of training rows, "
         "e.g. v.parquet, row 2 and t.parquet, row 7, "),
-    "a dialogue in both sets": (add_later_turn, {}, "leak by dialogue: 1 of 29 validation rows are of 1 dialogue of "
+    "a dialogue in both sets": (add_later_turn, {}, "leak by dialogue: 1 of 29 validation rows share 1 dialogue with "
         "training rows, e.g. v.parquet, row 2 and t.parquet, row "),
-    "a level in both sets": (add_level, {}, "leak by level: 1 of 29 validation rows are of 1 level of training rows, "
+    "a level in both sets": (add_level, {}, "leak by level: 1 of 29 validation rows share 1 level with training rows, "
         "e.g. v.parquet, row 2 and t.parquet, row 7, "),
-    "a template that strips thinking": (nothing, {"template": FORGETFUL}, "histories: the chat template strips the "
-        r"thinking of earlier turns: \d\d of 40 rows lose some, e.g. t.parquet, row "),
+    "a template that strips thinking": (nothing, {"template": FORGETFUL}, "histories: the chat template strips "
+        r"thinking from earlier turns: \d\d of 40 rows lose some, e.g. t.parquet, row "),
     "a template without end of turn": (nothing, {"template": ENDLESS}, "end of turn: the chat template puts no special "
         "token directly after an answer; "),
-    "all answers cut": (nothing, {"max_length": 60, "truncation": "right"}, "truncation: the end of the answer is cut "
-        "in all 40 rows, 40 are left out because none of it is left, e.g. t.parquet, row 0"),
+    "all answers cut": (nothing, {"max_length": 60, "truncation": "right"}, "truncation: all 40 rows lose the end "
+        r"of the answer, 40 of them all of it \(these are dropped\), e.g. t.parquet, row 0"),
     "empty answers": (empty, {}, "empty answers: 2 of 40 rows have an answer without text, e.g. t.parquet, row 3;"),
-    "duplicates": (repeat, {}, "duplicates: 2 of 42 rows repeat an earlier one exactly, e.g. t.parquet, row 40 that "
+    "duplicates": (repeat, {}, "duplicates: 2 of 42 rows repeat an earlier row exactly, e.g. t.parquet, row 40 that "
         "of t.parquet, row 4;"),
-    "swapped columns": (swap, {}, "swapped columns: all 40 rows have what looks like a prompt as their response, "
+    "swapped columns": (swap, {}, "swapped columns: all 40 rows have what looks like a prompt in the response column, "
         "e.g. t.parquet, row 0; try --prompt_key response --response_key prompt"),
-    "roles in two languages": (mix_roles, {}, "role names: 10 of 40 rows name roles '用户', '助手' beside 'system', "
-        "'user', 'assistant', e.g. t.parquet, row 20;"),
+    "roles in two languages": (mix_roles, {}, "role names: 10 of 40 rows use the roles '用户', '助手' besides "
+        "'system', 'user', 'assistant', e.g. t.parquet, row 20;"),
 }  # fmt: skip
 
 

@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 import sys
-from dataclasses import replace
+from argparse import Namespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -13,25 +13,19 @@ import pytest
 from tests.helpers import ROOT, SAMPLE_TRAIN
 
 sys.path.insert(0, str(ROOT / "scripts"))
-import bench_common as bench
 import bench_gpu
-from bench_common import Arm, Case
+import bench_throughput as bench
+from bench_throughput import Arm
 
-CASE = Case(
-    model="smollm2-135m",
-    train_files=str(SAMPLE_TRAIN),
-    rows=8,
-    train_batch_size=8,
-    epochs=3,
-    max_length=2048,
-    dtype="float32",
-    ranks=2,
-    lora_rank=16,
-    lora_alpha=32,
-    gradient_checkpointing=False,
-    max_tokens_per_micro_batch=None,
-    sampling="sequential",
-)
+CASE = {
+    "model": "smollm2-135m", "train_files": str(SAMPLE_TRAIN), "rows": 8, "train_batch_size": 8, "epochs": 3,
+    "max_length": 2048, "dtype": "float32", "ranks": 2, "lora_rank": 16, "lora_alpha": 32, "repeats": 2,
+    "gradient_checkpointing": False, "dsft_tokens": None, "trl_sampling": "sequential",
+}  # fmt: skip
+
+
+def case(**changes):
+    return Namespace(**CASE | changes)
 
 
 def outcome(*seconds, loss=2.0, peak=1.0):
@@ -42,7 +36,7 @@ def outcome(*seconds, loss=2.0, peak=1.0):
     return {"steps": steps, "peak_gib_by_rank": {0: peak, 1: peak / 2}, "gpu_peak_gib": None}
 
 
-SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("bench_*.py") if path.stem != "bench_common")
+SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("bench_*.py"))
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "compare_backends", "fault_drills", "profile_step"])
@@ -53,64 +47,68 @@ def test_help_says_how_to_call_it(script, commands):
 
 
 def test_arms_stand_for_every_fold_and_micro_batch_size():
-    arms = bench.parse_arms("dsft:fsdp,dsft:zero3:off,trl:fsdp,trl:zero3:2,trl:fsdp:1", [1, 4])
+    arms = bench.parse_arms("dsft:fsdp,dsft:zero3:off,trl:fsdp,trl:zero3:2,trl:fsdp:1", "1,4")
     names = ["dsft:fsdp:batch", "dsft:fsdp:off", "dsft:zero3:off", "trl:fsdp:1", "trl:fsdp:4", "trl:zero3:2"]
     assert [str(arm) for arm in arms] == names
 
 
-@pytest.mark.parametrize("text", ["trl", "dsft:plain", "dsft:fsdp:all", "trl:fsdp:0", "trl:fsdp:x", "", "axolotl:fsdp"])
+WRONG_ARMS = ["trl", "dsft:plain", "dsft:fsdp:all", "trl:fsdp:0", "trl:fsdp:x", "", "axolotl:fsdp", "dsft:fsdp@tests"]
+
+
+@pytest.mark.parametrize("text", WRONG_ARMS)
 def test_unknown_arms_are_refused(text):
     with pytest.raises(SystemExit, match="error: --arms"):
-        bench.parse_arms(text, [1])
+        bench.parse_arms(text)
 
 
 @pytest.mark.parametrize(
-    ("case", "arm"),
+    ("changes", "arm"),
     [
-        (replace(CASE, rows=9), Arm("dsft", "fsdp", "off")),
-        (CASE, Arm("trl", "fsdp", "3")),
-        (CASE, Arm("trl", "plain", "1")),
-        (replace(CASE, train_batch_size=4), Arm("dsft", "fsdp", "batch")),
-        (replace(CASE, train_batch_size=4, sampling="batch_rebalance"), Arm("trl", "fsdp", "1")),
+        ({"rows": 9}, Arm("dsft", "fsdp", "off")),
+        ({}, Arm("trl", "fsdp", "3")),
+        ({}, Arm("trl", "plain", "1")),
+        ({"train_batch_size": 4}, Arm("dsft", "fsdp", "batch")),
+        ({"train_batch_size": 4, "trl_sampling": "batch_rebalance"}, Arm("trl", "fsdp", "1")),
+        ({"epochs": 0}, Arm("trl", "fsdp", "1")),
     ],
 )
-def test_cases_in_which_the_batches_would_differ_are_refused(case, arm):
+def test_cases_in_which_the_batches_would_differ_are_refused(changes, arm):
     with pytest.raises(SystemExit, match="error: "):
-        bench.check_case(case, [arm])
-    bench.check_case(CASE, [Arm("trl", "fsdp", "4"), Arm("dsft", "fsdp", "batch")])
+        bench.check_case(case(**changes), [arm])
+    bench.check_case(case(), [Arm("trl", "fsdp", "4"), Arm("dsft", "fsdp", "batch")])
 
 
 def test_losses_are_compared_with_trl_and_a_wrong_one_ends_without_times(capsys):
     results = {"dsft:fsdp:off": [outcome(5, 4, loss=2.0003)], "trl:fsdp:1": [outcome(9, 8)]}
-    record = bench.judge(results, CASE, {"tokens": 100})
+    record = bench.evaluate(results, case(), {"tokens": 100})
     assert record["losses_disagree"] == ["dsft:fsdp:off"]
     assert record["summary"] == {}
     with pytest.raises(SystemExit, match=r"no times of rows: .* dsft:fsdp:off"):
         bench.finish({"rows": record}, None)
-    assert "s an epoch" not in capsys.readouterr().out
-    assert bench.loss_table(results, replace(CASE, dtype="bfloat16"))[1] == []
+    assert "s per epoch" not in capsys.readouterr().out
+    assert bench.loss_table(results, case(dtype="bfloat16"))[1] == []
 
 
 def test_a_loss_that_is_no_number_or_wrong_in_one_repeat_disagrees():
     results = {"trl:fsdp:1": [outcome(1)], "dsft:fsdp:off": [outcome(1), outcome(1, loss=2.1)]}
-    assert bench.loss_table(results, CASE)[1] == ["dsft:fsdp:off"]
-    results["dsft:fsdp:off"] = [outcome(1, loss=math.nan)]
-    assert bench.loss_table(results, CASE)[1] == ["dsft:fsdp:off"]
+    assert bench.loss_table(results, case())[1] == ["dsft:fsdp:off"]
+    results["dsft:fsdp:off"] = [outcome(1), outcome(1, loss=math.nan)]
+    assert bench.loss_table(results, case())[1] == ["dsft:fsdp:off"]
 
 
 def test_an_epoch_is_the_median_after_the_first_over_all_repeats():
-    row = bench.summarize([outcome(9, 4, 6), outcome(8, 5, 100, peak=3.0)], CASE, 1000)
+    row = bench.summarize([outcome(9, 4, 6), outcome(8, 5, 100, peak=3.0)], case(), 1000)
     assert row["epoch_seconds"] == 5.5
     assert row["epoch_seconds_range"] == [4, 100]
     assert row["first_epoch_seconds"] == 8.5
     assert row["cpu_seconds"] == 11
     assert row["peak_gib"] == 3.0
     assert row["tokens_per_second"] == pytest.approx(1000 / 5.5)
-    assert bench.summarize([outcome(9)], replace(CASE, epochs=1), 1000)["epoch_seconds"] == 9
+    assert bench.summarize([outcome(9)], case(epochs=1), 1000)["epoch_seconds"] == 9
 
 
 def test_an_epoch_of_several_steps_is_their_sum():
-    row = bench.summarize([outcome(1, 2, 3, 4)], replace(CASE, train_batch_size=4, epochs=2), 1000)
+    row = bench.summarize([outcome(1, 2, 3, 4)], case(train_batch_size=4, epochs=2), 1000)
     assert row["epoch_seconds"] == 7
     assert row["computed_tokens"] == 200
 
@@ -124,7 +122,7 @@ def test_ratios_are_to_trls_fastest_and_to_the_same_backend(tmp_path):
         "trl:zero3:1": 20,
         "trl-targets:fsdp:1": 5,
     }
-    record = bench.judge({name: [outcome(s)] for name, s in seconds.items()}, CASE, {"tokens": 100, "file": tmp_path})
+    record = bench.evaluate({name: [outcome(s)] for name, s in seconds.items()}, case(), {"tokens": 100})
     summary = record["summary"]
     assert [summary[name]["times_trl"] for name in seconds] == pytest.approx([5, 2.5, 10 / 12, 1, 0.5, 2])
     assert summary["dsft:zero3:batch"]["times_trl_same_backend"] == 5
@@ -152,12 +150,14 @@ def test_exported_rows_have_dsfts_tokens_and_targets(tmp_path, tokenizer, batch)
     from dsft.dataset.batches import GlobalBatches
     from dsft.dataset.tokens import load_dataset
 
-    facts = bench.export_rows(replace(CASE, train_batch_size=batch), tmp_path / "rows.parquet")
+    facts = bench.export_rows(case(train_batch_size=batch), tmp_path / "rows.parquet")
     rows = pq.read_table(tmp_path / "rows.parquet").to_pylist()
     data = load_dataset([str(SAMPLE_TRAIN)], "train_files", tokenizer, RowFlags(), max_rows=8)
     assert sum(label != -100 for row in rows for label in row["labels"]) == facts["targets"] == data.counts.targets
     assert all(label in (-100, token) for row in rows for token, label in zip(*row.values(), strict=True))
-    batches = [range(8)] if batch == 8 else GlobalBatches(np.arange(8), np.arange(8), batch, bench.SEED).epoch(0)
+    batches = (
+        [range(8)] if batch == 8 else GlobalBatches(np.arange(8), np.arange(8), batch, bench.SETTINGS["seed"]).epoch(0)
+    )
     for start, members in zip(range(0, 8, batch), batches, strict=True):
         expected = sorted(data[row][0].tolist() for row in members)
         got = [row["input_ids"] for row in rows[start : start + batch]]
@@ -167,7 +167,7 @@ def test_exported_rows_have_dsfts_tokens_and_targets(tmp_path, tokenizer, batch)
 
 def test_too_few_rows_are_refused(tmp_path):
     with pytest.raises(SystemExit, match="has 91 rows"):
-        bench.export_rows(replace(CASE, rows=1000, train_batch_size=1000), tmp_path / "rows.parquet")
+        bench.export_rows(case(rows=1000, train_batch_size=1000), tmp_path / "rows.parquet")
 
 
 def test_a_running_command_is_read_and_its_ranks_memory_seen(tmp_path):
@@ -181,7 +181,7 @@ def test_a_running_command_is_read_and_its_ranks_memory_seen(tmp_path):
     )
     peaks = {}
     words = [sys.executable, "-c", code, str(tmp_path / "steps")]
-    lines = list(bench.watched(words, tmp_path / "log", tmp_path / "steps", peaks, "an arm"))
+    lines = list(bench.watch(words, tmp_path / "log", tmp_path / "steps", peaks, "an arm"))
     assert [line["step"] for line in lines] == [1, 2]
     assert 0 < lines[0]["cpu_seconds"] < 10
     assert 0.05 < peaks[0] < 0.15 < peaks[1] < 0.25
@@ -190,21 +190,25 @@ def test_a_running_command_is_read_and_its_ranks_memory_seen(tmp_path):
 def test_a_command_that_fails_ends_with_its_error(tmp_path):
     words = [sys.executable, "-c", "raise RuntimeError('no room')"]
     with pytest.raises(SystemExit, match=r"(?s)trl:fsdp:1 ended with status 1.*RuntimeError: no room"):
-        list(bench.watched(words, tmp_path / "log", tmp_path / "steps", {}, "trl:fsdp:1"))
+        list(bench.watch(words, tmp_path / "log", tmp_path / "steps", {}, "trl:fsdp:1"))
 
 
-def test_a_result_is_reused_while_case_and_code_are_the_same(tmp_path, monkeypatch):
+def test_arms_are_repeated_in_turn_and_other_checkouts_compared(tmp_path, monkeypatch, capsys):
     calls = []
-    monkeypatch.setattr(bench, "run_arm", lambda arm, *_: calls.append(str(arm)) or outcome(1))
-    arms, facts = bench.parse_arms("dsft:fsdp:off,trl:fsdp:1", [1]), {"rows_digest": "some"}
-    results = bench.run_all(arms, CASE, 2, tmp_path, facts)
-    assert calls == ["dsft:fsdp:off", "trl:fsdp:1"] * 2
-    assert [len(runs) for runs in results.values()] == [2, 2]
-    bench.run_all(arms, CASE, 2, tmp_path, facts)
-    assert len(calls) == 4
-    bench.run_all(arms, replace(CASE, dtype="bfloat16"), 1, tmp_path, facts)
-    bench.run_all(arms, CASE, 1, tmp_path, {"rows_digest": "other"})
-    assert len(calls) == 8
+
+    def run_arm(arm, *_):
+        calls.append(str(arm))
+        return outcome(9, 3 if arm.tree == ROOT else 4)
+
+    (tmp_path / "dsft").mkdir()
+    (tmp_path / "dsft" / "train.py").touch()
+    monkeypatch.setattr(bench, "run_arm", run_arm)
+    monkeypatch.setattr(bench, "export_rows", lambda *_: {"tokens": 100, "targets": 10, "longest": 20})
+    record = bench.measure(case(), bench.parse_arms(f"dsft:fsdp:off,dsft:fsdp:off@{tmp_path}"), tmp_path)
+    assert calls == ["dsft:fsdp:off", f"dsft:fsdp:off@{tmp_path}"] * 2
+    (line,) = bench.tree_lines(record["summary"])
+    assert line.startswith("dsft:fsdp:off: 0.750 times the epoch seconds, ")
+    assert line.endswith(f" of {tmp_path}")
 
 
 def test_random_rows_have_the_length_asked_for_and_fold(tokenizer):
@@ -213,8 +217,8 @@ def test_random_rows_have_the_length_asked_for_and_fold(tokenizer):
 
     form = ChatFormat(tokenizer)
 
-    def tokens(case):
-        rows = bench_gpu.make_rows(case, tokenizer, length=512, rows=2, dialogues=2, turns=8)
+    def tokens(kind):
+        rows = bench_gpu.make_rows(kind, tokenizer, length=512, rows=2, dialogues=2, turns=8)
         parts = [form.prompt_and_response(row["prompt"], row["response"], Cell("", 0)) for row in rows]
         return [ids.tolist() for ids, _ in form.tokenize(parts)]
 
@@ -234,8 +238,3 @@ def test_work_of_the_7b_shape_is_near_the_published_one():
     assert bench_gpu.peak_tflops("NVIDIA H100 80GB HBM3", None) == 989.4
     assert bench_gpu.peak_tflops("Another", None) is None
     assert bench_gpu.peak_tflops("Another", 100.0) == 100.0
-
-
-def test_without_a_gpu_its_rows_are_unmeasured():
-    table = bench_gpu.unmeasured("single", [Arm("trl", "plain", "1")])
-    assert "| trl:plain:1 | unmeasured | unmeasured |" in table

@@ -40,7 +40,7 @@ def test_a_runs_folder_in_place_of_the_model_in_it(tmp_path):
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "config.json").write_text("{}")
     told = message(resolve_model, str(tmp_path))
-    assert told.endswith(f"so it is no model (did you mean '{tmp_path}/merged'?); name one that has")
+    assert told.endswith(f"so it is not a model (did you mean '{tmp_path}/merged'?); name one that is")
 
 
 def test_a_folder_whose_name_looks_like_one_of_the_hub(tmp_path, monkeypatch):
@@ -57,7 +57,7 @@ def test_a_folder_whose_name_looks_like_one_of_the_hub(tmp_path, monkeypatch):
 
 def test_a_config_file_and_a_checkpoint(tmp_path):
     from dsft import cli
-    from dsft.checkpointing.layout import find_checkpoint
+    from dsft.checkpointing.folder import find_checkpoint
     from dsft.config import TrainConfig
 
     (tmp_path / "run.yaml").write_text("lr: 1")

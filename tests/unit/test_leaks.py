@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsft.config import GenerateConfig
+from dsft.config import GenerateConfig, TrainConfig
 from dsft.config.flags import RowFlags
-from dsft.dataset.leaks import find_leaks, rows_to_drop
+from dsft.dataset.leaks import find_leaks, separate
 from dsft.dataset.tokens import load_dataset
 from dsft.envs.expert_data import generate
 from tests.helpers import MEDICAL, ROOT, SAMPLE_TRAIN, SAMPLE_VAL, message, token_dataset, write_parquet
@@ -38,6 +38,11 @@ def found(train, val) -> dict[str, list[int]]:
     return {kind: getattr(leaks, kind).val.tolist() for kind in KINDS}
 
 
+def pairs(matches) -> list[tuple[int, int]]:
+    """(validation row, training row)."""
+    return list(zip(matches.val.tolist(), matches.train.tolist(), strict=True))
+
+
 NOTHING: dict[str, list[int]] = {kind: [] for kind in KINDS}
 OTHERS = [([1, 1, 7], [3, END]), ([1, 2, 7], [3, END])]
 
@@ -51,7 +56,7 @@ def test_a_copied_row_leaks_in_every_way_that_tokens_can():
     val = [([5, 7], [3, END]), ([1, 2, 7], [3, END])]
     assert found(OTHERS, val) == {"rows": [1], "prompts": [1], "dialogues": [1], "levels": []}
     leaks = find_leaks(dataset(OTHERS), dataset(val))
-    assert leaks.rows.examples() == leaks.prompts.examples() == leaks.dialogues.examples() == [(1, 1)]
+    assert pairs(leaks.rows) == pairs(leaks.prompts) == pairs(leaks.dialogues) == [(1, 1)]
     assert (leaks.val_rows.tolist(), leaks.train_rows.tolist()) == ([1], [1])
 
 
@@ -135,12 +140,12 @@ def slowly(train, val) -> dict[str, list[int]]:
 def test_every_pair_compared_gives_the_same_and_what_is_named_is_found_in_both_rows(train, val):
     leaks = find_leaks(dataset(train), dataset(val))
     assert {kind: getattr(leaks, kind).val.tolist() for kind in KINDS} == slowly(train, val)
-    for val_row, train_row in leaks.rows.examples(99):
+    for val_row, train_row in pairs(leaks.rows):
         assert val[val_row][:2] == train[train_row][:2]
         assert train_row == min(i for i, row in enumerate(train) if row[:2] == val[val_row][:2])
-    for val_row, train_row in leaks.prompts.examples(99):
+    for val_row, train_row in pairs(leaks.prompts):
         assert val[val_row][0] == train[train_row][0]
-    for val_row, train_row in leaks.levels.examples(99):
+    for val_row, train_row in pairs(leaks.levels):
         assert val[val_row][2] == train[train_row][2]
     assert leaks.levels.distinct == len({row[2] for row in train} & {row[2] for row in val} - {0})
     assert leaks.prompts.distinct == len({(*row[0],) for row in train} & {(*row[0],) for row in val})
@@ -169,44 +174,42 @@ LEAKING = [([5, 7], [3, END]), ([1, 2, 7], [4, END]), ([1, 2, 7, 4, END, 5, 7], 
 
 def acted(on_leak, train=TRAIN, val=LEAKING):
     warnings: list[str] = []
-    rows, line = rows_to_drop(dataset(train), dataset(val), on_leak, warnings.append)
-    return rows.tolist(), line, warnings
+    flags = TrainConfig(model="m", train_files=["t"], output_dir="o", on_leak=on_leak)
+    found = separate(dataset(train), dataset(val), flags, warnings.append)
+    assert (found.leaks is None) == (on_leak == "ignore")
+    return found.drop_train.tolist(), found.drop_val.tolist(), found.text, warnings
 
 
-COUNTS = (
-    "2 of 3 validation rows leak from the training rows (1 prompts, 2 rows of 1 dialogues): "
-    "row 1 has the prompt of row 1"
-)
+COUNTS = "2 of 3 validation rows leak from the training rows (1 by prompt, 2 by dialogue), e.g. row 1 from row 1"
 
 
 def test_a_warning_says_how_many_rows_where_and_what_to_do():
-    remedy = "--on_leak drop_val or drop_train leaves them out, --on_leak ignore says nothing"
-    assert acted("warn") == ([], "", [f"{COUNTS}; {remedy}"])
+    remedy = "drop the rows with --on_leak drop_val or drop_train, or silence this with --on_leak ignore"
+    assert acted("warn") == ([], [], "", [f"{COUNTS}; {remedy}"])
 
 
 def test_an_error_says_the_same():
     told = message(acted, "error")
-    assert told == f"{COUNTS}; name other --val_files, or let --on_leak drop_val or drop_train leave them out"
+    assert told == f"{COUNTS}; choose other --val_files, or drop the rows with --on_leak drop_val or drop_train"
 
 
 def test_dropping_names_the_rows_of_one_side():
-    assert acted("drop_val") == ([1, 2], f"--on_leak drop_val leaves out 2 of 3 validation rows: {COUNTS}", [])
-    assert acted("drop_train") == ([1], f"--on_leak drop_train leaves out 1 of 3 training rows: {COUNTS}", [])
+    assert acted("drop_val") == ([], [1, 2], f"--on_leak drop_val drops 2 of 3 validation rows: {COUNTS}", [])
+    assert acted("drop_train") == ([1], [], f"--on_leak drop_train drops 1 of 3 training rows: {COUNTS}", [])
 
 
-def test_nothing_is_said_where_nothing_leaks_or_nobody_wants_to_know():
-    assert acted("ignore") == ([], "", [])
+def test_no_warning_without_leaks_or_with_ignore():
+    assert acted("ignore") == ([], [], "", [])
     for on_leak in ("warn", "error", "drop_val", "drop_train"):
-        assert acted(on_leak, val=LEAKING[:1]) == ([], "", [])
+        assert acted(on_leak, val=LEAKING[:1]) == ([], [], "", [])
 
 
 def test_a_side_of_which_nothing_would_be_left():
-    assert message(acted, "drop_val", val=LEAKING[1:]).startswith(
-        "--on_leak drop_val leaves no validation row: 2 of 2 "
-    )
+    told = message(acted, "drop_val", val=LEAKING[1:])
+    assert told.startswith("--on_leak drop_val would leave no validation row: 2 of 2 ")
     told = message(acted, "drop_train", train=OTHERS[1:])
-    assert told.startswith("--on_leak drop_train leaves no training row: 2 of 3 ")
-    assert told.endswith("; name other --val_files")
+    assert told.startswith("--on_leak drop_train would leave no training row: 2 of 3 ")
+    assert told.endswith("; choose other --val_files")
 
 
 # Rows from files
@@ -240,8 +243,8 @@ def test_both_places_are_named_by_file_and_row_though_rows_were_dropped(load, tm
     assert len(train) == 3
     told = find_leaks(train, val).summary(train, val)
     assert told == (
-        "1 of 1 validation rows leak from the training rows (1 whole rows, 1 prompts, 1 rows of 1 dialogues): "
-        f"{tmp_path}/val.parquet, row 1 is a copy of {tmp_path}/train.parquet, row 4"
+        "1 of 1 validation rows leak from the training rows (1 by row, 1 by prompt, 1 by dialogue), "
+        f"e.g. {tmp_path}/val.parquet, row 1 from {tmp_path}/train.parquet, row 4"
     )
 
 
@@ -309,7 +312,7 @@ def test_levels_of_games_are_known_under_other_seeds_and_in_another_style(tokeni
     assert 0 < len(expected) < len(val_boards)
     assert leaks.levels.val.tolist() == leaks.val_rows.tolist() == expected
     assert leaks.levels.distinct == len(set(train_boards) & set(val_boards))
-    assert all(val_boards[v] == train_boards[t] for v, t in leaks.levels.examples(99))
+    assert all(val_boards[v] == train_boards[t] for v, t in pairs(leaks.levels))
     assert [len(leaks.rows), len(leaks.prompts), len(leaks.dialogues)] == [0, 0, 0]
 
 

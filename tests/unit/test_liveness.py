@@ -1,180 +1,87 @@
-"""What the watch counts and whom it gives up, without ranks: peers are processes that sleep, ticks are calls."""
+"""What needs no ranks: heartbeats over a store in this process, and what the watch says. The rest has real ranks."""
 
-import os
 import subprocess
 import sys
 import time
 
 import psutil
 import pytest
+import torch.distributed as dist
 
 from dsft import processes
 from dsft.distributed import liveness
-from dsft.distributed.liveness import (
-    TICKS_GONE,
-    TICKS_ORPHANED,
-    TICKS_SILENT,
-    TICKS_SILENT_AFTER_FAILURE,
-    TICKS_STOPPED,
-    Beats,
-    Liveness,
-    Peer,
-    Verdict,
-    Word,
-)
-from tests.helpers import ROOT
+from dsft.distributed.liveness import Heartbeat, Liveness, Verdict
+from tests.helpers import PRODUCED, ROOT
+
+TICK = 0.05
 
 
-class Ended(BaseException):
-    """In place of the process's end; no Exception, so that the watch does not survive it."""
+def beat(machine: str, store: dist.Store, machines: str = "abc") -> Heartbeat:
+    return Heartbeat(store, machine, list(machines), TICK, is_host=machine == "a")
 
 
-@pytest.fixture
-def watch(monkeypatch) -> Liveness:
-    """A watch that ends by an exception that holds the verdict."""
-
-    def end(self, verdict):
-        raise Ended(verdict)
-
-    monkeypatch.setattr(Liveness, "_end", end)
-    for name in liveness.LAUNCHER_VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    return Liveness(lambda: "")
-
-
-@pytest.fixture
-def peer(watch):
-    """A process that sleeps, watched as rank 1."""
-    with subprocess.Popen(["sleep", "60"]) as child:
-        process = psutil.Process(child.pid)
-        known = Peer(1, child.pid, process.create_time(), "h", watch._place, 0)
-        watch._everyone, watch._here = [known], {1: liveness._process(known)}
-        yield process
-        child.kill()
-
-
-def look(watch: Liveness, times: int) -> None:
-    for _ in range(times):
-        watch._look()
-
-
-def given_up(watch: Liveness) -> Verdict:
-    with pytest.raises(Ended) as ended:
-        watch._look()
-    return ended.value.args[0]
-
-
-def become(process: psutil.Process, status: str) -> None:
-    give_up = time.monotonic() + 10
-    while process.status() != status:
+def wait_for(condition) -> None:
+    give_up = time.monotonic() + 20
+    while not condition():
         assert time.monotonic() < give_up
-        time.sleep(0.001)
+        time.sleep(TICK)
 
 
-# Peers of the machine
+def test_only_a_machine_that_was_heard_of_is_missed():
+    store = dist.HashStore()
+    store.add("b", 1)  # one beat, then silence; nothing was ever heard of c
+    first = beat("a", store)
+    wait_for(lambda: first.silent()["b"] > 5)
+    assert first.silent()["c"] == 0
+    second = beat("b", store)
+    wait_for(lambda: first.silent()["b"] < 2)
+    wait_for(lambda: second.silent()["a"] < 2)
 
 
-@pytest.mark.parametrize("is_reaped", [False, True], ids=["zombie", "gone"])
-def test_a_peer_that_has_died(watch, peer, is_reaped):
-    look(watch, 2 * TICKS_GONE)
-    peer.kill()
-    become(peer, psutil.STATUS_ZOMBIE)
-    if is_reaped:
-        os.waitpid(peer.pid, 0)
-    look(watch, TICKS_GONE - 1)
-    verdict = given_up(watch)
-    assert verdict.reason.startswith(f"rank 1 (process {peer.pid} on h) has died")
-    assert verdict.lost == (1,)
+class Unreachable(dist.Store):
+    """A store that never answers, as that of a stopped process, or whose process has exited."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        super().__init__()
+        self._error = error
+
+    def add(self, key, value):
+        if self._error is not None:
+            raise self._error
+        time.sleep(60)
 
 
-def test_a_peer_that_is_stopped_for_long(watch, peer):
-    peer.suspend()
-    become(peer, psutil.STATUS_STOPPED)
-    look(watch, TICKS_STOPPED - 1)
-    peer.resume()
-    become(peer, psutil.STATUS_SLEEPING)
-    look(watch, 1)
-    peer.suspend()
-    become(peer, psutil.STATUS_STOPPED)
-    look(watch, TICKS_STOPPED - 1)  # it counts anew
-    assert "has been stopped for 20 s" in given_up(watch).reason
-    watch._kill_stopped()
-    become(peer, psutil.STATUS_ZOMBIE)
+def test_a_store_that_does_not_answer_is_the_silence_of_the_first_machine_alone():
+    heartbeat = beat("b", Unreachable())
+    assert [heartbeat.silent() for _ in range(3)][-1] == {"a": 3, "c": 0}
+    assert not heartbeat.is_broken
+    mine = Verdict("it broke")
+    assert heartbeat.agree(mine) is mine
 
 
-def test_only_a_stopped_peer_is_killed(watch, peer):
-    watch._stopped[1] = TICKS_STOPPED
-    watch._kill_stopped()
-    assert peer.status() in (psutil.STATUS_RUNNING, psutil.STATUS_SLEEPING)
+def test_a_lost_connection_is_known():
+    heartbeat = beat("b", Unreachable(RuntimeError("Connection reset by peer")))
+    wait_for(lambda: heartbeat.is_broken)
 
 
-def test_another_process_with_the_number_of_a_peer_is_not_it(watch, peer):
-    later = Peer(1, peer.pid, peer.create_time() - 60, "h", watch._place, 0)
-    assert liveness._process(later) is None
-    assert liveness._process(Peer(1, 2**22 + 1, 0.0, "h", watch._place, 0)) is None
-
-
-def test_a_process_table_that_cannot_be_read_loses_nobody(watch, peer, monkeypatch):
-    def refuse(self):
-        raise psutil.AccessDenied
-
-    monkeypatch.setattr(psutil.Process, "status", refuse)
-    look(watch, 2 * TICKS_STOPPED)
-
-
-def test_a_fault_of_the_watch_ends_nothing(watch, monkeypatch, capfd):
-    def fail():
-        raise RuntimeError("no table")
-
-    assert watch._survive(fail) is None
-    assert capfd.readouterr().err == ""
-    watch._debug = True
-    assert watch._survive(fail) is None
-    assert "RuntimeError: no table" in capfd.readouterr().err
-
-
-def test_the_word_is_given_once():
-    first, second, third = Word(), Word(), Word()
-    for other in (second, third):
-        other.share(Peer(0, os.getpid(), 0.0, "h", "p", first.file))
-    assert [second.take(), first.take(), third.take(), second.take()] == [True, False, False, True]
-
-
-def test_a_word_that_cannot_be_shared_is_ones_own():
-    word = Word()
-    word.share(Peer(0, os.getpid(), 0.0, "h", "p", 10**6))
-    assert word.take()
-
-
-# The launcher
-
-
-@pytest.fixture
-def orphan(watch, monkeypatch) -> Liveness:
-    """A watch whose launcher has died."""
-    watch._launcher = os.getppid() + 1
-    return watch
-
-
-def test_an_orphan_without_steps_ends_at_once(orphan):
-    assert given_up(orphan).reason == f"the run's launcher (process {os.getppid() + 1}) has died"
-
-
-def test_an_orphan_with_steps_is_told_once_and_has_ten_minutes(orphan):
-    told = []
-    orphan.on_orphaned = lambda: told.append(True)
-    look(orphan, TICKS_ORPHANED)
-    assert told == [True]
-    assert "it did not get to its end in 10 minutes" in given_up(orphan).reason
+def test_all_agree_on_the_first_verdict():
+    store = dist.HashStore()
+    first, second = (beat(machine, store, "ab") for machine in "ab")
+    assert first.agree(Verdict("one", [1])) == Verdict("one", [1])
+    assert second.agree(Verdict("two")).reason == "one"
 
 
 @pytest.mark.parametrize(
     ("variables", "is_watched"), [({}, False), ({"TORCHELASTIC_RUN_ID": "x"}, True), ({"CROSS_SIZE": "1"}, True)]
 )
-def test_a_parent_is_watched_where_it_is_a_launcher(watch, monkeypatch, variables, is_watched):
+def test_a_parent_is_watched_where_it_is_a_launcher(monkeypatch, variables, is_watched):
+    for name in processes.LAUNCHER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert Liveness(lambda: "")._launcher == (processes.PARENT if is_watched else None)
+    launcher = processes.Launcher()
+    assert launcher.pid == (processes.PARENT if is_watched else None)
+    assert not launcher.has_died()
 
 
 def test_the_parent_is_taken_down_before_torch_is_loaded():
@@ -182,95 +89,53 @@ def test_the_parent_is_taken_down_before_torch_is_loaded():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-# Machines
+def test_a_process_table_that_cannot_be_read_loses_nobody(monkeypatch):
+    def refuse(self):
+        raise psutil.AccessDenied
+
+    with monkeypatch.context() as patch:
+        patch.setattr(psutil.Process, "status", refuse)
+        assert processes.state_of(psutil.Process()) == psutil.STATUS_RUNNING
 
 
-class Store:
-    """In place of TCPStore's answers."""
+DYING = """
+import sys, time
+from dsft import processes
+from dsft.distributed import liveness
 
-    def __init__(self, watch: Liveness) -> None:
-        self.beats = Beats.__new__(Beats)
-        self.beats._place, self.beats._places, self.beats.verdict, self.beats.is_broken = "b", ["a", "b", "c"], None, 0
-        self.beats._heard = self.beats._listened = (0, dict.fromkeys("abc", 0))
-        self.beats._silent = liveness.Counter()
-        watch._beats = self.beats
-        watch._everyone = [Peer(rank, 1, 0.0, f"host-{place}", place, 0) for rank, place in enumerate("abc")]
-
-    def answer(self, *places: str) -> None:
-        """One answer, in which the machines named have raised their counter."""
-        answers, counts = self.beats._heard
-        self.beats._heard = answers + 1, {place: count + (place in places) for place, count in counts.items()}
+processes.PARENT, liveness.ORPHANED_TICKS = -1, 10  # another parent than it has
+watch = liveness.Liveness(lambda: {remedy}, tick=0.02)
+watch.on_orphaned = {on_orphaned}
+watch.start()
+time.sleep(60)
+"""
+LATE = "the launcher has died, and the run did not stop within 0 minutes; all ranks exit; rerun"
 
 
-@pytest.fixture
-def store(watch) -> Store:
-    return Store(watch)
+@pytest.mark.parametrize(
+    ("remedy", "on_orphaned", "told"),
+    [
+        ("'rerun'", "None", "the launcher (process -1) has died; all ranks exit; rerun"),
+        ("1 / 0", "None", "the launcher (process -1) has died; all ranks exit"),
+        ("time.sleep(60)", "None", "the launcher (process -1) has died; all ranks exit"),
+        (
+            "'rerun'",
+            "lambda: print('saving', flush=True)",
+            LATE,
+        ),
+        ("'rerun'", "lambda: 1 / 0", LATE),
+    ],
+    ids=["at once", "the remedy fails", "the remedy hangs", "it does not stop", "a fault of the watch"],
+)
+def test_an_orphan_says_why_it_exits(remedy, on_orphaned, told):
+    words = [sys.executable, "-c", DYING.format(remedy=remedy, on_orphaned=on_orphaned)]
+    env = {"PYTHONPATH": str(ROOT), "TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (1, f"error: {told}\n")
+    PRODUCED.add(told)
+    assert done.stdout == ("saving\n" if "saving" in on_orphaned else "")
 
 
-def test_a_machine_that_was_heard_of_is_given_up_when_silent(watch, store):
-    for _ in range(2 * TICKS_SILENT):
-        store.answer(*"abc")
-        look(watch, 1)
-    for _ in range(TICKS_SILENT - 1):
-        store.answer(*"ab")
-        look(watch, 1)
-    store.answer(*"ab")
-    verdict = given_up(watch)
-    assert verdict.reason.startswith("rank 2 (process 1 on host-c) has not answered for 45 s")
-    assert verdict.lost == (2,)
-
-
-def test_a_machine_that_was_never_heard_of_is_not_watched(watch, store):
-    for _ in range(3 * TICKS_SILENT):
-        store.answer(*"ab")
-        look(watch, 1)
-    watch._beats = None
-    look(watch, TICKS_SILENT)
-
-
-def test_a_store_that_does_not_answer_is_the_silence_of_the_first_machine_alone(watch, store):
-    store.answer(*"abc")
-    look(watch, TICKS_SILENT)
-    assert given_up(watch).lost == (0,)
-
-
-@pytest.mark.parametrize("what", ["a collective", "the connection"])
-def test_silence_after_a_failure_is_believed_soon(watch, store, what):
-    store.answer(*"abc")
-    look(watch, 1)
-    watch._collective_failed, store.beats.is_broken = what == "a collective", what == "the connection"
-    look(watch, TICKS_SILENT_AFTER_FAILURE - 1)
-    assert given_up(watch).lost == (0,)
-
-
-def test_what_another_machine_tells_is_the_end_here_too(watch, store):
-    store.beats.verdict = Verdict("it broke")
-    assert given_up(watch) is store.beats.verdict
-
-
-@pytest.mark.parametrize(("lost", "speaks"), [((), False), ((0,), True), ((2,), False), ((0, 1), False)])
-def test_the_machine_of_the_lowest_rank_that_is_left_speaks(watch, store, lost, speaks):
-    watch._place = "b"
-    assert watch._speaks(Verdict("", lost)) is speaks
-
-
-# Saying so
-
-
-def test_a_remedy_that_hangs_or_fails_is_left_out(watch, monkeypatch, capfd):
-    def fail():
-        raise OSError("a disk error")
-
-    monkeypatch.setattr(liveness, "_within", lambda seconds, work, within=liveness._within: within(0.2, work))
-    for remedy, line in (
-        (lambda: time.sleep(60), "error: it broke; all ranks end\n"),
-        (fail, "error: it broke; all ranks end\n"),
-        (lambda: "go on", "error: it broke; all ranks end; go on\n"),
-    ):
-        watch._remedy = remedy
-        watch._say("it broke")
-        assert capfd.readouterr().err == line
-
-
-def test_without_peers_there_is_nothing_to_explain(watch):
-    watch.explain()
+def test_without_peers_there_is_nothing_to_explain():
+    Liveness(lambda: "").explain()
+    assert liveness.Liveness.current is None

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, FalconH1Config, Gem
 from dsft import loss as loss_module
 from dsft.dataset.folding import fold
 from dsft.dataset.micro_batches import MicroBatch, packed, padded
-from dsft.loss import LossInParts, TargetHead, summed_loss
+from dsft.loss import ChunkedLoss, TargetHead, summed_loss
 
 PROPERTY = settings(deadline=None, database=None)
 
@@ -163,9 +163,9 @@ def test_the_target_head_gives_the_loss_and_gradients_of_full_logits(model, at_o
     model.zero_grad()
 
     head = TargetHead(model)
-    assert head.in_parts
+    assert head.is_chunked
     loss = summed_loss(model, head, side_by_side(rows, pad_token=2))
-    assert head.in_parts
+    assert head.is_chunked
     loss.backward()
     assert loss.item() == pytest.approx(reference.item(), rel=1e-6)
     found = gradients(model)
@@ -201,7 +201,7 @@ sizes = st.integers(1, 12)
 
 @PROPERTY
 @given(st.integers(0, 12), sizes, sizes, st.booleans(), st.integers(1, 40), st.integers(0, 2**16))
-def test_the_loss_in_parts_is_cross_entropy(targets, hidden_size, vocabulary, has_bias, at_once, seed):
+def test_the_chunked_loss_is_cross_entropy(targets, hidden_size, vocabulary, has_bias, at_once, seed):
     generator = torch.Generator().manual_seed(seed)
     hidden, weight, bias = (
         torch.randn(*shape, generator=generator, requires_grad=True)
@@ -214,7 +214,7 @@ def test_the_loss_in_parts_is_cross_entropy(targets, hidden_size, vocabulary, ha
     expected = (costs * weights).sum()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loss_module, "LOGITS_AT_ONCE", at_once)
-        found = LossInParts.apply(hidden, weight, bias if has_bias else None, labels, weights)
+        found = ChunkedLoss.apply(hidden, weight, bias if has_bias else None, labels, weights)
     torch.testing.assert_close(found, expected)
     for ours, theirs in zip(torch.autograd.grad(found * 3, used), torch.autograd.grad(expected * 3, used), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -222,16 +222,16 @@ def test_the_loss_in_parts_is_cross_entropy(targets, hidden_size, vocabulary, ha
 
 def test_only_what_is_trained_gets_a_gradient():
     hidden, weight, bias = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3), torch.randn(5)
-    loss = LossInParts.apply(hidden, weight, bias, torch.tensor([0, 1, 2, 3]), torch.ones(4))
+    loss = ChunkedLoss.apply(hidden, weight, bias, torch.tensor([0, 1, 2, 3]), torch.ones(4))
     loss.backward()
     assert hidden.grad is not None
     assert weight.grad is None
-    frozen = LossInParts.apply(hidden.detach(), weight, bias, torch.tensor([0, 1, 2, 3]), torch.ones(4))
+    frozen = ChunkedLoss.apply(hidden.detach(), weight, bias, torch.tensor([0, 1, 2, 3]), torch.ones(4))
     assert not frozen.requires_grad
     torch.testing.assert_close(frozen, loss.detach())
 
 
-def test_the_loss_in_parts_in_bfloat16_is_as_exact_as_bfloat16_is(monkeypatch):
+def test_the_chunked_loss_in_bfloat16_is_as_exact_as_bfloat16_is(monkeypatch):
     torch.manual_seed(0)
     hidden, weight = (torch.randn(n, 64).to(torch.bfloat16).requires_grad_() for n in (50, 300))
     labels, weights = torch.randint(0, 300, (50,)), torch.ones(50)
@@ -241,7 +241,7 @@ def test_the_loss_in_parts_in_bfloat16_is_as_exact_as_bfloat16_is(monkeypatch):
     for at_once in (2**25, 300 * 7):
         monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", at_once)
         hidden.grad = weight.grad = None
-        found = LossInParts.apply(hidden, weight, None, labels, weights)
+        found = ChunkedLoss.apply(hidden, weight, None, labels, weights)
         found.backward()
         assert found.dtype == torch.float32
         assert found.item() == pytest.approx(expected.item(), rel=2e-3)
@@ -296,15 +296,15 @@ def check_against_full_logits(model, head, rows):
 def test_a_model_that_changes_its_logits_keeps_its_loss(family, small_rows):
     model = built(CHANGED[family])
     head = TargetHead(model)
-    assert not head.in_parts
+    assert not head.is_chunked
     check_against_full_logits(model, head, small_rows)
 
 
-def test_a_neutral_scale_does_not_keep_the_loss_from_being_computed_in_parts(small_rows):
+def test_a_neutral_scale_does_not_keep_the_loss_from_being_computed_in_chunks(small_rows):
     model = built(GraniteConfig(**SMALL, logits_scaling=1.0))
     head = TargetHead(model)
     check_against_full_logits(model, head, small_rows)
-    assert head.in_parts
+    assert head.is_chunked
 
 
 @pytest.mark.parametrize("family", ["granite", "cohere", "gemma2"])
@@ -314,9 +314,9 @@ def test_logits_changed_by_a_setting_that_nobody_knows_are_noticed_at_the_first_
     monkeypatch.setattr(loss_module, "SCALED_LOGITS", ())
     model = built(CHANGED[family])
     head = TargetHead(model)
-    assert head.in_parts
+    assert head.is_chunked
     check_against_full_logits(model, head, small_rows)
-    assert not head.in_parts
+    assert not head.is_chunked
     check_against_full_logits(model, head, small_rows[:2])
 
 
@@ -327,10 +327,10 @@ def test_a_head_with_lora_or_a_bias_keeps_its_loss(small_rows):
     model.lm_head = nn.Linear(16, 40)
     head = TargetHead(model)
     check_against_full_logits(model, head, small_rows)
-    assert head.in_parts
+    assert head.is_chunked
     wrapped = get_peft_model(
         built(LlamaConfig(**SMALL)), LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
     )
     head = TargetHead(wrapped)
     check_against_full_logits(wrapped, head, small_rows)
-    assert not head.in_parts
+    assert not head.is_chunked

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dsft.config import PreviewConfig
+from dsft.config.flags import RowFlags
 from dsft.dataset.readers import Cell
 from dsft.previewing.preview import Preview, make_preview
-from dsft.previewing.row_checks import Row, script, visible
-from tests.helpers import MEDICAL, SAMPLE_TRAIN, SAMPLE_VAL, write_parquet
+from dsft.previewing.row_checks import Row, answer_text, truncation_finding
+from tests.helpers import MEDICAL, SAMPLE_TRAIN, SAMPLE_VAL, token_dataset, write_parquet
 
 MEDICAL_SET = pytest.param(MEDICAL, marks=pytest.mark.skipif(not MEDICAL.exists(), reason="the medical set is absent"))
 FORGETFUL = (
@@ -140,7 +143,7 @@ def test_duplicates(look, rows):
     [(kind, name, text)] = look([*rows, rows[4], rows[4], rows[2]])
     assert (kind, name) == ("warning", "duplicates")
     assert text.startswith(
-        "3 of 43 rows repeat an earlier one exactly, e.g. /f.parquet, row 40 that of /f.parquet, row 4;"
+        "3 of 43 rows repeat an earlier row exactly, e.g. /f.parquet, row 40 that of /f.parquet, row 4;"
     )
 
 
@@ -154,7 +157,7 @@ def test_swapped_columns_of_messages_and_strings(look, rows):
     [(kind, name, text)] = look(swapped)
     assert (kind, name) == ("refused", "swapped columns")
     assert text == (
-        "all 40 rows have what looks like a prompt as their response, e.g. /f.parquet, row 0; "
+        "all 40 rows have what looks like a prompt in the response column, e.g. /f.parquet, row 0; "
         "try --prompt_key response --response_key prompt"
     )
 
@@ -167,7 +170,9 @@ def test_some_rows_are_swapped(look, rows):
     good = [row | {"response": [{"role": "assistant", "content": row["response"]}]} for row in rows]
     [(kind, name, text)] = look([*good[:10], *swapped, *good[13:]])
     assert (kind, name) == ("warning", "swapped columns")
-    assert text.startswith("3 of 40 rows have what looks like a prompt as their response, e.g. /f.parquet, row 10;")
+    assert text.startswith(
+        "3 of 40 rows have what looks like a prompt in the response column, e.g. /f.parquet, row 10;"
+    )
 
 
 def test_swapped_flags_are_told_by_the_columns_names(look):
@@ -206,8 +211,8 @@ def test_roles_in_other_languages(look, rows):
         [found] = look(rows, template)
         assert found[:2] == (kind, "role names")
         assert found[2] == (
-            "10 of 40 rows name roles '用户', '助手' beside 'system', 'user', 'assistant', e.g. /f.parquet, row 20; "
-            "write system, user and assistant throughout"
+            "10 of 40 rows use the roles '用户', '助手' besides 'system', 'user', 'assistant', "
+            "e.g. /f.parquet, row 20; use system, user and assistant throughout"
         )
 
 
@@ -217,7 +222,7 @@ def test_roles_of_another_convention_in_conversations(look, rows):
     renamed = [{"m": [m | {"role": names.get(m["role"], m["role"])} for m in t]} for t in turns]
     [(kind, name, text)] = look(renamed, messages_key="m")
     assert (kind, name) == ("refused", "role names")
-    assert text.startswith("all 40 rows name roles 'human', 'gpt' beside 'system', e.g. /f.parquet, row 0;")
+    assert text.startswith("all 40 rows use the roles 'human', 'gpt' besides 'system', e.g. /f.parquet, row 0;")
 
 
 def test_a_prompt_that_ends_with_the_assistant(look, rows):
@@ -226,7 +231,7 @@ def test_a_prompt_that_ends_with_the_assistant(look, rows):
     )
     [(kind, name, text)] = look(rows)
     assert (kind, name) == ("warning", "last turn")
-    assert text.startswith("1 of 40 rows have a prompt that ends with the assistant's turn, e.g. /f.parquet, row 6;")
+    assert text.startswith("1 of 40 rows have a prompt that ends with an assistant turn, e.g. /f.parquet, row 6;")
 
 
 def without_thinking(text: str) -> str:
@@ -245,7 +250,7 @@ def test_thinking_that_was_stripped_from_histories(look, rows):
     have = with_history(rows)
     [(kind, name, text)] = look(rows)
     assert (kind, name) == ("warning", "thinking in histories")
-    assert text.startswith(f"{len(have)} of 40 rows have thinking in the answer that is learned, but not in all of")
+    assert text.startswith(f"{len(have)} of 40 rows have thinking in the answer but not in every earlier")
     assert f"e.g. /f.parquet, row {have[0]};" in text
 
 
@@ -256,7 +261,7 @@ def test_thinking_that_was_stripped_from_answers(look, rows, stripped):
     [(kind, name, text)] = look(rows)
     assert (kind, name) == ("warning", "thinking in answers")
     count = "all 40 rows" if len(stripped) == 40 else f"{len(stripped)} of 40 rows"
-    assert text.startswith(f"{count} have an answer without <think>, though ")
+    assert text.startswith(f"{count} have an answer without <think>, although ")
     assert f"e.g. /f.parquet, row {stripped[0]};" in text
 
 
@@ -277,27 +282,7 @@ def test_an_end_of_turn_in_the_answer_itself(look, rows):
     rows[3]["response"] += "<|im_end|>"
     [(kind, name, text)] = look(rows)
     assert (kind, name) == ("warning", "end-of-turn in answers")
-    assert text.startswith("1 of 40 rows have <|im_end|> in their answer, e.g. /f.parquet, row 3;")
-
-
-def test_answers_in_another_script_than_the_question(look):
-    rows = [{"prompt": f"What is the matter with you, {i}?", "response": f"My head hurts, {i}."} for i in range(9)]
-    assert look(rows) == []
-    rows[4]["response"] = "我头疼三天了，吃了药也没有用。"
-    rows[6]["prompt"] = "您好，请问您哪里不舒服？"
-    rows[7] = {"prompt": rows[6]["prompt"], "response": rows[4]["response"]}
-    [(kind, name, text)] = look(rows)
-    assert (kind, name) == ("warning", "languages")
-    assert text.startswith("2 of 9 rows are answered in another script than they ask in, most often Latin by Chinese, ")
-    assert "e.g. /f.parquet, row 4;" in text
-
-
-def test_a_set_of_translations_is_sound(look):
-    rows = [
-        {"prompt": f"My head has been hurting, {i}.", "response": f"我头疼三天了，吃了药也没有用。{i}"}
-        for i in range(9)
-    ]
-    assert look(rows) == []
+    assert text.startswith("1 of 40 rows have <|im_end|> in the answer, e.g. /f.parquet, row 3;")
 
 
 def test_a_row_that_training_refuses_is_told_with_how_many_there_are(look, rows):
@@ -321,12 +306,12 @@ def test_a_missing_column_is_told_and_the_template_is_looked_at(look, rows):
 
 
 def test_all_answers_are_cut(look, rows):
-    for length, left_out in ((60, 40), (100, 1)):
+    for length, left_out in ((60, 40), (100, 29)):
         found = look(rows, truncation="right", max_length=length)
         [(kind, name, text)] = found
         assert name == "truncation"
         assert kind == ("refused" if left_out == 40 else "warning")
-        assert text.startswith("the end of the answer is cut in ")
+        assert f"rows lose the end of the answer, {left_out} of them all of it (these are dropped), e.g. " in text
 
 
 def test_rows_that_are_too_long_are_refused_with_their_count(look, rows):
@@ -339,13 +324,37 @@ def test_rows_that_are_too_long_are_refused_with_their_count(look, rows):
         text,
     )
     for how, start in (
-        ("right", "the end of the answer is cut in 1 of 40 rows, 0 are left out because none of it is left, e.g."),
-        ("left", "1 of 40 rows are left out by --truncation left, e.g. /f.parquet, row 4;"),
-        ("drop", "1 of 40 rows are left out by --truncation drop, e.g. /f.parquet, row 4;"),
+        ("right", "1 of 40 rows lose the end of the answer, 0 of them all of it (these are dropped), e.g."),
+        ("left", "1 of 40 rows are dropped by --truncation left, e.g. /f.parquet, row 4;"),
+        ("drop", "1 of 40 rows are dropped by --truncation drop, e.g. /f.parquet, row 4;"),
     ):
         [(kind, name, text)] = look(rows, truncation=how)
         assert (kind, name) == ("warning", "truncation")
         assert text.startswith(start)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 8), st.integers(1, 8)), min_size=1, max_size=12), st.integers(1, 14),
+    st.sampled_from(["error", "left", "right", "drop"]),
+)  # fmt: skip
+@settings(deadline=None, database=None)
+def test_truncation_in_a_formula(rows, max_length, how):
+    """Rows of so many prompt tokens and targets."""
+    data = token_dataset([([*range(p + r)], [False] * p + [True] * r) for p, r in rows])
+    found = truncation_finding(data, RowFlags(max_length=max_length, truncation=how))
+    too_long = [(p, r) for p, r in rows if p + r > max_length]
+    lost = [(p, r) for p, r in too_long if (r if how == "left" else p) >= max_length]
+    affected = lost if how == "left" else too_long
+    if not affected:
+        assert found is None
+        return
+    total = len(rows)
+    count = f"all {total} rows" if len(affected) == total > 1 else f"{len(affected)} of {total} rows"
+    assert found.text.startswith(count)
+    assert f"e.g. row {rows.index(affected[0])};" in found.text
+    assert (found.kind == "refused") == (how == "error" or len(lost if how != "drop" else too_long) == total)
+    if how == "right":
+        assert f" the end of the answer, {len(lost)} of them all of it " in found.text
 
 
 def test_a_prompt_that_is_cut_in_front_is_no_fault(look, rows):
@@ -360,7 +369,7 @@ def test_a_template_that_strips_thinking(look, rows, sound):
     [(kind, name, text)] = look(rows, FORGETFUL)
     assert (kind, name) == ("warning", "histories")
     assert text.startswith(
-        f"the chat template strips the thinking of earlier turns: {len(have)} of 40 rows lose some, "
+        f"the chat template strips thinking from earlier turns: {len(have)} of 40 rows lose some, "
         f"e.g. /f.parquet, row {have[0]};"
     )
 
@@ -373,7 +382,7 @@ def test_a_template_without_an_end_of_turn(look, rows):
     [(kind, name, text)] = look(rows, ENDLESS)
     assert (kind, name) == ("warning", "end of turn")
     assert text.startswith(
-        "the chat template puts no special token directly after an answer; <|im_end|> is learned there in all 40 rows"
+        "the chat template puts no special token directly after an answer; training appends <|im_end|> in all 40 rows"
     )
 
 
@@ -387,7 +396,7 @@ def test_a_template_that_rewrites_earlier_turns(look, rows):
 def test_a_template_that_starts_answers_otherwise_in_generation(look, rows):
     found = {name: (kind, text) for kind, name, text in look(rows, OTHER_START)}
     assert found["start of answers"][0] == "warning"
-    assert "ends a prompt for generation otherwise than it begins an answer" in found["start of answers"][1]
+    assert "ends a generation prompt otherwise than it begins an answer" in found["start of answers"][1]
 
 
 @pytest.mark.parametrize(("stops", "kind"), [("[0]", "warning"), ("[0, 2]", "ok"), ("2", "ok"), (None, "ok")])
@@ -426,7 +435,9 @@ def test_prompts_that_generation_would_make_into_other_tokens(tmp_path, tiny_mod
     file = write_parquet(tmp_path / "f.parquet", [{"messages": turns}, {"messages": turns[:1] + turns[3:]}])
     found = {f.name: f for f in preview(tiny_model, [file], messages_key="messages").findings}
     assert found["start of answers"].kind == "warning"
-    assert found["start of answers"].text.startswith("1 of 3 prompts have other tokens where they are generated from")
+    assert found["start of answers"].text.startswith(
+        "1 of 3 prompts tokenize differently for generation than in training"
+    )
     assert f"e.g. {file}, row 0;" in found["start of answers"].text
 
 
@@ -437,7 +448,7 @@ def test_faults_of_the_validation_set_are_told_as_its_own(tiny_model, tmp_path, 
     [(kind, name, text)] = [(f.kind, f.name, f.text) for f in found if f.kind != "ok" and f.name.startswith("val: ")]
     assert {f.kind for f in found if f.name in ("rows", "histories")} == {"ok"}
     assert (kind, name) == ("warning", "val: duplicates")
-    assert text.startswith(f"1 of 6 rows repeat an earlier one exactly, e.g. {bad}, row 5 that of {bad}, row 0;")
+    assert text.startswith(f"1 of 6 rows repeat an earlier row exactly, e.g. {bad}, row 5 that of {bad}, row 0;")
 
 
 # Small functions
@@ -456,23 +467,7 @@ def test_faults_of_the_validation_set_are_told_as_its_own(tiny_model, tmp_path, 
     ],
 )
 def test_what_an_answer_says(text, left):
-    assert visible(text) == left
-
-
-@pytest.mark.parametrize(
-    ("text", "name"),
-    [
-        ("My head hurts", "Latin"),
-        ("我头疼三天了", "Chinese"),
-        ("頭がとても痛いです", "Japanese"),
-        ("У меня болит голова", "Cyrillic"),
-        ("머리가 아파요 많이", "Hangul"),
-        ("42 + 1", None),
-        ("CT 显示肺部有结节", "Chinese"),
-    ],
-)
-def test_the_script_of_a_text(text, name):
-    assert script(text) == name
+    assert answer_text(text) == left
 
 
 @pytest.mark.parametrize(

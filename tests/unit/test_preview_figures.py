@@ -1,6 +1,7 @@
-"""Figures against hand computation, and against the Trainer's own micro-batches."""
+"""Statistics against hand computation, and against the Trainer's own micro-batches."""
 
 import math
+from dataclasses import asdict
 from itertools import pairwise
 
 import numpy as np
@@ -8,25 +9,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsft.config import PreviewConfig
 from dsft.config.flags import RowFlags
 from dsft.dataset.batches import GlobalBatches
 from dsft.dataset.micro_batches import MicroBatches, MicroBatchOptions
-from dsft.dataset.readers import Cell
-from dsft.dataset.tokens import Counts, load_dataset, truncate_row
+from dsft.dataset.tokens import load_dataset
 from dsft.errors import UserError
 from dsft.model.flops import Cost
 from dsft.planning.plan import RunPlan
+from dsft.previewing.render import histogram_lines
 from dsft.previewing.statistics import (
-    MOST_PLANNED,
+    MAX_PLANNED,
     Bin,
-    Truncation,
+    SetStatistics,
     batches_and_folding,
-    count_duplicates,
-    figures,
     fold_ratios,
     histogram,
-    histogram_lines,
-    truncation,
+    set_statistics,
 )
 from tests.helpers import SAMPLE_TRAIN, token_dataset
 
@@ -46,9 +45,13 @@ def plan(tree_unsupported_reason=None, **changes) -> RunPlan:
     return RunPlan(MicroBatchOptions(**options), COST, 0, 10, 10, tree_unsupported_reason)
 
 
-def test_the_figures_of_a_small_set_by_hand():
-    data = token_dataset(ROWS)
-    found = figures(data, np.array([4, 6, 5, 30]), batch_size=4, max_length=10, seed=1)
+def statistics(data, whole_lengths, batch_size=4, seed=1) -> SetStatistics:
+    config = PreviewConfig(model="m", train_files=["t"], train_batch_size=batch_size, max_length=10, seed=seed)
+    return set_statistics(data, whole_lengths, config)
+
+
+def test_the_statistics_of_a_small_set_by_hand():
+    found = statistics(token_dataset(ROWS), np.array([4, 6, 5, 30]))
     assert (found.rows, found.tokens, found.targets) == (4, 18, 7)
     assert found.target_share == 7 / 18
     assert (found.shortest, found.longest, found.mean, found.median) == (3, 6, 4.5, 4.5)
@@ -63,7 +66,7 @@ def test_padding_is_counted_batch_by_batch_in_an_order_without_folding():
     for seed in range(5):
         batches = GlobalBatches(np.arange(4), data.sorted_place, 2, seed).epoch(0)
         slots = sum(2 * max(len(ROWS[row][0]) for row in batch) for batch in batches)
-        assert figures(data, data.lengths, 2, 10, seed).padding == 1 - 18 / slots
+        assert statistics(data, data.lengths, 2, seed).padding == 1 - 18 / slots
 
 
 # Folding and batches
@@ -82,15 +85,15 @@ def test_padding_is_counted_batch_by_batch_in_an_order_without_folding():
 def test_the_fold_ratio_by_hand(rows, trees, chains):
     found, parts = fold_ratios(token_dataset(ROWS), [np.array(rows)], plan())
     assert (found.trees, found.chains, parts) == (trees, chains, 1)
-    assert (found.used, found.ratio, found.why) == ("trees", trees, "")
+    assert (found.used, found.why) == ("trees", "")
 
 
 def test_which_ratio_training_has():
     data, batches = token_dataset(ROWS), [np.arange(4)]
     found, _ = fold_ratios(data, batches, plan(tree_unsupported_reason="it has a window"))
-    assert (found.used, found.ratio, found.why) == ("chains", 18 / 14, "it has a window")
+    assert (found.used, found.chains, found.why) == ("chains", 18 / 14, "it has a window")
     found, _ = fold_ratios(data, batches, plan(fold=False))
-    assert (found.used, found.ratio, found.why) == ("off", 1.0, "--fold off")
+    assert (found.used, found.why) == ("off", "--fold off")
     assert (found.trees, found.chains) == (18 / 11, 18 / 14)
 
 
@@ -111,7 +114,8 @@ def test_folding_and_batches_are_those_of_the_trainers_micro_batches(
     plans = [micro_batches.plan(order[step]) for step in range(order.first_step(1))]
     assert batches.steps_first_epoch == batches.planned == len(plans)
     assert batches.steps == order.first_step(3)
-    assert folding.ratio == pytest.approx(sum(p.row_tokens for p in plans) / sum(p.tokens for p in plans), rel=1e-12)
+    ratio = sum(p.row_tokens for p in plans) / sum(p.tokens for p in plans)
+    assert asdict(folding).get(folding.used, 1) == pytest.approx(ratio, rel=1e-12)
     assert batches.micro_batches == sum(len(plan.parts[0]) for plan in plans) / len(plans)
     assert batches.rows == len(data) / len(plans)
     assert batches.tokens == pytest.approx(sum(plan.row_tokens for plan in plans) / len(plans))
@@ -122,7 +126,7 @@ def test_of_a_long_epoch_some_steps_are_laid_out():
     data = token_dataset([([i, 1, 2], [0, 1, 1]) for i in range(3, 203)])
     order = GlobalBatches(np.arange(200), data.sorted_place, 1, 1)
     batches, folding = batches_and_folding(data, order, plan(), 200)
-    assert (batches.steps_first_epoch, batches.planned) == (200, MOST_PLANNED)
+    assert (batches.steps_first_epoch, batches.planned) == (200, MAX_PLANNED)
     assert (batches.micro_batches, folding.trees) == (1, 1)
 
 
@@ -138,10 +142,14 @@ def test_a_row_longer_than_the_token_budget_is_refused():
 
 def test_duplicates_by_hand():
     other_targets = ([1, 2, 3, 4], [0, 0, 1, 1])
-    assert count_duplicates(token_dataset(ROWS)) == 0
-    assert count_duplicates(token_dataset([*ROWS, ROWS[0], ROWS[3], ROWS[0]])) == 3
-    assert count_duplicates(token_dataset([*ROWS, other_targets])) == 0
-    assert count_duplicates(token_dataset([*ROWS, other_targets, ROWS[0], other_targets])) == 2
+    for rows, duplicates in (
+        (ROWS, 0),
+        ([*ROWS, ROWS[0], ROWS[3], ROWS[0]], 3),
+        ([*ROWS, other_targets], 0),
+        ([*ROWS, other_targets, ROWS[0], other_targets], 2),
+    ):
+        data = token_dataset(rows)
+        assert statistics(data, data.lengths).duplicates == duplicates
 
 
 @PROPERTY
@@ -149,7 +157,7 @@ def test_duplicates_by_hand():
 def test_duplicates_are_what_a_set_would_not_hold_twice(rows):
     rows = [[*row, (3, True)] for row in rows]
     data = token_dataset([([token for token, _ in row], [mask for _, mask in row]) for row in rows])
-    assert count_duplicates(data) == len(rows) - len(set(map(tuple, rows)))
+    assert statistics(data, data.lengths).duplicates == len(rows) - len(set(map(tuple, rows)))
 
 
 # Histogram
@@ -157,10 +165,10 @@ def test_duplicates_are_what_a_set_would_not_hold_twice(rows):
 
 def test_the_histogram_by_hand():
     lengths = np.array([3, 7, 10, 12, 19, 20, 35])
-    assert histogram(lengths, most=5) == [Bin(0, 9, 2), Bin(10, 19, 3), Bin(20, 29, 1), Bin(30, 39, 1)]
-    assert histogram(lengths, most=2) == [Bin(0, 19, 5), Bin(20, 39, 2)]
+    assert histogram(lengths, 5) == [Bin(0, 9, 2), Bin(10, 19, 3), Bin(20, 29, 1), Bin(30, 39, 1)]
+    assert histogram(lengths, 2) == [Bin(0, 19, 5), Bin(20, 39, 2)]
     assert histogram(np.array([5, 5])) == [Bin(5, 5, 2)]
-    assert histogram(np.array([1480, 1520]), most=5) == [
+    assert histogram(np.array([1480, 1520]), 5) == [
         Bin(1480, 1489, 1), Bin(1490, 1499, 0), Bin(1500, 1509, 0), Bin(1510, 1519, 0), Bin(1520, 1529, 1),
     ]  # fmt: skip
 
@@ -189,45 +197,3 @@ def test_a_histogram_has_every_row_in_its_bin(lengths, most):
     width = bins[0].high - bins[0].low + 1
     assert math.log10(width) % 1 == pytest.approx(math.log10(int(str(width)[0])) % 1)
     assert str(width)[0] in "125"
-
-
-# Truncation
-
-
-@PROPERTY
-@given(
-    st.lists(st.tuples(st.integers(1, 8), st.integers(1, 8)), min_size=1, max_size=12),
-    st.integers(1, 14),
-    st.sampled_from(["left", "right", "drop"]),
-)
-def test_truncation_is_counted_as_it_is_done(rows, max_length, how):
-    """Rows of so many prompt tokens and targets, cut by the function that the Trainer's rows go through."""
-    how_much = RowFlags(max_length=max_length, truncation=how)
-    too_long = cut = dropped = 0
-    worst = []
-    for number, (prompt, response) in enumerate(rows):
-        mask = np.arange(prompt + response) >= prompt
-        kept = truncate_row(np.ones(prompt + response, np.int32), mask, Cell("f", 0), how_much, Counts())
-        loses = kept is None or kept[1].sum() < response
-        too_long += prompt + response > max_length
-        dropped += kept is None
-        cut += kept is not None and loses
-        worst += [number] if loses else []
-    lengths, prompts = np.array([p + r for p, r in rows]), np.array([p for p, _ in rows])
-    found = truncation(lengths, prompts, max_length, how)
-    assert (found.too_long, found.answers_cut, found.dropped) == (too_long, cut, dropped)
-    assert found.longest == lengths.max()
-    if worst:
-        assert found.example == worst[0]
-    else:
-        assert found.example is None or lengths[found.example] > max_length
-
-
-def test_truncation_by_hand():
-    lengths, prompts = np.array([4, 9, 12, 30]), np.array([2, 3, 10, 10])
-    assert truncation(lengths, prompts, 40, "error") == Truncation(0, 30, 0, 0, 0, None)
-    assert truncation(lengths, prompts, 10, "error") == Truncation(2, 30, 0, 2, 0, 2)
-    assert truncation(lengths, prompts, 10, "right") == Truncation(2, 30, 0, 2, 2, 2)
-    assert truncation(lengths, prompts, 11, "right") == Truncation(2, 30, 2, 0, 0, 2)
-    assert truncation(lengths, prompts, 10, "left") == Truncation(2, 30, 0, 1, 1, 3)
-    assert truncation(lengths, prompts, 10, "drop") == Truncation(2, 30, 0, 2, 0, 2)

@@ -8,7 +8,7 @@ from dsft.config import PreviewConfig
 from dsft.previewing.preview import Preview, make_preview
 from tests.helpers import MEDICAL, write_parquet
 
-REMEDY = "--on_leak drop_val or drop_train leaves them out"
+REMEDY = "drop them with --on_leak drop_val or drop_train"
 
 
 def turns(topic: str, count: int, level: str | None = None) -> list[dict]:
@@ -70,10 +70,10 @@ def test_each_kind_has_a_line_with_rows_that_no_line_before_has(look, tmp_path, 
          "3 of 7 validation rows have the prompt of a training row, "
          f"e.g. v.parquet, row 5 and t.parquet, row 5, 'user stem 0'; {REMEDY}"),
         (kind, "leak by dialogue",
-         "4 of 7 validation rows are of 2 dialogues of training rows, "
+         "4 of 7 validation rows share 2 dialogues with training rows, "
          f"e.g. v.parquet, row 4 and t.parquet, row 3, 'user roots 2'; {REMEDY}"),
         (kind, "leak by level",
-         "1 of 7 validation rows are of 1 level of training rows, "
+         "1 of 7 validation rows share 1 level with training rows, "
          f"e.g. v.parquet, row 6 and t.parquet, row 6, 'user moss 0'; {REMEDY}"),
     ]  # fmt: skip
     assert (preview.problem is not None) == (on_leak == "error")
@@ -89,9 +89,9 @@ def test_a_long_question_is_told_without_its_middle(look, tmp_path):
 @pytest.mark.parametrize(
     ("on_leak", "text", "rows"),
     [
-        ("drop_val", "--on_leak drop_val leaves out 3 of 5 validation rows: 3 of 5 validation rows leak ", (6, 2)),
-        ("drop_train", "--on_leak drop_train leaves out 2 of 6 training rows: 3 of 5 validation rows leak ", (4, 5)),
-        ("ignore", "--on_leak ignore looks for none", (6, 5)),
+        ("drop_val", "--on_leak drop_val drops 3 of 5 validation rows: 3 of 5 validation rows leak ", (6, 2)),
+        ("drop_train", "--on_leak drop_train drops 2 of 6 training rows: 3 of 5 validation rows leak ", (4, 5)),
+        ("ignore", "not searched with --on_leak ignore", (6, 5)),
     ],
 )
 def test_rows_are_left_out_as_training_leaves_them_out(look, tmp_path, on_leak, text, rows):
@@ -102,14 +102,14 @@ def test_rows_are_left_out_as_training_leaves_them_out(look, tmp_path, on_leak, 
     assert (preview.train.rows, preview.val.rows) == rows
     assert tuple(sum(b.rows for b in of.lengths) for of in (preview.train, preview.val)) == rows
     assert preview.batches.rows == rows[0]
-    marked = {view.number for view in preview.rows if view.cut == "left out by --on_leak drop_train"}
+    marked = {view.number for view in preview.rows if view.cut == "dropped by --on_leak drop_train"}
     assert marked == ({3, 4} if on_leak == "drop_train" else set())
 
 
 def test_what_would_leave_nothing_is_refused(look, tmp_path):
     [(kind, name, text)] = told(look(TRAIN, VAL[2:], on_leak="drop_val"), tmp_path)
     assert (kind, name) == ("refused", "leaks")
-    assert text.startswith("--on_leak drop_val leaves no validation row: 3 of 3 ")
+    assert text.startswith("--on_leak drop_val would leave no validation row: 3 of 3 ")
 
 
 def test_a_split_is_that_of_training(look, tmp_path):
@@ -120,14 +120,14 @@ def test_a_split_is_that_of_training(look, tmp_path):
     assert {view.number for view in preview.rows if view.cut == "validates, by --val_fraction"} == {3, 4}
     [(kind, name, text)] = told(look(turns("leaves", 3), None, val_fraction=0.3), tmp_path)
     assert (kind, name) == ("refused", "split")
-    assert text.startswith("--val_fraction 0.3 splits whole dialogues, and all 3 rows of ")
+    assert text.startswith("--val_fraction 0.3 splits off whole dialogues, but all 3 rows of ")
 
 
 def test_rows_that_truncation_drops_are_on_no_side(look, tmp_path):
     long = [*turns("word " * 300, 1), *turns("words " * 300, 1)]
     preview = look([*TRAIN, *long], [*VAL, long[0]], max_length=200, truncation="drop", on_leak="drop_train")
     [(_, _, text)] = told(preview, tmp_path)
-    assert text.startswith("--on_leak drop_train leaves out 2 of 6 training rows")
+    assert text.startswith("--on_leak drop_train drops 2 of 6 training rows")
     assert [(of.rows, of.rows_dropped, sum(b.rows for b in of.lengths)) for of in (preview.train, preview.val)] == [
         (4, 2, 6), (5, 1, 6),
     ]  # fmt: skip

@@ -123,12 +123,12 @@ def row(tokenizer):
             "left",
             12,
             " the" * 7 + "⟦" + " cat" * 5 + "⟧",
-            "3 tokens at the front of the prompt are cut: ' the the the'",
+            "3 tokens at the start of the prompt are cut: ' the the the'",
         ),
-        ("right", 12, " the" * 10 + "⟦ cat cat⟧", "3 tokens at the end, 3 targets among them, are cut: ' cat cat cat'"),
+        ("right", 12, " the" * 10 + "⟦ cat cat⟧", "3 tokens at the end, including 3 targets, are cut: ' cat cat cat'"),
         ("right", 10, " the" * 10 + "⟦" + " cat" * 5 + "⟧", "dropped: 15 tokens leave no target within max_length"),
-        ("drop", 12, " the" * 10 + "⟦" + " cat" * 5 + "⟧", "dropped: 15 tokens are more than max_length 12"),
-        ("error", 12, " the" * 10 + "⟦" + " cat" * 5 + "⟧", "refused: 15 tokens are more than max_length 12"),
+        ("drop", 12, " the" * 10 + "⟦" + " cat" * 5 + "⟧", "dropped: 15 tokens exceed max_length 12"),
+        ("error", 12, " the" * 10 + "⟦" + " cat" * 5 + "⟧", "refused: 15 tokens exceed max_length 12"),
     ],
 )
 def test_what_is_truncated_is_said(tokenizer, row, how, length, text, cut):
@@ -185,7 +185,7 @@ def test_rows_by_their_numbers():
     assert choose_rows(lengths, 3, [2, 0, 2]) == [2, 0]
     assert (
         message(choose_rows, lengths, 3, [1, 3])
-        == "--row_numbers 3: there are 3 training rows; name numbers from 0 to 2"
+        == "--row_numbers 3: there are 3 training rows; use numbers from 0 to 2"
     )
 
 

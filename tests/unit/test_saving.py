@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from dsft.backends.base import StateSlice
-from dsft.checkpointing import layout, saving, tensor_files
+from dsft.checkpointing import folder, saving, tensor_files
+from dsft.checkpointing.folder import CheckpointFolder
 from dsft.checkpointing.integrity import COMPLETE, verify
-from dsft.checkpointing.layout import CheckpointFolder
 from dsft.checkpointing.saving import Checkpointer, Snapshot
 from dsft.checkpointing.state import STATE, TrainerState, read_state
 from dsft.checkpointing.tensor_files import TensorReader
@@ -114,10 +114,10 @@ def test_a_full_disk_is_one_line_and_older_checkpoints_stay(run, monkeypatch, fa
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(tensor_files.TensorWriter if failing in ("write", "finish") else layout, failing, fail)
+    monkeypatch.setattr(tensor_files.TensorWriter if failing in ("write", "finish") else folder, failing, fail)
     assert refusal(checkpointer, snapshot(run, 2)) == (
-        f"cannot save {run.path(2)}: the disk is full; {run.path(1)} is still valid; make room and start the same "
-        "command again"
+        f"cannot save {run.path(2)}: the disk is full; {run.path(1)} is still valid; free some space and "
+        "rerun the same command"
     )
     assert contents(run.root) == before
     assert run.latest() == run.path(1)
@@ -129,7 +129,7 @@ def test_a_first_checkpoint_that_fails_says_that_there_is_no_older_one(run, monk
 
     monkeypatch.setattr(tensor_files.TensorWriter, "write", fail)
     told = refusal(writer(run), snapshot(run, 2))
-    assert told.startswith(f"cannot save {run.path(2)}: Permission denied; there is no older checkpoint; ")
+    assert told.startswith(f"cannot save {run.path(2)}: Permission denied; no older checkpoint exists; ")
     assert run.all() == []
 
 
@@ -138,7 +138,7 @@ def test_what_no_one_foresaw_is_one_line_too(run, monkeypatch):
         raise ZeroDivisionError("over\nlines")
 
     monkeypatch.setattr(tensor_files.TensorWriter, "write", fail)
-    assert "rank 0: ZeroDivisionError: over lines; there is no older checkpoint (--debug" in refusal(
+    assert "rank 0: ZeroDivisionError: over lines; no older checkpoint exists (--debug" in refusal(
         writer(run), snapshot(run, 1)
     )
 
@@ -194,14 +194,14 @@ def test_a_step_saved_again_replaces_its_checkpoint(run):
 
 def test_everything_is_on_the_disk_before_the_name_and_the_name_before_complete(run, monkeypatch):
     seen: list[str] = []
-    fsync, mark = saving.os.fsync, layout.mark_complete
+    fsync, mark = saving.os.fsync, folder.mark_complete
 
     def fsync_(descriptor: int) -> None:
         seen.append(Path(f"/proc/self/fd/{descriptor}").resolve().name)
         fsync(descriptor)
 
     monkeypatch.setattr(saving.os, "fsync", fsync_)
-    monkeypatch.setattr(layout, "mark_complete", lambda *a: (seen.append("mark"), mark(*a)))
+    monkeypatch.setattr(folder, "mark_complete", lambda *a: (seen.append("mark"), mark(*a)))
     writer(run).save(snapshot(run, 1))
     files = {STATE, "adapter_model.safetensors", "config.yaml", "metrics.jsonl", "optimizer.safetensors"}
     assert set(seen[:5]) == files

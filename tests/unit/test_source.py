@@ -160,7 +160,7 @@ def test_a_missing_shard_is_named(tmp_path):
     shards = sorted(tmp_path.glob("model-*.safetensors"))
     assert len(shards) > 1
     shards[-1].unlink()
-    told = f"--model {tmp_path}: {shards[-1].name} is missing; fetch the folder again"
+    told = f"--model {tmp_path}: {shards[-1].name} is missing; download the folder again"
     assert message(source.check).startswith(told)
     assert message(source.skeleton, torch.float32).startswith(told)
 
@@ -169,7 +169,7 @@ def test_a_damaged_weight_file_is_named(tmp_path):
     source = ModelSource(build("tied", tmp_path))
     file = tmp_path / SINGLE
     file.write_bytes(file.read_bytes()[:-9])
-    assert message(source.check).startswith(f"--model {tmp_path}: {SINGLE} is no readable safetensors file (")
+    assert message(source.check).startswith(f"--model {tmp_path}: {SINGLE} is not a valid safetensors file (")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}'])

@@ -122,8 +122,8 @@ def test_levels_and_copies_stay_together_too():
 
 def test_one_dialogue_cannot_be_split():
     told = message(rows_to_split_off, dialogues([3]), 0.5, 1)
-    assert told.startswith("--val_fraction 0.5 splits whole dialogues, and all 3 rows of --train_files belong to one ")
-    assert told.endswith("name --val_files instead")
+    assert told.startswith("--val_fraction 0.5 splits off whole dialogues, but all 3 rows of --train_files belong to")
+    assert told.endswith("use --val_files instead")
 
 
 def test_another_process_draws_the_same(sample):

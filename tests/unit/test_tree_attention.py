@@ -208,9 +208,9 @@ REFUSED = {
     ),
     "state space": ("Mamba", {}, "MambaForCausalLM has an attention of its own"),
     "ALiBi": ("Bloom", {"n_layer": 2, "n_head": 4}, "BloomForCausalLM has an attention of its own"),
-    "arguments dropped": ("Nemotron", HEADS, "NemotronForCausalLM keeps arguments from its attention"),
-    "dropout": ("Llama", {"attention_dropout": 0.1}, "config.json asks for attention_dropout"),
-    "dropout by default": ("GPT2", {"n_embd": 16, "n_layer": 2, "n_head": 4}, "config.json asks for attn_pdrop"),
+    "arguments dropped": ("Nemotron", HEADS, "NemotronForCausalLM does not pass arguments to its attention"),
+    "dropout": ("Llama", {"attention_dropout": 0.1}, "config.json sets attention_dropout"),
+    "dropout by default": ("GPT2", {"n_embd": 16, "n_layer": 2, "n_head": 4}, "config.json sets attn_pdrop"),
     "positions from 1": (
         "Roberta", {"is_decoder": True, "attention_probs_dropout_prob": 0.0},
         "RobertaForCausalLM counts positions from its pad token",
@@ -319,14 +319,14 @@ def test_layers_that_do_not_follow_the_tree_are_noticed_at_the_first_forward():
         summed_loss(model, head, packed([fold(rows)]).to(CPU))
     assert str(caught.value) == (
         "2 of this model's 2 layers do not follow folded rows; "
-        "choose --attn_implementation eager, which folds only what needs no mask"
+        "use --attn_implementation eager, which folds only what needs no mask"
     )
 
 
 def test_what_attention_is_asked_beside_the_tree_is_noticed_at_the_first_forward():
     model = built("Gemma2", HEADS | {"sliding_window": 64})
     model.set_attn_implementation(NAME)
-    with pytest.raises(UserError, match=r"^this model's attention needs softcap; choose --attn_implementation eager"):
+    with pytest.raises(UserError, match=r"^this model's attention needs softcap; use --attn_implementation eager"):
         summed_loss(model, TargetHead(model), packed([fold(made_rows())]).to(CPU))
 
 
@@ -338,7 +338,7 @@ def test_dropout_of_attention_under_an_unknown_name_is_not_passed_over():
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.1
     summed_loss(model, head, batch)  # in evaluation nothing is dropped
-    with pytest.raises(UserError, match=r"^this model drops attention weights.*; choose --attn_implementation eager"):
+    with pytest.raises(UserError, match=r"^this model drops attention weights.*; use --attn_implementation eager"):
         summed_loss(model.train(), head, batch)
 
 
