@@ -131,9 +131,9 @@ def test_both_of_a_runs_checkpoints_are_damaged(out):
         (["/no/such"], "/no/such: no such folder; give a checkpoint, or a run's output folder"),
         ([ROOT / "docs"], "docs is neither a checkpoint nor a run of dsft; choose another folder"),
         ([ROOT / "README.md"], "README.md: no such folder"),
-        (["a", "b"], "'b' belongs to no flag"),
+        (["a", "b"], "unexpected argument 'b'"),
         (["--chekpoint", "a"], "unknown flag --chekpoint (did you mean 'checkpoint'?)"),
-        (["x", "--verify", "maybe"], "verify must be True or False, got 'maybe'"),
+        (["x", "--verify", "maybe"], "verify: expected bool, got 'maybe'"),
     ],
 )
 def test_wrong_use_is_one_line(words, told):

@@ -185,7 +185,7 @@ def test_two_ranks_zero3_full_fine_tuning_and_the_checkpoint_that_plays_best(con
 
 
 WRONG = {
-    "unknown env": ({"env": "sokobn"}, "env must be one of sokoban, frozenlake, got 'sokobn'"),
+    "unknown env": ({"env": "sokobn"}, "env: expected one of sokoban, frozenlake, got 'sokobn'"),
     "impossible size": ({"size": 1}, "--size must be from 2 to 100, got 1"),
     "other game's flag": ({"num_boxes": 2}, "--num_boxes belongs to --env sokoban"),
     "typo in a step": ({"train.lrr": 1}, "unknown flag --train.lrr (did you mean 'lr'?)"),

@@ -95,7 +95,7 @@ def test_never_refuses_a_used_folder_and_takes_a_new_one(out, tmp_path):
     train(out, 1)
     assert (
         refusal(out, resume="never")
-        == f"{out} holds checkpoint-000001 and --resume is never; name another --output_dir"
+        == f"{out} holds checkpoint-000001 and --resume is never; choose another --output_dir"
     )
     assert resumed(tmp_path / "new", resume="never") is None
 
@@ -162,7 +162,7 @@ def test_a_checkpoint_of_another_folder_is_never_mixed_with_a_runs_own(out, tmp_
     told = refusal(out, resume=str(theirs))
     assert told == (
         f"{out} holds checkpoint-000003 of its own, and --resume {theirs} is of another folder; "
-        "leave --resume out to resume from it, or name another --output_dir"
+        "leave --resume out to resume from it, or choose another --output_dir"
     )
     assert {n: c for n, c in contents(out).items() if n != ".lock"} == before
 
@@ -199,7 +199,7 @@ def test_a_folder_in_which_another_run_has_been_meanwhile_is_refused(out):
     assert find_resume(config(out), two, pytest.fail) is None
     train(out, 1)
     told = message(open_output, two, None, pytest.fail)
-    assert told == f"another run has begun in {out} meanwhile; rerun to resume from it, or name another --output_dir"
+    assert told == f"another run has begun in {out} meanwhile; rerun to resume from it, or choose another --output_dir"
 
 
 def test_steps_that_are_taken_again_are_set_aside(out):
