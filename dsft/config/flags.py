@@ -86,7 +86,7 @@ class RowFlags:
     max_length: int = flag(2048, run_identity=True)
     """Maximum tokens per row, prompt and response together."""
     truncation: Literal["error", "left", "right", "drop"] = flag("error", run_identity=True)
-    """Rows longer than max_length: error stops, left cuts the prompt's start, right cuts the end, drop skips the row."""
+    """Rows over max_length: error stops, left cuts the prompt's start, right cuts the end, drop skips the row."""
 
     def columns(self) -> tuple[list[str], list[str]]:
         """The columns that are read, and the flag that names each."""
