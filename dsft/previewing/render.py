@@ -155,7 +155,8 @@ def as_json(preview: Preview) -> str:
     for name in ("train", "val", "batches", "folding", "val_folding"):
         value = getattr(preview, name)
         values[name] = None if value is None else asdict(value)
-    values["needs"] = None if preview.needs is None else preview.needs.as_dict()
+    needs = preview.needs
+    values["needs"] = None if needs is None else {"computes": needs.computes, **needs.as_dict()}
     values["findings"] = [asdict(finding) for finding in preview.findings]
     return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 

@@ -213,7 +213,7 @@ def test_wrong_flags_are_told_before_any_step(config, tmp_path, what):
 @pytest.mark.slow
 def test_a_step_that_fails_stops_the_pipeline_with_its_status_and_log(config, tmp_path):
     done = run(words(tmp_path / "out", config, model=tmp_path / "nowhere"))
-    refused(done, "train failed with status 1", "nowhere: no such folder", f"its log is {tmp_path}/out/logs/train.log")
+    refused(done, "train failed with status 1", "nowhere: no such folder", f"see {tmp_path}/out/logs/train.log")
     assert done.status == 1
     assert "merge" not in done.out
 
@@ -231,7 +231,7 @@ def test_the_reason_of_a_failed_step_is_this_starts(config, tmp_path):
         children[0].kill()  # as a machine without memory does, which writes no reason
         _, err = again.communicate(timeout=60)
     assert again.returncode == 128 + signal.SIGKILL
-    assert err.splitlines() == [f"error: train failed with status 137; its log is {output}/logs/train.log"]
+    assert err.splitlines() == [f"error: train failed with status 137; see {output}/logs/train.log"]
     assert "nowhere: no such folder" in (output / "logs" / "train.log").read_text()
 
 

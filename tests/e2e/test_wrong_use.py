@@ -365,8 +365,8 @@ def damage(checkpoint: Path, what: str) -> None:
         (checkpoint / what).write_bytes(content[: len(content) // 2])
 
 
-ALONE = "; no older checkpoint is sound; put the file back, or choose another --output_dir"
-CHECKSUM = "its checksum is not the one it was written with"
+ALONE = "; no older checkpoint is intact; restore the file, or choose another --output_dir"
+CHECKSUM = "its checksum does not match"
 
 
 @pytest.mark.slow
@@ -376,11 +376,11 @@ CHECKSUM = "its checksum is not the one it was written with"
         ("trainer_state.json", [f"checkpoint-000001/trainer_state.json is damaged: {CHECKSUM}{ALONE}"]),
         ("adapter_model.safetensors", [f"checkpoint-000001/adapter_model.safetensors is damaged: {CHECKSUM}{ALONE}"]),
         ("optimizer.safetensors", [f"checkpoint-000001/optimizer.safetensors is missing{ALONE}"]),
-        ("COMPLETE", [f"checkpoint-000001/COMPLETE is damaged: it is no whole list of checksums{ALONE}"]),
-        ("other tensors", ["optimizer.safetensors holds no 'exp_avg.", "belongs to another model"]),
+        ("COMPLETE", [f"checkpoint-000001/COMPLETE is damaged: the list of checksums is incomplete{ALONE}"]),
+        ("other tensors", ["optimizer.safetensors does not contain 'exp_avg.", "saved with another model"]),
         (
             "other flags",
-            ["checkpoint-000001/config.yaml cannot be read (it holds no flags); choose another checkpoint"],
+            ["checkpoint-000001/config.yaml cannot be read (not a mapping of flags); choose another checkpoint"],
         ),
     ],
 )
@@ -403,15 +403,15 @@ def test_a_damaged_checkpoint_with_a_sound_one_beside_it(command, three_steps, o
     words = command(backend, ranks, **THREE_STEPS)
     refused(
         command.again([*words, "--resume", out / "checkpoint-000003"]),
-        f"{out}/checkpoint-000003/optimizer.safetensors is missing; name {out}/checkpoint-000001, which is sound",
+        f"{out}/checkpoint-000003/optimizer.safetensors is missing; use {out}/checkpoint-000001, which is intact",
     )
     done = command.again(words)
     assert done.status == 0, done.err
     warnings = [line for line in done.err.splitlines() if line.startswith("warning: ")]
     wrong = {3: "optimizer.safetensors is missing", 2: f"adapter_model.safetensors is damaged: {CHECKSUM}"}
     assert warnings == [
-        f"warning: {out}/checkpoint-00000{step}/{what}; it is now checkpoint-00000{step}.damaged, and the run goes on "
-        "from checkpoint-000001"
+        f"warning: {out}/checkpoint-00000{step}/{what}; renamed to checkpoint-00000{step}.damaged, resuming from "
+        "checkpoint-000001"
         for step, what in wrong.items()
     ]
     assert "resuming at step 2" in done.out
@@ -456,8 +456,8 @@ def test_two_runs_started_at_once_in_one_folder(command, out, tmp_path, used, ra
         assert "stopped by SIGTERM after step" in stdout
         refused(
             Done(loser.returncode, *loser.communicate(), seconds=0),
-            f"{out} belongs to a run that still goes on (process ",
-            "wait for its end, or choose another --output_dir",
+            f"{out} belongs to a run that is still running (process ",
+            "wait for it, or choose another --output_dir",
         )
     finally:
         for process in both:
@@ -514,7 +514,7 @@ def test_two_ranks_speak_with_one_voice(command, tiny_model, tmp_path, one_step,
         "row": ({"train_files": bad_file(tmp_path, "null prompt")}, ["bad.parquet, row 1"]),
         "target": ({"target_modules": "q_prj"}, ["'q_prj' matches no module"]),
         "shape": ({"model": tmp_path / "model"}, ["has the shape [64, 32]"]),
-        "damaged": ({}, ["optimizer.safetensors holds no 'exp_avg.", "choose another checkpoint"]),
+        "damaged": ({}, ["optimizer.safetensors does not contain 'exp_avg.", "choose another checkpoint"]),
         "cut": ({}, [f"adapter_model.safetensors is damaged: {CHECKSUM}{ALONE}"]),
         "folder": ({"output_dir": tmp_path / "bad.parquet" / "below"}, ["cannot write"]),
         "tokens": ({"max_tokens_per_micro_batch": 10}, ["max_tokens_per_micro_batch is 10, but the longest row has"]),
@@ -687,7 +687,7 @@ def test_a_full_disk_while_saving(command, three_steps, three_full_steps, small_
     refused(
         done,
         f"cannot save {folder}/checkpoint-000002: the disk is full",
-        "checkpoint-000001 is still valid; make room and start the same command again",
+        "checkpoint-000001 is still valid; free some space and rerun the same command",
     )
     assert complete(folder) == ["checkpoint-000001"]
 
@@ -710,7 +710,7 @@ def test_a_full_disk_at_the_start(command, three_steps, small_disk, ranks):
     before = snapshot(folder)
     fill(small_disk, 12 * 2**10)
     done = command.run("fsdp", ranks, output_dir=folder, **THREE_STEPS)
-    refused(done, f"cannot write {folder}: the disk is full; make room and start the same command again")
+    refused(done, f"cannot write {folder}: the disk is full; free some space and rerun the same command")
     assert {name: content for name, content in snapshot(folder).items() if name != "config.yaml"} == {
         name: content for name, content in before.items() if name != "config.yaml"
     }
@@ -722,7 +722,7 @@ def test_a_full_disk_at_the_start(command, three_steps, small_disk, ranks):
     ("kilobytes", "parts"),
     [
         (2048, ["cannot write", "out: File too large", "choose another folder"]),
-        (8192, ["cannot save", "checkpoint-000001: File too large", "there is no older checkpoint"]),
+        (8192, ["cannot save", "checkpoint-000001: File too large", "no older checkpoint exists"]),
     ],
     ids=["tokenizer", "moments"],
 )
@@ -740,7 +740,7 @@ def test_a_full_disk_while_logging(command, small_disk, ranks):
     words = command("fsdp", ranks, output_dir=folder, total_training_steps=600, save_steps=0)
     fillers: list[Path] = []
     done = stop(words, folder, lambda process: fillers.append(fill(small_disk, 0)))
-    refused(done, "metrics.jsonl: the disk is full; make room and start the same command again")
+    refused(done, "metrics.jsonl: the disk is full; free some space and rerun the same command")
     assert complete(folder) == []
 
     fillers[0].unlink()

@@ -36,7 +36,7 @@ def test_the_state_is_listed_last_so_that_a_list_cut_short_lacks_it(checkpoint):
     whole = (checkpoint / COMPLETE).read_bytes()
     for length in range(len(whole)):
         (checkpoint / COMPLETE).write_bytes(whole[:length])
-        with pytest.raises(DamagedError, match="COMPLETE is damaged: it is no whole list of checksums"):
+        with pytest.raises(DamagedError, match="COMPLETE is damaged: the list of checksums is incomplete"):
             verify(checkpoint)
 
 
@@ -70,8 +70,8 @@ def test_all_damages_are_found_those_that_need_no_reading_first(checkpoint):
     (checkpoint / "notes.txt").touch()
     assert wrong(checkpoint) == [
         ("a.json", "is missing"),
-        ("weights-2.safetensors", "does not belong to the checkpoint: COMPLETE lacks it"),
-        ("weights", "is damaged: its checksum is not the one it was written with"),
+        ("weights-2.safetensors", "is not listed in COMPLETE"),
+        ("weights", "is damaged: its checksum does not match"),
     ]
     assert wrong(checkpoint, compare=False) == wrong(checkpoint)[:2]
     assert message(verify, checkpoint) == f"{checkpoint}/a.json is missing"

@@ -239,7 +239,9 @@ def test_a_tensor_in_two_files_is_refused(shards):
     folder, tensors = shards
     save_file(dict(list(tensors.items())[1:3]), folder / "model-00002-of-00003.safetensors")
     told = message(TensorReader, folder, "model")
-    assert told.startswith(f"{folder}/model-00002-of-00003.safetensors holds 'layer.1', which model-00001-of-00003")
+    assert told.startswith(
+        f"{folder}/model-00002-of-00003.safetensors and model-00001-of-00003.safetensors both contain 'layer.1'"
+    )
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-8], lambda b: b[:4], lambda b: b"", lambda b: b"\xff" * len(b)])
@@ -258,14 +260,17 @@ SHAPE = {"a": (3, 4), "b": (2,)}
 @pytest.mark.parametrize(
     ("stored", "parts"),
     [
-        ({"a": torch.ones(4, 3), "b": torch.ones(2)}, ["'a' should be F32 [3, 4], it is F32 [4, 3]"]),
-        ({"a": torch.ones(12), "b": torch.ones(2)}, ["'a' should be F32 [3, 4], it is F32 [12]"]),
-        ({"a": torch.ones(3, 4).half(), "b": torch.ones(2)}, ["'a' should be F32 [3, 4], it is F16 [3, 4]"]),
-        ({"a": torch.ones(3, 4).bfloat16(), "b": torch.ones(2)}, ["'a' should be F32 [3, 4], it is BF16 [3, 4]"]),
-        ({"a": torch.ones(3, 4).int(), "b": torch.ones(2)}, ["'a' should be F32 [3, 4], it is I32 [3, 4]"]),
-        ({"a": torch.ones(3, 4)}, ["holds no 'b'"]),
-        ({"a": torch.ones(3, 4), "b": torch.ones(2), "c": torch.ones(1)}, ["holds 'c', which the model has not"]),
-        ({}, ["holds no 'a'"]),
+        ({"a": torch.ones(4, 3), "b": torch.ones(2)}, ["expected 'a' to be F32 [3, 4], got F32 [4, 3]"]),
+        ({"a": torch.ones(12), "b": torch.ones(2)}, ["expected 'a' to be F32 [3, 4], got F32 [12]"]),
+        ({"a": torch.ones(3, 4).half(), "b": torch.ones(2)}, ["expected 'a' to be F32 [3, 4], got F16 [3, 4]"]),
+        ({"a": torch.ones(3, 4).bfloat16(), "b": torch.ones(2)}, ["expected 'a' to be F32 [3, 4], got BF16 [3, 4]"]),
+        ({"a": torch.ones(3, 4).int(), "b": torch.ones(2)}, ["expected 'a' to be F32 [3, 4], got I32 [3, 4]"]),
+        ({"a": torch.ones(3, 4)}, ["does not contain 'b'"]),
+        (
+            {"a": torch.ones(3, 4), "b": torch.ones(2), "c": torch.ones(1)},
+            ["contains 'c', which the model does not have"],
+        ),
+        ({}, ["does not contain 'a'"]),
     ],
 )
 def test_other_tensors_than_the_models_are_refused_by_file_and_name(tmp_path, stored, parts):
@@ -281,16 +286,18 @@ def test_the_numbered_file_with_another_tensor_is_named(shards):
     shapes = dict.fromkeys(tensors, (10, 5))
     told = message(TensorReader(folder, "model").check, shapes | {"layer.2": (5, 10)})
     assert told.startswith(
-        f"{folder}/model-00002-of-00003.safetensors: 'layer.2' should be F32 [5, 10], it is F32 [10, 5]"
+        f"{folder}/model-00002-of-00003.safetensors: expected 'layer.2' to be F32 [5, 10], got F32 [10, 5]"
     )
     told = message(TensorReader(folder, "model").check, shapes | {"more": (1,)})
-    assert told.startswith(f"{folder}/model-*.safetensors holds no 'more'")
+    assert told.startswith(f"{folder}/model-*.safetensors does not contain 'more'")
     del shapes["layer.5"]
     told = message(TensorReader(folder, "model").check, shapes)
-    assert told.startswith(f"{folder}/model-00003-of-00003.safetensors holds 'layer.5', which the model has not")
+    assert told.startswith(
+        f"{folder}/model-00003-of-00003.safetensors contains 'layer.5', which the model does not have"
+    )
 
 
 def test_a_tensor_that_is_not_there_is_refused_in_one_line(tmp_path):
     write(tmp_path / "model.safetensors", random(SHAPE))
     told = message(TensorReader(tmp_path, "model").read, "other", 0, 1)
-    assert told.startswith(f"{tmp_path}/model.safetensors holds no 'other'")
+    assert told.startswith(f"{tmp_path}/model.safetensors does not contain 'other'")
