@@ -75,20 +75,16 @@ class HeldMemory:
     """Temporaries of the optimizer step, when activations and what was gathered are gone."""
     loading: float
     """Temporaries of building the model, when there are no gradients and moments yet."""
-    moments_from_start: bool
-    """Whether moments are there before the first step."""
-    leftover: float = 0.0
-    """What building the model leaves in the heap of a process on CPU."""
 
     @property
     def built(self) -> float:
-        """What is there once the model is built, before the first step."""
-        return self.weights + self.masters + self.leftover + (self.moments if self.moments_from_start else 0.0)
+        """Once the model is built, before the first backward."""
+        return self.weights + self.masters
 
     @property
     def lasting(self) -> float:
-        """What is there all the time once the first step is done."""
-        return self.weights + self.masters + self.gradients + self.moments + self.leftover
+        """From the first optimizer step on."""
+        return self.built + self.gradients + self.moments
 
 
 class Source(Protocol):

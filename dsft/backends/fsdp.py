@@ -64,7 +64,6 @@ class FsdpBackend(Backend):
             gathered=gathered,
             step=largest * 8 / ranks,
             loading=max([whole, *(size for size, _ in groups)]) * base,
-            moments_from_start=False,
         )
         if options.cpu_offload and options.device.type != "cpu":
             held = replace(held, weights=0.0, gradients=0.0, moments=0.0, step=0.0)

@@ -7,9 +7,9 @@ from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import nn
 
 from dsft.backends import deepspeed_internals as internals
@@ -27,8 +27,7 @@ from dsft.backends.base import (
     set_schedule,
     trainable,
 )
-from dsft.backends.ds_config import AUTO, make_ds_config
-from dsft.distributed import runtime
+from dsft.backends.ds_config import make_ds_config
 
 
 class Zero3Backend(Backend):
@@ -42,46 +41,41 @@ class Zero3Backend(Backend):
 
     @classmethod
     def memory(cls, model: nn.Module, options: BackendOptions, ranks: int) -> HeldMemory:
-        """Shards in the compute dtype, and float32 masters, moments and a flat gradient buffer of what is trained.
+        """What DeepSpeed allocates, by its settings under zero_optimization.
 
-        On several ranks small parameters stay whole; others are gathered module by module. The buffer from which
-        gradients are reduced is as large as reduce_bucket_size says on a GPU; on CPU only what is ever written counts.
+        - Partitions of all parameters in the compute dtype. On several ranks those below
+          stage3_param_persistence_threshold are kept whole as well.
+        - Of what is trained float32 masters, moments, and one flat buffer of gradients.
+        - The reduce bucket, float32 as communication_data_type says: a GPU takes all of reduce_bucket_size, a CPU the
+          pages that are written. The bucket is copied when it is reduced.
+        - On several ranks parameters are fetched ahead until stage3_max_live_parameters are whole. Those of one
+          stage3_prefetch_bucket_size exist twice when they are cut out of the buffer in which they have arrived.
+        - The optimizer steps through sub_group_size values at a time: a copy of their gradients, and two temporaries.
+        - While the model loads, rank 0 has the files mapped, and the largest parameter twice.
         """
         compute = options.dtype.itemsize
-        zero = cls(options).ds_config["zero_optimization"]
-        bucket = _number(zero.get("reduce_bucket_size"), 500_000_000)
-        small = _number(zero.get("stage3_param_persistence_threshold"), 100_000)
-        prefetch = _number(zero.get("stage3_prefetch_bucket_size"), 50_000_000)
+        on_cpu = options.device.type == "cpu"
+        zero = DeepSpeedZeroConfig(**cls(options).ds_config["zero_optimization"])
         trained = set(trainable(model).values())
-        everything = set(model.parameters())
-        count, learned = sum(p.numel() for p in everything), sum(p.numel() for p in trained)
-        whole = sum(p.numel() for p in everything if p.numel() < small) if ranks > 1 else 0
-        largest = max(p.numel() for p in everything)
-        largest_trained = max((p.numel() for p in trained), default=0)
-        gathered = float(largest)
+        sizes = [p.numel() for p in model.parameters()]
+        count, learned, largest = sum(sizes), sum(p.numel() for p in trained), max(sizes)
+        persistent, gathered = 0, 0
         if ranks > 1:
-            # From the second pass on parameters are fetched ahead: a bucket in use, one that comes, and the flat buffer
-            # from which it is cut. The largest one, fetched beside them, is cut out of a buffer too.
-            gathered = 2 * largest + 3 * min(prefetch, count)
-        on_gpu = options.device.type != "cpu"
-        bucket_bytes = compute * (bucket if on_gpu else min(bucket, learned))
-        # Weights are read in 16 bits as a rule, one after the other, and their shards are cut out: blocks that malloc
-        # does not give back stay in the heap as holes. After loading the 135 M model 140 to 190 MiB were, of 203.
-        read = [2 * p.numel() for p in everything if not (p in trained and not options.trains_base)]
-        left = sum(size for size in read if size < runtime.RETURNED_BLOCK)
+            persistent = sum(size for size in sizes if size < zero.param_persistence_threshold)
+            live = min(count, zero.max_live_parameters + zero.prefetch_bucket_size)
+            gathered = live + min(count, zero.prefetch_bucket_size + largest)
+        bucket = min(zero.reduce_bucket_size, learned)
         held = HeldMemory(
-            weights=count * compute / ranks + whole * compute,
-            masters=learned * 4 / ranks,
-            gradients=learned * 4 / ranks + bucket_bytes,
-            moments=learned * 8 / ranks,
-            gathered=compute * (gathered + largest_trained),
-            step=learned * 12 / ranks,  # all is one flat tensor: its gradient, and two temporaries of AdamW
-            loading=count * compute,  # every rank reads all weights, and keeps its shards
-            moments_from_start=True,
-            leftover=0.0 if on_gpu else left,
+            weights=compute * (count / ranks + persistent),
+            masters=4 * learned / ranks,
+            gradients=4 * learned / ranks + 4 * (bucket if on_cpu else zero.reduce_bucket_size),
+            moments=8 * learned / ranks,
+            gathered=compute * (gathered + max((p.numel() for p in trained), default=0)) + 4 * bucket,
+            step=12 * min(zero.sub_group_size, learned / ranks),
+            loading=compute * (count + 2 * largest),
         )
-        if options.cpu_offload and on_gpu:
-            held = replace(held, weights=whole * compute, masters=0.0, gradients=bucket_bytes, moments=0.0, step=0.0)
+        if options.cpu_offload and not on_cpu:
+            held = replace(held, weights=compute * persistent, masters=0.0, moments=0.0, step=0.0)
         return held
 
     def setup(self) -> None:
@@ -166,8 +160,3 @@ class Zero3Backend(Backend):
         """Free the engine's buffers and hooks."""
         if hasattr(self, "_engine"):
             self._engine.destroy()
-
-
-def _number(value: Any, default: int) -> float:
-    """A setting of DeepSpeed's, which may be "auto", missing, or written as 5e8."""
-    return default if value in (None, AUTO) else float(value)

@@ -1,15 +1,11 @@
-"""What a forward and backward pass keeps in memory, and the token budget and checkpointing that fit."""
+"""The token budget and the activation checkpointing that fit into memory, by a formula of the model's sizes."""
 
 import resource
-import weakref
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import psutil
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dsft.distributed import runtime
@@ -45,52 +41,12 @@ class ActivationMemory:
         return kept + (self.kept if checkpointed_layers else 0.0)
 
 
-class AllocationTrace(TorchDispatchMode):
-    """Notes when operations on the meta device would take memory, and when they would give it back.
-
-    Temporaries within one operation are not seen. Tensors that are there already, such as weights, are not counted.
-    """
-
-    def __init__(self, present: Sequence[torch.Tensor]) -> None:
-        super().__init__()
-        self.events: list[tuple[int, int]] = []
-        """(number, bytes) where storage is taken, (number, 0) where it is given back."""
-        self.peak = 0
-        """Most bytes at once."""
-        self._live = 0
-        self._numbers: dict[int, tuple[int, int]] = {_key(tensor): (-1, 0) for tensor in present}
-
-    def __torch_dispatch__(
-        self, function: Callable[..., Any], types: Any, arguments: Any = (), named: Any = None
-    ) -> Any:
-        """Run an operation, and note the storage of what comes out where it is new."""
-        result = function(*arguments, **(named or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.is_meta and _key(tensor) not in self._numbers:
-                storage = tensor.untyped_storage()
-                number, size = len(self.events), max(1, storage.nbytes())
-                self.events.append((number, size))
-                self._numbers[_key(tensor)] = (number, size)
-                self._live += size
-                self.peak = max(self.peak, self._live)
-                weakref.finalize(storage, self._free, _key(tensor))
-        return result
-
-    def _free(self, key: int) -> None:
-        number, size = self._numbers.pop(key)
-        self._live -= size
-        self.events.append((number, 0))
-
-
-def _key(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
 def free_memory(device: torch.device, world: runtime.World) -> float:
     """Bytes that this rank may still take."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
+    runtime.return_freed_memory()
     free = psutil.virtual_memory().available / world.local_size
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)  # of ulimit -v; it counts what is mapped, not what is used
     if limit != resource.RLIM_INFINITY:

@@ -5,8 +5,24 @@ from pathlib import Path
 
 from dsft.config import TrainConfig
 from dsft.planning.plan import Needs
-from dsft.planning.prediction import checkpoint_bytes, checkpoints_kept
+from dsft.planning.prediction import checkpoint_bytes
 from dsft.units import gib
+
+
+def checkpoints_kept(total_steps: int, steps: int, save_steps: int | str, most: int | None) -> int:
+    """The most checkpoints that lie on the disk at once.
+
+    With --max_checkpoints the newest, the best, and the one that is being written.
+
+    Args:
+        total_steps: of the run.
+        steps: of an epoch.
+        save_steps: the flag.
+        most: the flag --max_checkpoints.
+    """
+    every = steps if isinstance(save_steps, str) else save_steps
+    count = -(-total_steps // every) if every else 1
+    return count if most is None else min(count, most + 2)
 
 
 def disk_warning(config: TrainConfig, trained: int, needs: Needs, folder: Path) -> str | None:

@@ -3,11 +3,15 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
+
 from dsft.config import TrainConfig
 from dsft.errors import UserError
 from dsft.planning.plan import Needs
-from dsft.planning.prediction import WITHIN, is_out_of_memory
+from dsft.planning.prediction import TOO_HIGH
 from dsft.units import gib
+
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "Cannot allocate memory", "bad_alloc", "not enough memory")
 
 
 def fitting_text(remedies: list[str]) -> str:
@@ -19,11 +23,18 @@ def fitting_text(remedies: list[str]) -> str:
 
 def refuse(needs: Needs) -> None:
     """Raise UserError if a run would run out of memory even where the prediction is too high by its stated error."""
-    if needs.memory.peak * (1 - WITHIN) > needs.available:
+    if needs.memory.peak / (1 + TOO_HIGH) > needs.available:
         raise UserError(
             f"the run needs {gib(needs.memory.peak)} per rank by prediction, and {gib(needs.available)} are available; "
             + fitting_text(needs.remedies)
         )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the system, the allocator or the GPU has refused memory."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, (RuntimeError, OSError)) and any(word in str(error) for word in OUT_OF_MEMORY)
 
 
 @contextmanager

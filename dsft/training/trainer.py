@@ -64,6 +64,7 @@ class Trainer:
         self.model, self.head = build_model(
             config, base, self.plan, self.backend, self._make_optimizer, self.data.total_steps
         )
+        runtime.return_freed_memory()
         runtime.on_main(world, self._open_output)
         self._check_visible(self.folder.root if config.dry_run else self.folder.root / CONFIG)
         self.checkpoints = RunCheckpoints(config, self.folder, world, self.backend, self.model, base)
