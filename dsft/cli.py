@@ -1,7 +1,7 @@
-"""From a command line to a checked config: Fire splits the words, the declared types read the values.
+"""From a command line to a checked config: Fire splits the arguments, the declared types convert the values.
 
-Fire alone calls a function first and complains about unknown flags after it returns, and guesses types from
-the text. So Fire is given a function that only collects, and the config decides what the values mean.
+Fire itself calls a function before it complains about unknown flags, and guesses types from the values. So Fire gets
+a function that only collects, and the config class interprets the values.
 """
 
 import dataclasses
@@ -19,11 +19,11 @@ from fire.decorators import SetParseFn
 from dsft.config.values import SECTION, Config, build, default_text, meanings, read_yaml, type_text
 from dsft.errors import UserError, did_you_mean, print_error, report_interrupt, wait_for_peers
 
-LAUNCHER_FLAGS = {"local_rank"}  # the DeepSpeed launcher puts it before the user's flags; LOCAL_RANK says the same
+LAUNCHER_FLAGS = {"local_rank"}  # added by the DeepSpeed launcher; LOCAL_RANK has the same value
 
 
 def main(config_class: type[Config], run: Callable[[Config], None], argv: Sequence[str] | None = None) -> None:
-    """Parse, run, and turn errors into one line and an exit status. The body of every command."""
+    """The body of every command: parse, run, report errors as one line and an exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if "--help" in argv or "-h" in argv:
         print(help_text(config_class))
@@ -34,20 +34,20 @@ def main(config_class: type[Config], run: Callable[[Config], None], argv: Sequen
         wait_for_peers()
         print_error(error)
         sys.exit(1)
-    if not getattr(config, "debug", False):  # here, because torch reads them while it is imported
+    if not getattr(config, "debug", False):  # before torch is imported, which reads them
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         os.environ.setdefault("GLOG_minloglevel", "2")
     try:
         run(config)
-    except KeyboardInterrupt:  # while the libraries are loaded; later the command's own work sees it
+    except KeyboardInterrupt:  # while libraries are imported; later the command handles it
         sys.exit(report_interrupt())
 
 
 def parse(config_class: type[Config], argv: Sequence[str]) -> Config:
-    """Flags over the YAML file over the defaults, each value read by its declared type.
+    """Flags take precedence over the YAML file, which takes precedence over the defaults.
 
     Raises:
-        UserError: unknown flags, unreadable values and missing flags, all of them at once.
+        UserError: all unknown flags, invalid values and missing flags together.
     """
     problems: list[str] = []
     values: dict[str, Any] = _collect(config_class, argv, problems)
@@ -57,43 +57,43 @@ def parse(config_class: type[Config], argv: Sequence[str]) -> Config:
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Values over values; sections flag by flag."""
+    """`below` updated with `above`; sections are merged flag by flag."""
     sections = {k: below[k] | above[k] for k in above if isinstance(above[k], dict) and isinstance(below.get(k), dict)}
     return below | above | sections
 
 
 def _collect(config_class: type, argv: Sequence[str], problems: list[str]) -> dict[str, Any]:
-    """Flag name -> text, or a dict of such for a section. Appends to `problems` what is no flag, or lacks a value."""
+    """Flag name -> string, or a dict of these for a section. Unknown flags and missing values go to `problems`."""
     hints = typing.get_type_hints(config_class)
     argv = [word for word in argv if not (_is_flag(word) and _name(word) in LAUNCHER_FLAGS)]
     words = []
     for word, following in zip(argv, [*argv, "--"][1:], strict=True):
         name = _name(word)
         if _is_flag(word) and not name:
-            problems.append(f"'{word}' belongs to no flag; write --name value")
+            problems.append(_unexpected(word))
         elif not _is_flag(word) or "=" in word or not _is_flag(following):
             words.append(word)
-        elif _is_switch(hints.get(name)):  # a flag without a value; Fire would take even --nomodel as model=False
+        elif _is_switch(hints.get(name)):  # Fire would read even --nomodel as model=False
             words.append(f"--{name}=True")
         elif name.startswith("no") and _is_switch(hints.get(name[2:])):
             words.append(f"--{name[2:]}=False")
         elif name in hints:
-            problems.append(f"--{name} needs a value: {type_text(hints[name])}")
+            problems.append(f"--{name} needs a value ({type_text(hints[name])})")
         else:
             words.append(f"--{name}=")
     collected: dict[str, Any] = {}
-    take_words = [f.name for f in dataclasses.fields(config_class) if f.metadata["lone_word"]]
+    positional = [f.name for f in dataclasses.fields(config_class) if f.metadata["positional"]]
 
     @SetParseFn(str)
     def collect(*words: str, **flags: str) -> None:
-        free = [name for name in take_words if name not in flags]
+        free = [name for name in positional if name not in flags]
         if len(free) == 1 and typing.get_origin(hints[free[0]]) is list and words:
             collected[free[0]], words = list(words), ()
-        problems.extend(f"'{word}' belongs to no flag; write --name value" for word in words[len(free) :])
+        problems.extend(map(_unexpected, words[len(free) :]))
         collected.update(zip(free, words, strict=False))
         collected.update(flags)
 
-    # What follows the last "--" is for Fire itself. Its separator would end our flags at a word "-".
+    # Arguments after the last "--" are Fire's own. Its default separator would end our flags at an argument "-".
     fire.Fire(collect, command=[*words, "--", "--separator", "\0"])
     for name in [name for name in collected if hints.get(name.partition(".")[0]) == SECTION]:
         section, _, of_section = name.partition(".")
@@ -104,13 +104,17 @@ def _collect(config_class: type, argv: Sequence[str], problems: list[str]) -> di
     return collected
 
 
+def _unexpected(word: str) -> str:
+    return f"unexpected argument '{word}'; write flags as --name value"
+
+
 def _is_switch(kind: Any) -> bool:
-    """Whether a flag may stand without a value."""
+    """Whether a flag may be given without a value."""
     return kind is bool or bool in typing.get_args(kind)
 
 
 def _is_flag(word: str) -> bool:
-    """As Fire sees it: -1e-4 is a value."""
+    """As Fire decides it: -1e-4 is a value."""
     return re.match(r"--|-[a-zA-Z]", word) is not None
 
 
@@ -119,7 +123,7 @@ def _name(word: str) -> str:
 
 
 def help_text(config_class: type) -> str:
-    """--help: every flag with type, default and meaning, in the order of the config class."""
+    """The text of --help: every flag with type, default and meaning, in the order of the config class."""
     hints, meaning = typing.get_type_hints(config_class), meanings(config_class)
     lines = [inspect.cleandoc(config_class.__doc__ or ""), "", "Flags (--name value or --name=value):"]
     for f in dataclasses.fields(config_class):

@@ -120,16 +120,7 @@ class ChunkedLoss(torch.autograd.Function):
         labels: torch.Tensor,
         loss_weights: torch.Tensor,
     ) -> torch.Tensor:
-        """The summed loss (float32 scalar).
-
-        Args:
-            ctx: autograd's.
-            hidden: [targets, hidden size], input of the head.
-            weight: [vocabulary, hidden size].
-            bias: [vocabulary] or None.
-            labels: int64 [targets].
-            loss_weights: float32 [targets].
-        """
+        """The summed loss (float32 scalar) of hidden [targets, hidden size] and weight [vocabulary, hidden size]."""
         needs = ctx.needs_input_grad[:3]
         hidden_gradient = torch.empty_like(hidden) if needs[0] else None
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None

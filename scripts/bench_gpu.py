@@ -77,9 +77,6 @@ def write_model(name: str, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-# Rows
-
-
 def make_rows(case: str, tokenizer: Any, *, length: int, rows: int, dialogues: int, turns: int) -> list[dict[str, Any]]:
     """Rows of random words in dsft's columns."""
     import numpy as np
@@ -136,9 +133,6 @@ def single_token_words(tokenizer: Any) -> list[str]:
         return len(tokenizer(text, add_special_tokens=False)["input_ids"]) == 1
 
     return list(itertools.islice((w for w in words if is_one_token(w) and is_one_token(f" {w}")), 1000))
-
-
-# Work
 
 
 def flops_per_token(shape: dict[str, int], lora_rank: int, mean_length: float, target_share: float) -> float:

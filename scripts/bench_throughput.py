@@ -127,9 +127,6 @@ def check_case(case: Namespace, arms: Sequence[Arm]) -> None:
         stop(f"--trl_sampling {case.trl_sampling} draws batches of its own: {all_rows}")
 
 
-# The command line
-
-
 def flag_parser(description: str, arms: str) -> ArgumentParser:
     """The flags that bench_throughput.py and bench_gpu.py share."""
     parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
@@ -163,9 +160,6 @@ def parse() -> Namespace:
     options = parser.parse_args()
     options.train_batch_size = options.train_batch_size or options.rows
     return options
-
-
-# TRL's environment and rows
 
 
 def trl_environment() -> Path:
@@ -236,9 +230,6 @@ def export_rows(case: Namespace, file: Path) -> dict[str, Any]:
     counts = {"tokens": int(lengths.sum()), "longest": int(lengths.max()), "targets": data.counts.targets}
     mean_length = float((lengths**2).sum() / lengths.sum())  # of the row in which a token stands
     return counts | {"mean_length": mean_length, "model_folder": model, "rows_file": str(file)}
-
-
-# Runs
 
 
 def dsft_words(arm: Arm, case: Namespace, output: Path) -> list[str]:
@@ -372,15 +363,11 @@ def measure(case: Namespace, arms: Sequence[Arm], folder: Path, gpu: str | None 
     return evaluate(results, case, facts)
 
 
-# Tables
-
-
 def evaluate(results: dict[str, list[dict[str, Any]]], case: Namespace, facts: dict[str, Any]) -> dict[str, Any]:
     """Print the first losses; the case's record, in which `summary` has figures only if all losses agree."""
     table, wrong = loss_table(results, case)
     print(table + "\n", flush=True)
-    summary = {} if wrong else {name: summarize(runs, case, facts["tokens"]) for name, runs in results.items()}
-    add_ratios(summary)
+    summary = {} if wrong else compare(results, case, facts["tokens"])
     return {"case": vars(case), "facts": facts, "losses_disagree": wrong, "summary": summary, "runs": results}
 
 
@@ -424,20 +411,21 @@ def summarize(runs: Sequence[dict[str, Any]], case: Namespace, tokens: int) -> d
     }
 
 
-def add_ratios(summary: dict[str, dict[str, Any]]) -> None:
-    """How many times faster than TRL: than its fastest fsdp arm (its fastest of all, if there is none), and than its
-    fastest on the same backend. Arms of trl-targets are no reference: they are TRL as it is not.
+def compare(results: dict[str, list[dict[str, Any]]], case: Namespace, tokens: int) -> dict[str, dict[str, Any]]:
+    """Every arm's figures, and how many times faster it is than TRL: than its fastest fsdp arm (its fastest of all, if
+    there is none), and than its fastest on the same backend. Arms of trl-targets are no reference: TRL is not so.
     """
+    summary = {name: summarize(runs, case, tokens) for name, runs in results.items()}
     seconds = {name: row["epoch_seconds"] for name, row in summary.items() if name.startswith("trl:")}
 
-    def fastest(backend: str) -> float | None:
-        return min((s for name, s in seconds.items() if f":{backend}" in name), default=None)
+    def times(row: dict[str, Any], *backends: str) -> float | None:
+        found = (min((s for name, s in seconds.items() if f":{backend}" in name), default=None) for backend in backends)
+        fastest = next((one for one in found if one), None)
+        return fastest and fastest / row["epoch_seconds"]
 
-    overall = fastest("fsdp") or fastest("")
     for name, row in summary.items():
-        same = fastest(name.split(":")[1])
-        row["times_trl"] = overall / row["epoch_seconds"] if overall else None
-        row["times_trl_same_backend"] = same / row["epoch_seconds"] if same else None
+        row["times_trl"], row["times_trl_same_backend"] = times(row, "fsdp", ""), times(row, name.split(":")[1])
+    return summary
 
 
 def time_table(summary: dict[str, dict[str, Any]], extra: dict[str, dict[str, str]] | None = None) -> str:

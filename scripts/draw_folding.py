@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 
 from dsft.config import TrainConfig
-from dsft.dataset.folding import common_prefix
+from dsft.dataset.folding import shared_prefixes
 from dsft.dataset.tokens import TokenDataset, load_dataset
 from dsft.model.embedded import embedded_model
 from dsft.model.source import load_tokenizer
@@ -36,7 +36,7 @@ def draw(rows: list[tuple[np.ndarray, np.ndarray]], theme: str, path: Path) -> N
     from matplotlib import pyplot
 
     text, read, learned, shared = COLORS[theme]
-    starts = [0, *(common_prefix(a[0], b[0]) for a, b in pairwise(rows))]
+    starts = shared_prefixes([tokens for tokens, _ in rows]).tolist()
     pyplot.rcParams.update({"svg.hashsalt": "dsft", "svg.fonttype": "none", "text.color": text, "font.size": 11})
     figure, panels = pyplot.subplots(1, 2, figsize=(9, 2.9), sharex=True, sharey=True, layout="constrained")
     whole = sum(len(tokens) for tokens, _ in rows)

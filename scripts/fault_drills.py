@@ -52,9 +52,6 @@ STEP_KEYS = ("step", "epoch", "train/loss", "train/grad_norm", "train/lr", "trai
 VALIDATION_KEYS = ("step", "epoch", "val/loss")
 
 
-# What is drilled
-
-
 @dataclass(frozen=True)
 class Kind:
     """A way to break a run, and what is expected of it."""
@@ -83,7 +80,7 @@ KINDS = {
     "stop-rank": Kind(1, LAUNCHED),
     "elastic": Kind(None, ("torchrun",)),
 }
-SIGNALS = {"term": signal.SIGTERM, "int": signal.SIGINT, "usr1": signal.SIGUSR1}
+SIGNALS = {"term": signal.SIGTERM, "int": signal.SIGINT, "usr1": signal.SIGUSR1, "stop-rank": signal.SIGSTOP}
 
 
 @dataclass(frozen=True)
@@ -174,11 +171,6 @@ def unmarked(out: Path) -> list[Path]:
     return [path for path in checkpoints(out).values() if not (path / "COMPLETE").is_file()]
 
 
-def temporary(out: Path) -> list[str]:
-    """What a broken run may leave, and a finished one must not."""
-    return [str(path.relative_to(out)) for path in [*out.rglob("*.tmp"), *unmarked(out)]]
-
-
 def own_traceback(text: str) -> str:
     """A traceback or crash of dsft in standard error, "" if none; launchers print some of their own."""
     for block in re.split("^(?=.*Traceback \\(most recent call last\\))", text, flags=re.M)[1:]:
@@ -186,9 +178,6 @@ def own_traceback(text: str) -> str:
             return block[:2000]
     crash = re.search("terminate called|Segmentation fault|Fatal Python error|core dumped", text)
     return crash[0] if crash else ""
-
-
-# Runs
 
 
 class RunEndedError(Exception):
@@ -333,9 +322,6 @@ def make_reference(mix: Mix) -> Path:
     return folder / "out"
 
 
-# One drill
-
-
 class BrokenRun:
     """A run that is broken once or twice, resumed, and compared with the undisturbed one."""
 
@@ -386,8 +372,6 @@ class BrokenRun:
         rotation = {"max_checkpoints": 4} if self.drill.number % 2 else {}
         return Run(command(self.mix, self.out, *restarts, **rotation, **flags), self.folder / log, fault)
 
-    # Breaking
-
     def _fault_in_save(self, step: int) -> dict[str, Any]:
         """What fault_worker.py does: at an operation of the first save at or after `step`."""
         is_kill, rank, pattern = self.kind.action == "kill", 0, ""
@@ -416,15 +400,11 @@ class BrokenRun:
             raise RunEndedError
         self.details["instant"] = f"{delay * 1000:.1f} ms after step {step}"
         self.fault_step, self.fault_clock, self.fault_time = last_step(self.out), time.time(), time.monotonic()
-        if kind in ("kill-all", "corrupt"):
-            for process in members:
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
-            return
-        targets = self._targets(run, ranks)
+        targets = self._targets(run, ranks, members)
         self.details["target"] = name = list(targets)[self.drill.turn % len(targets)]
-        with suppress(psutil.NoSuchProcess, ProcessLookupError):
-            targets[name](SIGNALS.get(self.drill.kind, signal.SIGSTOP if kind == "stop-rank" else signal.SIGKILL))
+        for send in targets[name]:
+            with suppress(psutil.NoSuchProcess, ProcessLookupError):
+                send(SIGNALS.get(kind, signal.SIGKILL))
         if kind == "elastic":
             while any(map(environment_of, ranks)):  # the launcher ends the other rank and restarts both
                 if time.monotonic() > self.fault_time + END_LIMIT:
@@ -432,17 +412,22 @@ class BrokenRun:
                 time.sleep(0.01)
             self.seconds_to_end = time.monotonic() - self.fault_time
 
-    def _targets(self, run: Run, ranks: list[psutil.Process]) -> dict[str, Callable[[int], Any]]:
-        """Which processes the signal can go to: the one the user started, the ranks' parent, a rank, the group."""
+    def _targets(
+        self, run: Run, ranks: list[psutil.Process], members: list[psutil.Process]
+    ) -> dict[str, list[Callable[[int], Any]]]:
+        """To which processes the signal can go."""
+        if self.drill.kind in ("kill-all", "corrupt"):
+            return {"every process": [process.send_signal for process in members]}
         if self.mix.launcher == "none":
-            return {"the process": run.process.send_signal}
-        of_ranks = {f"rank {rank}": process.send_signal for rank, process in enumerate(ranks)}
-        launchers = {"the launcher": run.process.send_signal}
+            return {"the process": [run.process.send_signal]}
+        of_ranks = {f"rank {rank}": [process.send_signal] for rank, process in enumerate(ranks)}
+        launchers = {"the launcher": [run.process.send_signal]}
         if (parent := ranks[0].parent()) not in (None, run.process):
-            launchers["the ranks' parent"] = parent.send_signal
-        if self.drill.kind in SIGNALS:
-            group = {"the launcher's process group": partial(os.killpg, run.process.pid)}  # as Ctrl-C does
-            return launchers | of_ranks | group
+            launchers["the ranks' parent"] = [parent.send_signal]
+        if self.kind.error_lines == 0:
+            return (
+                launchers | of_ranks | {"the launcher's process group": [partial(os.killpg, run.process.pid)]}
+            )  # Ctrl-C
         return launchers if self.drill.kind == "kill-launcher" else of_ranks
 
     def _damage(self) -> None:
@@ -466,8 +451,6 @@ class BrokenRun:
             named = len(errors) == 1 and newest.name in errors[0] and older.name in errors[0]
             refused = ended and run.popen.returncode != 0 and named and before <= set(self.out.iterdir())
             self.check("--resume PATH refused", refused, f"status {run.popen.returncode}, {errors}")
-
-    # Checking
 
     def _check_end(self, run: Run) -> None:
         """How the broken run has ended: all of it, in time, and with the expected messages."""
@@ -532,7 +515,8 @@ class BrokenRun:
         good = ended and run.popen.returncode == 0
         self.check("resumed", good, f"status {run.popen.returncode} at its end: {run.read('err')}")
         self.check_resumed(run, whole=True)
-        self.check("no temporary files", not temporary(self.out), f"at the end: {temporary(self.out)}")
+        left = [*self.out.rglob("*.tmp"), *unmarked(self.out)]
+        self.check("no temporary files", not left, f"at the end: {left}")
         last, links = f"checkpoint-{STEPS:06d}", ["latest", "best"]
         for file in sorted((self.reference / last).glob("*.safetensors")):
             copy = self.out / last / file.name
@@ -559,9 +543,6 @@ def spoil(file: Path, damage: str, random: Random, foreign: Path) -> None:
         file.write_bytes(foreign.read_bytes())
     else:
         file.write_bytes(content[:place] if damage == "truncated" else b"")
-
-
-# All drills
 
 
 def run_drill(drill: Drill, reference: Path, options: argparse.Namespace) -> dict[str, Any]:

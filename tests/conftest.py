@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,8 +10,34 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests
 
 import pytest
 
+from dsft.errors import UserError
 from tests.commands import Commands, TrainedRuns
-from tests.helpers import write_parquet
+from tests.error_table import code_of, entries
+from tests.helpers import PRODUCED, write_parquet
+
+
+def _note(error: UserError, *arguments: object) -> None:
+    ValueError.__init__(error, *arguments)
+    if sys._getframe(1).f_globals["__name__"].startswith("dsft."):
+        PRODUCED.add(str(error))
+
+
+UserError.__init__ = _note  # type: ignore[method-assign]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Fail a test that produces an error which docs/errors.yaml lacks, or not the one for which it names this test."""
+    try:
+        yield
+        codes = {line: code_of(line) for text in PRODUCED for line in text.split("\n")}
+    finally:
+        PRODUCED.clear()
+    unknown = [line for line, code in codes.items() if code is None]
+    assert not unknown, f"not in docs/errors.yaml: {unknown}"
+    names = {item.nodeid.removeprefix("tests/"), item.nodeid.removeprefix("tests/").partition("[")[0]}
+    missing = {entry.code for entry in entries().values() if names & set(entry.examples)} - set(codes.values())
+    assert not missing, f"docs/errors.yaml names this test for {missing}, which it does not produce"
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,8 @@ BIN = Path(sys.executable).parent
 COMMANDS = ast.literal_eval(re.findall(r"^COMMANDS = (.*)$", (ROOT / "setup.py").read_text(), re.MULTILINE)[0])
 # The real medical set is no part of the project; tests that read it are skipped where it is not.
 MEDICAL = Path(os.environ.get("DSFT_MEDICAL_DATA", ROOT / "data" / "MTMedDialog_sft_val.parquet"))
+PRODUCED: set[str] = set()
+"""The errors of dsft that the running test has seen, in this process or on a command's standard error."""
 SAMPLE_TRAIN, SAMPLE_VAL = ROOT / "data" / "sample_train.parquet", ROOT / "data" / "sample_val.parquet"
 
 
@@ -34,6 +36,9 @@ class Done:
     out: str
     err: str
     seconds: float
+
+    def __post_init__(self) -> None:
+        PRODUCED.update(line.removeprefix("error: ") for line in self.errors)
 
     @property
     def errors(self) -> list[str]:

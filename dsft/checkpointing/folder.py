@@ -44,7 +44,7 @@ class CheckpointFolder:
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
-            raise UserError(f"{self.root} cannot be read: {reason(error)}; name another folder") from error
+            raise UserError(f"{self.root} cannot be read: {reason(error)}; choose another folder") from error
         return sorted(found, key=step_of)
 
     def path(self, step: int) -> Path:

@@ -30,7 +30,9 @@ def find_resume(config: TrainConfig, folder: CheckpointFolder, warn: Callable[[s
     if config.resume == "never":
         latest = folder.latest()
         if latest is not None:
-            raise UserError(f"{config.output_dir} holds {latest.name} and --resume is never; name another --output_dir")
+            raise UserError(
+                f"{config.output_dir} holds {latest.name} and --resume is never; choose another --output_dir"
+            )
         return None
     if config.resume == "auto":
         found = folder.newest_sound(warn, rename=not config.dry_run)
@@ -40,7 +42,7 @@ def find_resume(config: TrainConfig, folder: CheckpointFolder, warn: Callable[[s
         if latest is not None and found.parent != latest.parent.resolve():
             raise UserError(
                 f"{config.output_dir} holds {latest.name} of its own, and --resume {config.resume} is of another "
-                "folder; leave --resume out to resume from it, or name another --output_dir"
+                "folder; leave --resume out to resume from it, or choose another --output_dir"
             )
     if found is not None:
         _check_same_run(found, config)
@@ -68,7 +70,7 @@ def read_history(checkpoint: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); name another checkpoint") from error
+        raise UserError(f"{path} cannot be read ({error}); choose another checkpoint") from error
 
 
 def open_output(folder: CheckpointFolder, resumed: Path | None, warn: Callable[[str], None]) -> None:
@@ -83,7 +85,7 @@ def open_output(folder: CheckpointFolder, resumed: Path | None, warn: Callable[[
         folder.lock()
         if folder.all():
             raise UserError(
-                f"another run has begun in {root} meanwhile; rerun to resume from it, or name another --output_dir"
+                f"another run has begun in {root} meanwhile; rerun to resume from it, or choose another --output_dir"
             )
     guard_disk(folder.remove_unfinished, root)
     if resumed is None:
@@ -158,7 +160,7 @@ def _adapter_config(checkpoint: Path, what: str) -> dict[str, Any]:
         stored = json.loads(path.read_text(encoding="utf-8"))
         return {key: stored[key] for key in ("base_model_name_or_path", "r", "lora_alpha", "use_rslora", "use_dora")}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); name another {what}") from error
+        raise UserError(f"{path} cannot be read ({error}); choose another {what}") from error
 
 
 def _whole_model(folder: Path, model: str, config: TrainConfig) -> InitialWeights:
@@ -170,7 +172,7 @@ def _whole_model(folder: Path, model: str, config: TrainConfig) -> InitialWeight
             stored = json.loads(path.read_text(encoding="utf-8"))
             return {key: stored.get(key) for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")}
         except (OSError, ValueError, AttributeError) as error:
-            raise UserError(f"{path} cannot be read ({error}); name another --init_from") from error
+            raise UserError(f"{path} cannot be read ({error}); choose another --init_from") from error
 
     theirs = Path(model) / "config.json"
     if theirs.is_file():

@@ -173,7 +173,7 @@ class Checkpointer:
         if is_refusal(error):
             return f"{place}: {reason(error)}; {keeps}; free some space and rerun the same command"
         what = " ".join(f"{type(error).__name__}: {error}".split())
-        return f"{place}: rank {self._world.rank}: {what}; {keeps} (--debug prints the traceback)"
+        return f"{place}: rank {self._world.rank}: {what}; {keeps} (--debug shows the traceback)"
 
     # Slices to files
 

@@ -14,7 +14,7 @@ def flag(
     section: str | None = None,
     run_identity: bool = False,
     required: bool = False,
-    lone_word: bool = False,
+    positional: bool = False,
 ) -> Any:
     """One flag.
 
@@ -23,14 +23,24 @@ def flag(
         section: starts a group in --help.
         run_identity: may not change on resume.
         required: has no default.
-        lone_word: a word that follows no flag is its value; several are that of a list.
+        positional: may also be given without its name; a list takes several values.
     """
-    metadata = {"section": section, "run_identity": run_identity, "required": required, "lone_word": lone_word}
+    metadata = {"section": section, "run_identity": run_identity, "required": required, "positional": positional}
     if required:
         return field(metadata=metadata)
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def too_small(config: Any, minimum: int, *names: str) -> list[str]:
+    """What is wrong with flags that have a minimum; None is not checked."""
+    values = {name: getattr(config, name) for name in names}
+    return [
+        f"{name} must be {minimum} or more, got {value}"
+        for name, value in values.items()
+        if value is not None and value < minimum
+    ]
 
 
 @dataclass(kw_only=True)

@@ -3,9 +3,9 @@
 import importlib.util
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from dsft.config.flags import CommonFlags, ModelFlags, RowFlags, flag
+from dsft.config.flags import CommonFlags, ModelFlags, RowFlags, flag, too_small
 from dsft.errors import UserError
 
 OWN_FLAGS = {"sokoban": ("dim_x", "dim_y", "num_boxes", "search_depth"), "frozenlake": ("size", "p", "is_slippery")}
@@ -46,9 +46,7 @@ class EnvironmentFlags:
 
     def environment_problems(self) -> list[str]:
         """What is wrong with these flags; the environment itself checks its sizes."""
-        problems = [
-            f"{n} must be 1 or more, got {getattr(self, n)}" for n in _below_one(self, "max_steps", "max_depth")
-        ]
+        problems = too_small(self, 1, "max_steps", "max_depth")
         defaults = {f.name: f.default for f in fields(EnvironmentFlags)}
         for game, names in OWN_FLAGS.items():
             changed = [f"--{name}" for name in names if getattr(self, name) != defaults[name]]
@@ -69,8 +67,7 @@ class PromptFlags:
 
     def prompt_problems(self) -> list[str]:
         """What is wrong with these flags."""
-        wrong = self.history_turns is not None and self.history_turns < 0
-        return [f"history_turns must be 0 or more, got {self.history_turns}"] if wrong else []
+        return too_small(self, 0, "history_turns")
 
 
 @dataclass(kw_only=True)
@@ -95,12 +92,7 @@ class GenerateConfig(PromptFlags, EnvironmentFlags, CommonFlags):
         problems = [] if self.env else ["--env is required: sokoban or frozenlake"]
         problems += self.environment_problems() if self.env else []
         problems += self.prompt_problems()
-        problems += [f"{n} must be 1 or more, got {getattr(self, n)}" for n in _below_one(self, "train_size")]
-        problems += [
-            f"{n} must be 0 or more, got {getattr(self, n)}" for n in ("test_size", "seed") if getattr(self, n) < 0
-        ]
-        if self.num_processes is not None and self.num_processes < 1:
-            problems.append(f"num_processes must be 1 or more, got {self.num_processes}")
+        problems += too_small(self, 1, "train_size", "num_processes") + too_small(self, 0, "test_size", "seed")
         if self.rows == "episodes" and self.style != "messages":
             problems.append(f"--rows episodes needs --style messages, got {self.style}")
         if self.rows == "episodes" and self.history_turns is not None:
@@ -154,26 +146,17 @@ class ValidateConfig(PromptFlags, EnvironmentFlags, RowFlags, ModelFlags, Common
         if self.model in SCRIPTED_PLAYERS and self.adapter is not None:
             problems.append(f"--model {self.model} has no weights; drop --adapter")
         if self.data is not None and self.messages_key is not None:
-            problems.append("--data needs prompt and response columns; it cannot go with messages_key")
+            problems.append("--data needs prompt and response columns; it cannot be combined with messages_key")
         unread = ONLY_DIALOGUES if self.env else ONLY_GAMES if self.data else ()
         defaults = {f.name: f.default for f in fields(self)}
         changed = [f"--{name}" for name in unread if getattr(self, name) != defaults[name]]
         if changed:
             problems.append(f"{', '.join(changed)} belongs to {'--data' if self.env else '--env'}; drop one of them")
-        names = ("episodes", "batch_size", "max_new_tokens", "max_length")
-        problems += [f"{n} must be 1 or more, got {getattr(self, n)}" for n in _below_one(self, *names)]
-        if self.max_turns is not None and self.max_turns < 1:
-            problems.append(f"max_turns must be 1 or more, got {self.max_turns}")
-        for name in ("seed", "temperature", "transcripts"):
-            if getattr(self, name) < 0:
-                problems.append(f"{name} must be 0 or more, got {getattr(self, name)}")
+        problems += too_small(self, 1, "episodes", "batch_size", "max_new_tokens", "max_length", "max_turns")
+        problems += too_small(self, 0, "seed", "temperature", "transcripts")
         if self.engine == "vllm" and importlib.util.find_spec("vllm") is None:
             problems.append("--engine vllm needs the package vllm; install it, or drop the flag")
         if Path(self.output).is_dir() or not self.output.endswith(".json"):
             problems.append(f"output must be a .json file, got {self.output}")
         if problems:
             raise UserError("\n".join(problems))
-
-
-def _below_one(config: Any, *names: str) -> list[str]:
-    return [name for name in names if getattr(config, name) < 1]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from dsft.config.flags import CommonFlags, flag
+from dsft.config.flags import CommonFlags, flag, too_small
 from dsft.errors import UserError
 
 
@@ -35,9 +35,7 @@ class MergeConfig(CommonFlags):
 
     def check(self) -> None:
         """Raise UserError with every problem that can be seen without reading the model."""
-        problems = []
-        if self.tolerance is not None and self.tolerance < 0:
-            problems.append(f"tolerance must be 0 or more, got {self.tolerance}")
+        problems = too_small(self, 0, "tolerance")
         for flag_name in ("push_to_hub", "hub_name"):
             name = getattr(self, flag_name)
             if name is not None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from dsft.config.flags import CommonFlags, ModelFlags, flag
+from dsft.config.flags import CommonFlags, ModelFlags, flag, too_small
 from dsft.config.games import SCRIPTED_PLAYERS, EnvironmentFlags, GenerateConfig, PromptFlags, ValidateConfig
 from dsft.config.merge import MergeConfig
 from dsft.config.train import TrainConfig
@@ -54,8 +54,7 @@ class PipelineConfig(PromptFlags, EnvironmentFlags, ModelFlags, CommonFlags):
         """Raise UserError with every problem, also of the steps' flags, before any step starts."""
         problems = [] if self.env else ["--env is required: sokoban or frozenlake"]
         problems += (self.environment_problems() if self.env else []) + self.prompt_problems()
-        if self.nproc < 1:
-            problems.append(f"nproc must be 1 or more, got {self.nproc}")
+        problems += too_small(self, 1, "nproc")
         if self.model in SCRIPTED_PLAYERS:
             problems.append(f"--model {self.model} plays without weights, so it cannot be trained; name a model")
         if Path(self.output_dir).exists() and not Path(self.output_dir).is_dir():

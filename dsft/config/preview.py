@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsft.config.flags import flag
+from dsft.config.flags import flag, too_small
 from dsft.config.train import TrainConfig
 from dsft.errors import UserError
 
@@ -33,12 +33,9 @@ class PreviewConfig(TrainConfig):
             super().check()
         except UserError as error:
             problems = str(error).splitlines()
-        if self.rows < 0:
-            problems.append(f"rows must be 0 or more, got {self.rows}")
+        problems += too_small(self, 0, "rows") + too_small(self, 1, "ranks")
         if any(number < 0 for number in self.row_numbers or []):
             problems.append(f"row_numbers must be 0 or more, got {','.join(map(str, self.row_numbers or []))}")
-        if self.ranks < 1:
-            problems.append(f"ranks must be 1 or more, got {self.ranks}")
         for name in ("html", "json"):
             path = getattr(self, name)
             if path is not None and (not path or Path(path).is_dir()):

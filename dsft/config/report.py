@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsft.config.flags import CommonFlags, flag
+from dsft.config.flags import CommonFlags, flag, too_small
 from dsft.errors import UserError
 
 HTML = ".html"
@@ -13,7 +13,7 @@ HTML = ".html"
 class ReportConfig(CommonFlags):
     """Report on one or more runs: a self-contained HTML page, and the same as Markdown next to it."""
 
-    runs: list[str] = flag(required=True, section="Report", lone_word=True)
+    runs: list[str] = flag(required=True, section="Report", positional=True)
     """Output folders of runs or pipelines. The flag may be left out: python -m dsft.report OUT OUT2."""
     eval_reports: list[str] | None = flag(None)
     """More reports of dsft.validate (.json); those in the runs' folders are found."""
@@ -25,8 +25,7 @@ class ReportConfig(CommonFlags):
     def check(self) -> None:
         """Raise UserError with every problem found before a folder is read."""
         problems = [] if self.runs else ["--runs is empty; name a run's output folder"]
-        if self.samples < 0:
-            problems.append(f"samples must be 0 or more, got {self.samples}")
+        problems += too_small(self, 0, "samples")
         if self.output is not None and (Path(self.output).suffix != HTML or Path(self.output).is_dir()):
             problems.append(f"output must be a {HTML} file, got {self.output}")
         if problems:

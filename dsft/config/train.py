@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from dsft.config.flags import CommonFlags, ModelFlags, RowFlags, flag
+from dsft.config.flags import CommonFlags, ModelFlags, RowFlags, flag, too_small
 from dsft.errors import UserError, did_you_mean
 
 EVERY_EPOCH = "epoch"
@@ -112,22 +112,13 @@ class TrainConfig(RowFlags, ModelFlags, CommonFlags):
 
     def check(self) -> None:
         """Raise UserError with every problem that can be seen without reading data or model."""
-        problems = []
-        positive = ["max_length", "train_batch_size", "max_tokens_per_micro_batch", "total_epochs"]
-        positive += ["max_train_rows", "max_val_rows", "total_training_steps", "max_checkpoints"]
-        positive += ["save_seconds", "stop_after_steps"]
-        for name in positive:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                problems.append(f"{name} must be 1 or more, got {value}")
-        if self.lora_rank < 0:
-            problems.append(f"lora_rank must be 0 (full fine-tuning) or more, got {self.lora_rank}")
+        problems = too_small(self, 0, "lora_rank", "weight_decay", "clip_grad", "seed")
+        problems += too_small(self, 1, "max_length", "train_batch_size", "max_tokens_per_micro_batch", "total_epochs")
+        problems += too_small(self, 1, "max_train_rows", "max_val_rows", "total_training_steps", "max_checkpoints")
+        problems += too_small(self, 1, "save_seconds", "stop_after_steps")
         for name in ("lr", "lora_alpha"):
             if getattr(self, name) <= 0:
                 problems.append(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("weight_decay", "clip_grad"):
-            if getattr(self, name) < 0:
-                problems.append(f"{name} must be 0 or more, got {getattr(self, name)}")
         for name in ("warmup_ratio", "min_lr_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 problems.append(f"{name} must be between 0 and 1, got {getattr(self, name)}")
@@ -140,27 +131,25 @@ class TrainConfig(RowFlags, ModelFlags, CommonFlags):
                 problems.append(f"val_fraction must be above 0 and below 1, got {self.val_fraction}")
             given = [f"--{name}" for name in ("val_files", "max_val_rows") if getattr(self, name) is not None]
             if given:
-                problems.append(f"val_fraction takes its rows from --train_files; drop it, or {' and '.join(given)}")
+                problems.append(f"val_fraction splits --train_files; drop it, or {' and '.join(given)}")
         for name in ("eval_steps", "save_steps"):
             value = getattr(self, name)
             if value != EVERY_EPOCH and value < 0:
                 problems.append(f'{name} must be a number of steps, "epoch", or 0 for never, got {value}')
-        if self.seed < 0:
-            problems.append(f"seed must be 0 or more, got {self.seed}")
         if self.lora_rank == 0 and (self.use_dora or self.use_rslora or self.lora_dropout):
             problems.append("use_dora, use_rslora and lora_dropout need lora_rank above 0, got lora_rank=0")
         if not self.target_modules:
             problems.append("target_modules is empty; name modules, or all-linear")
         identity = {*self.run_identity(), "train_files"}
         for name in set(self.resume_override or []) - identity:
-            problems.append(f"resume_override: {name} is no flag that a resume checks{did_you_mean(name, identity)}")
+            problems.append(f"resume_override: {name} is not compared on resume{did_you_mean(name, identity)}")
         unknown = [name for name in self.logger if name not in ("console", "wandb", "tensorboard")]
         if unknown:
             problems.append(f"logger must be any of console, wandb, tensorboard, got {', '.join(unknown)}")
         if self.ds_config is not None and self.backend != "zero3":
             problems.append(f"ds_config is for --backend zero3, got --backend {self.backend}; drop one of them")
         if self.messages_key is not None and self.with_thinking:
-            problems.append("with_thinking needs prompt and response columns; it cannot go with messages_key")
+            problems.append("with_thinking needs prompt and response columns; it cannot be combined with messages_key")
         if Path(self.output_dir).exists() and not Path(self.output_dir).is_dir():
             problems.append(f"output_dir {self.output_dir} is a file; name a folder")
         if problems:

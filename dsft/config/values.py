@@ -1,4 +1,4 @@
-"""Values of flags: read by their declared types, from a command line or YAML, and written back."""
+"""Flag values: parsed by their declared types from a command line or YAML, and written back."""
 
 import ast
 import dataclasses
@@ -16,22 +16,22 @@ from dsft.errors import UserError, did_you_mean, did_you_mean_path
 
 Config = TypeVar("Config")
 SECTION = dict[str, Any]
-"""Type of a field that holds the flags of another command: --train.lr 1e-3, or a section in the YAML file."""
+"""Type of a field that contains the flags of another command: --train.lr 1e-3, or a section in the YAML file."""
 
 
 def build(config_class: type[Config], values: dict[str, Any], problems: Sequence[str] = ()) -> Config:
-    """A checked config from text or native values.
+    """A checked config from strings or native values.
 
     Args:
-        config_class: whose fields are the flags.
+        config_class: the class whose fields are the flags.
         values: by flag name.
-        problems: found before, told together with those found here.
+        problems: problems found earlier, reported together with those found here.
 
     Raises:
-        UserError: a line for each value that cannot be read, or a required one that is missing; where there is
-            none of these, a line for each value that the config's own check refuses.
+        UserError: a line for each invalid value and each missing required flag; if there are none, a line for each
+            value that the config's own check rejects.
     """
-    told = {problem.split()[0] for problem in problems}
+    reported = {problem.split()[0] for problem in problems}
     problems, known = list(problems), {}
     hints = typing.get_type_hints(config_class)
     for f in dataclasses.fields(config_class):  # type: ignore[arg-type]
@@ -41,8 +41,8 @@ def build(config_class: type[Config], values: dict[str, Any], problems: Sequence
             except ValueError:
                 value, kind = values[f.name], hints[f.name]
                 suggestion = did_you_mean(value, choices_of(kind)) if isinstance(value, str) else ""
-                problems.append(f"{f.name} must be {type_text(kind)}, got {value!r}{suggestion}")
-        elif f.metadata["required"] and f"--{f.name}" not in told:
+                problems.append(f"{f.name}: expected {type_text(kind)}, got {value!r}{suggestion}")
+        elif f.metadata["required"] and f"--{f.name}" not in reported:
             problems.append(f"--{f.name} is required: {meanings(config_class)[f.name]}")
     if problems:
         raise UserError("\n".join(problems))
@@ -52,23 +52,23 @@ def build(config_class: type[Config], values: dict[str, Any], problems: Sequence
 
 
 def as_yaml(config: Any) -> str:
-    """The resolved config as YAML that --config reads back to the same values."""
+    """The config as YAML that --config reads back to the same values."""
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def choices_of(kind: Any) -> list[str]:
-    """The words that a declared type names."""
+    """The strings that a declared type allows by name."""
     if typing.get_origin(kind) is Literal:
         return list(typing.get_args(kind))
     return [choice for inner in typing.get_args(kind) for choice in choices_of(inner)]
 
 
 def read_yaml(config_class: type, path: str, problems: list[str]) -> dict[str, Any]:
-    """Values by flag name from the file of --config; appends to `problems` the names that are not flags.
+    """The values of a --config file by flag name; unknown flags are appended to `problems`.
 
     Raises:
-        UserError: the file cannot be read, or does not hold flags.
+        UserError: the file cannot be read, or does not contain flags.
     """
     hints = typing.get_type_hints(config_class)
     try:
@@ -76,20 +76,20 @@ def read_yaml(config_class: type, path: str, problems: list[str]) -> dict[str, A
     except OSError as error:
         raise UserError(f"--config {path} cannot be read: {error.strerror}{did_you_mean_path(path)}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path} is no YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"--config {path} must hold 'flag: value' lines, got a {type(values).__name__}")
+        raise UserError(f"--config {path} must contain 'flag: value' lines, got a {type(values).__name__}")
     problems += [f"{path}: unknown flag '{n}'{did_you_mean(str(n), hints)}" for n in values if n not in hints]
     return values
 
 
 def read_value(value: Any, kind: Any) -> Any:
-    """Read text from a command line, or a native YAML value, as the declared type.
+    """Convert a string from a command line, or a native YAML value, to the declared type.
 
     Raises:
-        ValueError: the value is not of that type.
+        ValueError: the value does not have that type.
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
@@ -103,14 +103,14 @@ def read_value(value: Any, kind: Any) -> Any:
                     continue
         raise ValueError
     if origin is Literal:
-        if value is False and "off" in arguments:  # YAML reads an off without quotes so
+        if value is False and "off" in arguments:  # YAML reads an unquoted off as False
             return "off"
         if value in arguments:
             return value
         raise ValueError
     if origin in (list, tuple):
         if isinstance(value, str):
-            if value[:1] + value[-1:] in ("[]", "()"):  # both or none: "data (1)" and "[ab].parquet" are file names
+            if value[:1] + value[-1:] in ("[]", "()"):  # only as a pair: "data (1)" and "[ab].parquet" are file names
                 value = value[1:-1]
             value = [part.strip() for part in value.split(",")]
         if not isinstance(value, (list, tuple)):
@@ -148,7 +148,7 @@ def read_value(value: Any, kind: Any) -> Any:
 
 
 def as_words(config: Any) -> list[str]:
-    """The flags that differ from their defaults as a command line."""
+    """The command line arguments that give every flag whose value is not the default."""
     words = []
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
@@ -167,25 +167,25 @@ def _default(f: "dataclasses.Field[Any]") -> Any:
 
 
 def type_text(kind: Any) -> str:
-    """A declared type as a user reads it."""
+    """A declared type as --help shows it."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(type_text(a) for a in arguments if a is not type(None))
     if origin is Literal:
         return " or ".join(f'"{a}"' for a in arguments) if len(arguments) < 2 else f"one of {', '.join(arguments)}"
     if origin is list:
-        return "a list"
+        return "list"
     if origin is tuple:
-        return f"{len(arguments)} numbers"
+        return f"{len(arguments)} floats"
     if origin is dict:
         return "flags"
-    return {bool: "True or False", int: "a whole number", float: "a number", str: "text"}[kind]
+    return str(kind.__name__)
 
 
 def meanings(config_class: type) -> dict[str, str]:
-    """The string that stands under each field of a config class and its bases."""
+    """The docstring under each field of a config class and its bases."""
     found = {}
-    for part in reversed(config_class.__mro__[:-1]):  # flags that several commands have stand in base classes
+    for part in reversed(config_class.__mro__[:-1]):  # shared flags are defined in base classes
         body = ast.parse(inspect.getsource(part)).body[0].body  # type: ignore[attr-defined]
         for statement, following in itertools.pairwise(body):
             if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
@@ -194,7 +194,7 @@ def meanings(config_class: type) -> dict[str, str]:
 
 
 def default_text(f: "dataclasses.Field[Any]") -> str:
-    """A field's default as it would be typed, or "required"."""
+    """A field's default as a user would type it, or "required"."""
     if f.metadata["required"]:
         return "required"
     default = _default(f)

@@ -40,25 +40,22 @@ class GlobalBatches:
             self._first_steps.append(self._first_steps[-1] + len(self.epoch(len(self._first_steps) - 1)))
         return self._first_steps[epoch]
 
+    def position(self, step: int) -> tuple[int, int]:
+        """Whole epochs completed after `step` steps, and batches completed in the current one."""
+        while self._first_steps[-1] <= step:
+            self.first_step(len(self._first_steps))
+        epoch = bisect_right(self._first_steps, step) - 1
+        return epoch, step - self._first_steps[epoch]
+
     def __getitem__(self, step: int) -> np.ndarray:
         """The rows of a step, int64 [rows]."""
-        epoch = self._epoch_of(step)
-        return self.epoch(epoch)[step - self.first_step(epoch)]
+        epoch, batch = self.position(step)
+        return self.epoch(epoch)[batch]
 
     def epochs_after(self, step: int) -> float:
         """Epochs completed after `step` steps, as a fraction; whole at the end of an epoch."""
-        epoch = self._epoch_of(step)
-        return epoch + (step - self.first_step(epoch)) / len(self.epoch(epoch))
-
-    def position(self, step: int) -> tuple[int, int]:
-        """Whole epochs completed after `step` steps, and batches completed in the current one."""
-        epoch = self._epoch_of(step)
-        return epoch, step - self.first_step(epoch)
-
-    def _epoch_of(self, step: int) -> int:
-        while self._first_steps[-1] <= step:
-            self.first_step(len(self._first_steps))
-        return bisect_right(self._first_steps, step) - 1
+        epoch, batch = self.position(step)
+        return epoch + batch / len(self.epoch(epoch))
 
     def _draw(self, epoch: int) -> list[np.ndarray]:
         size = self._batch_size
@@ -66,16 +63,16 @@ class GlobalBatches:
         space: dict[int, int] = {}  # free rows of the open batches, oldest first
         for index in np.random.default_rng([self._seed, epoch]).permutation(len(self._dialogues)):
             rows = self._dialogues[index]
-            for piece in [rows[start : start + size] for start in range(0, len(rows), size)]:
-                batch = next((b for b, free in space.items() if free >= len(piece)), None)
+            for part in [rows[start : start + size] for start in range(0, len(rows), size)]:
+                batch = next((b for b, free in space.items() if free >= len(part)), None)
                 if batch is None:
                     batch = len(batches)
                     batches.append([])
                     space[batch] = size
                     if len(space) > OPEN_BATCHES:
                         del space[next(iter(space))]
-                batches[batch].append(piece)
-                space[batch] -= len(piece)
+                batches[batch].append(part)
+                space[batch] -= len(part)
                 if not space[batch]:
                     del space[batch]
         return [np.concatenate(batch) for batch in batches]

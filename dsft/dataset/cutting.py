@@ -62,14 +62,12 @@ class _Cutter:
     def __init__(
         self, lengths: np.ndarray, shared: np.ndarray, targets: np.ndarray, cost: Cost, token_budget: int
     ) -> None:
-        def pairs(depth: np.ndarray) -> np.ndarray:
-            return depth * (depth + 1) / 2
-
-        costs = cost.of(lengths - shared, pairs(lengths) - pairs(shared), targets)
+        pairs, shared_pairs = lengths * (lengths + 1) / 2, shared * (shared + 1) / 2
+        costs = cost.of(lengths - shared, pairs - shared_pairs, targets)
         self._rows, self._shared, self._budget = len(lengths), shared, token_budget
         self._tokens_before = np.concatenate([[0], np.cumsum(lengths - shared)])
         self._cost_before = np.concatenate([[0.0], np.cumsum(costs)])
-        self._shared_cost = cost.of(shared, pairs(shared), 0)
+        self._shared_cost = cost.of(shared, shared_pairs, 0)
 
     def _chunk(self, start: int, end: int) -> Chunk:
         tokens = self._tokens_before[end] - self._tokens_before[start] + self._shared[start]
@@ -132,10 +130,7 @@ class _Cutter:
 
 
 def makespan(costs: Sequence[Sequence[float]]) -> float:
-    """Length of the critical path: all ranks wait for the most expensive of their n-th micro-batches, summed over n.
-
-    costs: of each micro-batch of each rank.
-    """
+    """All ranks wait for the most expensive of their n-th micro-batches, summed over n. costs: per rank and batch."""
     return sum(max(at_once) for at_once in zip(*costs, strict=True))
 
 
@@ -158,14 +153,12 @@ def pack_sequences(
     Args:
         sizes: int64 [sequences], tokens of each.
         costs: float64 [sequences].
-        ranks: number of ranks.
+        ranks: number of ranks; all get the same number of micro-batches, some of them empty.
         token_budget: of a micro-batch, at least the longest sequence.
-        padded: sequences of a micro-batch are padded to the longest.
+        padded: sequences of a micro-batch are padded to the longest, so similar lengths share one.
 
     Returns:
-        The micro-batches of each rank, as int64 indices of sequences. All ranks have the same number, because forward
-        and backward are collective; some may be empty. Sequences of similar length share a micro-batch (little
-        padding), and the n-th micro-batches of all ranks are of similar size.
+        The micro-batches of each rank, as int64 indices of sequences; the n-th of all ranks are of similar size.
     """
     per_rank: list[list[int]] = [[] for _ in range(ranks)]
     load = np.zeros(ranks)
@@ -175,10 +168,7 @@ def pack_sequences(
         load[rank] += costs[index]
     packed = [_pack(own, sizes.tolist(), token_budget, padded) for own in per_rank]
     count = max(map(len, packed))
-    return [
-        [np.array(batch, np.int64) for batch in batches] + [np.empty(0, np.int64)] * (count - len(batches))
-        for batches in packed
-    ]
+    return [[np.array(part, np.int64) for part in own + [[]] * (count - len(own))] for own in packed]
 
 
 def _pack(indices: list[int], sizes: list[int], token_budget: int, padded: bool) -> list[list[int]]:

@@ -19,20 +19,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Folded:
-    """Rows as one sequence. Each array has one entry per token.
+    """Rows as one sequence. Each array has one entry per token."""
 
-    tokens: int32
-    depth: int64, the token's position in every row that contains it
-    parent: int64, index of the preceding token in those rows; -1 for a first token
-    subtree_end: int64, index after its last descendant
-    weight: int64, the number of rows in which the token is a target; it is predicted from its parent
-    """
-
-    tokens: np.ndarray
-    depth: np.ndarray
-    parent: np.ndarray
-    subtree_end: np.ndarray
-    weight: np.ndarray
+    tokens: np.ndarray  # int32
+    depth: np.ndarray  # int64, the token's position in every row that contains it
+    parent: np.ndarray  # int64, index of the preceding token in those rows; -1 for a first token
+    subtree_end: np.ndarray  # int64, index after its last descendant
+    weight: np.ndarray  # int64, number of rows in which the token is a target; it is predicted from its parent
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -114,15 +107,12 @@ def find_dialogues(rows: Sequence[np.ndarray], prompt_lengths: np.ndarray, order
     """Number the dialogues: two rows belong to one if the prompt of either is a prefix of the other row.
 
     This joins the turns of a dialogue, and several answers to one prompt, but not dialogues that share a system prompt.
-    The numbers have no meaning of their own.
+    The numbers, int64 [rows], have no meaning of their own.
 
     Args:
         rows: token ids, int32 [length] each.
         prompt_lengths: tokens before a row's first target, int64 [rows].
         order: of sort_rows.
-
-    Returns:
-        int64 [rows]
     """
     shared = shared_prefixes([rows[i] for i in order])[1:]
     prompts = prompt_lengths[order]

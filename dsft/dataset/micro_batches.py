@@ -24,58 +24,41 @@ Sequences = list[np.ndarray]
 class MicroBatchOptions:
     """What micro-batches may look like.
 
-    ranks: number of ranks.
-    token_budget: most tokens in a micro-batch of one rank, padding included.
-    fold: compute shared prefixes once.
-    trees: the model's attention supports trees; otherwise only rows that are prefixes of each other are folded, and
-        sequences are padded side by side.
+    If the model's attention does not support trees, only rows that are prefixes of each other are folded, and sequences
+    are padded side by side.
     """
 
     ranks: int
-    token_budget: int
-    fold: bool
-    trees: bool
+    token_budget: int  # most tokens in a micro-batch of one rank, including padding
+    fold: bool  # compute shared prefixes once
+    trees: bool  # the model's attention supports them
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One global batch, the same on all ranks.
+    """One global batch, the same on all ranks."""
 
-    parts: the micro-batches of each rank; all ranks have the same number, some may be empty.
-    tokens: computed, excluding padding.
-    row_tokens: as if every row were computed by itself.
-    flops: of the whole batch.
-    imbalance: by how much the slowest rank exceeds the mean, summed over micro-batches; 0 is perfect.
-    """
-
-    parts: list[list[Sequences]]
+    parts: list[list[Sequences]]  # the micro-batches of each rank; all ranks have the same number, some may be empty
     targets: int
-    tokens: int
-    row_tokens: int
+    tokens: int  # computed, excluding padding
+    row_tokens: int  # as if every row were computed by itself
     flops: float
-    imbalance: float
+    imbalance: float  # by how much the slowest rank exceeds the mean, summed over micro-batches; 0 is perfect
 
 
 @dataclass
 class MicroBatch:
     """The tensors of one forward pass.
 
-    Instead of labels of the shape of input_ids with -100 where there is no loss, the targets alone are listed.
-
-    input_ids: int64 [sequences, length]; [1, tokens] where sequences are packed
-    logit_positions: int64 [targets], indices into the flattened input_ids whose next token is a target
-    labels: int64 [targets], those next tokens
-    loss_weights: float32 [targets], in how many rows each is a target
-    position_ids: int64 [1, tokens], a token's position in its rows; None if that is the column
-    tree: what each token attends to; None for causal attention
+    Instead of labels in the shape of input_ids, with -100 to ignore a token, it lists the targets.
     """
 
-    input_ids: torch.Tensor
-    logit_positions: torch.Tensor
-    labels: torch.Tensor
-    loss_weights: torch.Tensor
-    position_ids: torch.Tensor | None = None
-    tree: "Tree | None" = None
+    input_ids: torch.Tensor  # int64 [sequences, length]; [1, tokens] if sequences are packed
+    logit_positions: torch.Tensor  # int64 [targets], indices into the flattened input_ids whose next token is a target
+    labels: torch.Tensor  # int64 [targets], those next tokens
+    loss_weights: torch.Tensor  # float32 [targets], number of rows in which each is a target
+    position_ids: torch.Tensor | None = None  # int64 [1, tokens], positions in the rows; None if these are the columns
+    tree: "Tree | None" = None  # what each token attends to; None for causal attention
 
     def to(self, device: torch.device) -> "MicroBatch":
         """A copy on `device`."""

@@ -50,34 +50,22 @@ class Counts:
 class TokenDataset:
     """Rows of token ids and loss masks in memory-mapped files.
 
-    tokens: int32 [all tokens], is_target: bool [all tokens]; including what truncation cut from the front of a row
-    starts, ends: int64 [rows], range of a row's own tokens in them
-    targets: int64 [rows]
-    sorted_place: int64 [rows], ascending along rows sorted by their tokens: neighbours share prefixes
-    dialogue: int64 [rows], the same number for rows of one dialogue, see dsft.dataset.folding.find_dialogues; of rows
-        before truncation cut their front. Numbers ascend along rows sorted by their tokens.
-
-    For the search for leaks:
-
-    cut: int64 [rows], tokens removed by truncation
-    prompt_starts, prompt_ends: int64 [rows], range of the prompt in `tokens`, including what was cut from its front
-    row_hash, prompt_hash: uint64 [rows], of tokens and mask, and of the prompt
-    level: uint64 [rows], the environment's level of rows written by dsft.generate; otherwise 0
-    source: int64 [rows, 2], index into `files`, row in that file
+    tokens: int32 [all tokens], is_target: bool [all tokens]; including what truncation cut from the front of a row.
+    The arrays below have one entry per row; those from `cut` on are for the search for leaks.
     """
 
-    starts: np.ndarray
+    starts: np.ndarray  # int64, of a row's own tokens in `tokens`
     ends: np.ndarray
-    targets: np.ndarray
-    sorted_place: np.ndarray
-    dialogue: np.ndarray
-    cut: np.ndarray
-    prompt_starts: np.ndarray
+    targets: np.ndarray  # int64
+    sorted_place: np.ndarray  # int64, ascending along rows sorted by their tokens: neighbours share prefixes
+    dialogue: np.ndarray  # int64, see find_dialogues, before truncation; ascending along the sorted rows
+    cut: np.ndarray  # int64, tokens removed by truncation
+    prompt_starts: np.ndarray  # int64, of the prompt in `tokens`, including what was cut from its front
     prompt_ends: np.ndarray
-    row_hash: np.ndarray
-    prompt_hash: np.ndarray
-    level: np.ndarray
-    source: np.ndarray
+    row_hash: np.ndarray  # uint64, of tokens and mask
+    prompt_hash: np.ndarray  # uint64
+    level: np.ndarray  # uint64, the environment's level of rows written by dsft.generate; otherwise 0
+    source: np.ndarray  # int64 [rows, 2], index into `files`, row in that file
 
     def __init__(self, folder: Path, files: Sequence[Path] = ()) -> None:
         """Args:
@@ -231,11 +219,31 @@ def load_dataset(
         UserError: a fault in the files or their rows, with file and row.
     """
     files = find_files(names, flag)
+
+    def tokenize(folder: Path) -> None:
+        chat_format = ChatFormat(tokenizer, with_thinking=flags.with_thinking)
+        counts, kept_rows = Counts(), []
+        index = {str(file): i for i, file in enumerate(files)}
+        levels = read_field(files, LEVEL_COLUMN, LEVEL_FIELD)
+        with tqdm(unit=" rows", desc="tokenizing", disable=None if show_progress else True) as bar:
+            for rows in read_columns(files, *flags.columns(), max_rows):
+                segments = [row_segments(cells, cell, chat_format, flags) for cell, cells in rows]
+                for (cell, _), row in zip(rows, chat_format.tokenize(segments), strict=True):
+                    kept, level = truncate_row(*row, cell, flags, counts), _level_number(next(levels))
+                    if kept is not None:
+                        cut = len(row[0]) - len(kept[0])
+                        front = row[0][: cut if flags.truncation == "left" else 0]
+                        kept_rows.append(Row(*kept, front, cut, level, (index[cell.file], cell.row)))
+                bar.update(len(rows))
+        if not kept_rows:
+            raise UserError(
+                f"no row of {', '.join(index)} is left: {counts.losses()}; raise max_length ({flags.max_length}) or "
+                f"change truncation ({flags.truncation})"
+            )
+        save_rows(folder, kept_rows, counts)
+
     key = _cache_key(files, tokenizer, flags, max_rows)
-    folder = build_once(
-        f"tokens/{key}", lambda target: _tokenize_files(target, files, tokenizer, flags, max_rows, show_progress)
-    )
-    return TokenDataset(folder, files)
+    return TokenDataset(build_once(f"tokens/{key}", tokenize), files)
 
 
 def _cache_key(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, flags: RowFlags, max_rows: int | None) -> str:
@@ -245,7 +253,7 @@ def _cache_key(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, flags:
             with open(file, "rb") as handle:
                 digest.update(hashlib.file_digest(handle, "sha256").digest())
         except OSError as error:
-            raise UserError(f"{file} cannot be read: {error.strerror}; make it readable, or name another") from error
+            raise UserError(f"{file} cannot be read: {error.strerror}; make it readable, or choose another") from error
     settings = {field.name: getattr(flags, field.name) for field in fields(RowFlags)}
     settings |= {name: list(settings[name] or ()) for name in ("prompt_dict_keys", "response_dict_keys")}
     parts = [CACHE_FORMAT, settings, max_rows, tokenizer_fingerprint(tokenizer)]
@@ -259,36 +267,6 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     rules = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     state = [rules, str(tokenizer.chat_template), str(tokenizer.special_tokens_map), type(tokenizer).__name__]
     return hashlib.sha256("\0".join(state).encode()).hexdigest()
-
-
-def _tokenize_files(
-    folder: Path,
-    files: Sequence[Path],
-    tokenizer: PreTrainedTokenizerBase,
-    flags: RowFlags,
-    max_rows: int | None,
-    show_progress: bool,
-) -> None:
-    chat_format = ChatFormat(tokenizer, with_thinking=flags.with_thinking)
-    counts, kept_rows = Counts(), []
-    index = {str(file): i for i, file in enumerate(files)}
-    levels = read_field(files, LEVEL_COLUMN, LEVEL_FIELD)
-    with tqdm(unit=" rows", desc="tokenizing", disable=None if show_progress else True) as bar:
-        for rows in read_columns(files, *flags.columns(), max_rows):
-            segments = [row_segments(cells, cell, chat_format, flags) for cell, cells in rows]
-            for (cell, _), row in zip(rows, chat_format.tokenize(segments), strict=True):
-                kept, level = truncate_row(*row, cell, flags, counts), _level_number(next(levels))
-                if kept is not None:
-                    cut = len(row[0]) - len(kept[0])
-                    front = row[0][: cut if flags.truncation == "left" else 0]
-                    kept_rows.append(Row(*kept, front, cut, level, (index[cell.file], cell.row)))
-            bar.update(len(rows))
-    if not kept_rows:
-        raise UserError(
-            f"no row of {', '.join(map(str, files))} is left: {counts.losses()}; raise max_length "
-            f"({flags.max_length}) or change truncation ({flags.truncation})"
-        )
-    save_rows(folder, kept_rows, counts)
 
 
 def _level_number(level: Any) -> int:

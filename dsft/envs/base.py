@@ -1,4 +1,4 @@
-"""What every environment is: a level at a time, made from a seed, seen as text, with an expert. No torch here."""
+"""The base class of environments: one level at a time, made from a seed, shown as text, with an expert. No torch."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -7,58 +7,55 @@ ACTIONS = ("Up", "Down", "Left", "Right")
 MOVES = {"Up": (-1, 0), "Down": (1, 0), "Left": (0, -1), "Right": (0, 1)}
 """(rows, columns) that each action moves the player by."""
 SEEDS_WITHOUT_NEW_LEVEL = 2000
-"""So many seeds in a row that make only levels one has had: there are hardly any more."""
+"""After this many seeds in a row without a new level, there are hardly any more."""
 
 
 class Environment(ABC):
-    """One game. `reset` makes a level from a seed, and the same seed gives the same level on every machine.
-
-    A third game is one file with one subclass, its flags in `EnvironmentFlags`, and its name in `dsft.envs`.
-    """
+    """One game. `reset` makes a level from a seed; the same seed gives the same level on every machine."""
 
     rules: str
-    """What the game is, which symbols stand for what, and how the game is won: the instruction to the model."""
+    """The game, its symbols and its goal: the instruction to the model."""
 
     def __init__(self, *, max_steps: int, max_depth: int) -> None:
         """Args:
-        max_steps: actions after which an episode is over, won or not.
-        max_depth: the longest shortest plan, in moves, that a level may need; never more than max_steps.
+        max_steps: actions after which an episode is over, solved or not.
+        max_depth: the most moves that a shortest plan may have; at most max_steps.
         """
         self.max_steps = max_steps
         self.max_depth = min(max_depth, max_steps)
         self.steps = 0
         self.optimal_length = 0
-        """The fewest moves that can solve the level as it was after `reset`."""
+        """The fewest moves that solve the level from its start."""
 
     def reset(self, seed: int) -> str:
         """Make the level of a seed (0 or more) and return the first observation.
 
         Raises:
-            UserError: no such level is found; the settings leave none, or hardly any.
+            UserError: the settings allow no level, or hardly any.
         """
         self.steps = 0
         self.optimal_length = self._make_level(seed)
         return self.observation()
 
     def step(self, action: str) -> None:
-        """Take one of ACTIONS; a blocked one uses up a step and changes nothing."""
+        """Take one of ACTIONS; a blocked one counts as a step and changes nothing."""
         assert not self.over, "the episode is over"
         self.steps += 1
         self._move(action)
 
     @property
     def over(self) -> bool:
-        """Whether no action is possible any more: solved, lost, or out of steps."""
+        """Whether the episode has ended: solved, lost, or out of steps."""
         return self.solved or self.lost or self.steps >= self.max_steps
 
     @property
     def level_id(self) -> str:
-        """16 hexadecimal digits that differ wherever the present position differs in content."""
+        """A hash of the current position, 16 hexadecimal digits."""
         return hashlib.sha256(self.observation().encode()).hexdigest()[:16]
 
     @property
     def lost(self) -> bool:
-        """Whether the level can certainly not be solved any more, and the game says so."""
+        """Whether the level can no longer be solved, as far as the game says so."""
         return False
 
     @abstractmethod
@@ -76,7 +73,7 @@ class Environment(ABC):
 
     @abstractmethod
     def observation(self) -> str:
-        """The position as text: a line per row, symbols separated by a space."""
+        """The position as text: one line per row, symbols separated by spaces."""
 
     @abstractmethod
     def legal_actions(self) -> list[str]:
@@ -84,8 +81,7 @@ class Environment(ABC):
 
     @abstractmethod
     def expert_plan(self) -> list[str]:
-        """The best actions from here on, as far as they can be known before looking again; not empty before the end.
+        """A shortest plan from here; in a game of chance only the best action.
 
-        In a deterministic game a shortest plan, whole. In a game of chance the one best action.
-        Where no plan of at most `max_depth` moves exists from here, an empty list.
+        Empty if the episode is over, or no plan of at most `max_depth` moves exists.
         """

@@ -1,4 +1,4 @@
-"""A game as a conversation: the instruction, the positions as user turns, the moves as assistant turns."""
+"""A game as a conversation: instruction, positions as user turns, moves as assistant turns."""
 
 import re
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ def format_answer(action: str) -> str:
 
 
 def parse_answer(text: str) -> str | None:
-    """The action in an answer, or None where it has none: exactly one <answer>, holding one action's name."""
+    """The action of an answer: exactly one <answer> with the name of one action; else None."""
     found = ANSWER.findall(text)
     if len(found) != 1:
         return None
@@ -31,11 +31,11 @@ def instruction(environment: Environment) -> str:
 
 @dataclass
 class Conversation:
-    """One episode as it is told to a model."""
+    """One episode as a model sees it."""
 
     system: str
     states: list[str]
-    """User turns: the positions, and what is said about an answer that was not understood."""
+    """User turns: the positions, with a note after an invalid answer."""
     answers: list[str] = field(default_factory=list)
     """Assistant turns, one fewer than `states` while the player is to move."""
 
@@ -50,7 +50,7 @@ class Conversation:
         return result
 
     def prompt(self, style: Style, history_turns: int | None = None) -> Any:
-        """What a model is given to answer, in the style of the flag."""
+        """The prompt, in the style of the flag."""
         messages = self.messages(history_turns)
         if style == "messages":
             return messages

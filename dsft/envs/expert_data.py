@@ -1,4 +1,4 @@
-"""An expert's episodes as parquet: search in several processes, write in the order of the seeds."""
+"""Writes an expert's episodes as parquet: several processes search, rows are written in the order of the seeds."""
 
 import json
 import multiprocessing
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import count, cycle
+from itertools import count, cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ from dsft.processes import HeldInterrupt, end_with_parent
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-SEEDS_AT_ONCE = 8  # what a process hands over at a time
+SEEDS_AT_ONCE = 8  # per message of a process
 SECONDS_TO_END = 5  # for a process that was killed
 ROWS_AT_ONCE = 2048  # per row group
 REPORT = "generate.json"
@@ -49,7 +49,7 @@ class Episode:
 
 @dataclass
 class Report:
-    """What was made. The counts are written to generate.json with the flags."""
+    """What was generated. The counts are written to generate.json with the flags."""
 
     output_dir: str
     flags: dict[str, Any]
@@ -63,17 +63,15 @@ class Report:
 
     def lines(self) -> list[str]:
         """For the console."""
-        made = [
-            f"{split:<8} {self.levels[split]} levels, {self.rows[split]} rows: {Path(self.output_dir) / split}.parquet"
-            for split in self.levels
+        kept, rate = sum(self.levels.values()), self.episodes_solved / self.episodes_played
+        return [
+            *(
+                f"{s:<8} {self.levels[s]} levels, {self.rows[s]} rows: {self.output_dir}/{s}.parquet"
+                for s in self.levels
+            ),
+            f"expert   solved {rate:.1%} of {self.episodes_played} episodes, {self.moves / kept:.2f} moves per level "
+            f"(shortest {self.optimal_moves / kept:.2f}); {self.repeated_levels} repeated levels skipped",
         ]
-        kept = sum(self.levels.values())
-        rate = self.episodes_solved / self.episodes_played
-        made.append(
-            f"expert   solved {rate:.1%} of {self.episodes_played} episodes, {self.moves / kept:.2f} moves a level "
-            f"(shortest {self.optimal_moves / kept:.2f}); {self.repeated_levels} repeated levels passed over"
-        )
-        return made
 
 
 def generate(config: GenerateConfig) -> Report:
@@ -84,11 +82,10 @@ def generate(config: GenerateConfig) -> Report:
     """
     environment = make_environment(config)  # refuses impossible sizes before any process starts
     folder = Path(config.output_dir)
-    splits = {"test": config.test_size, "train": config.train_size}
-    splits = {split: size for split, size in splits.items() if size}
+    splits = {name: size for name, size in (("test", config.test_size), ("train", config.train_size)) if size}
     existing = [name for name in ("train.parquet", "test.parquet", REPORT) if (folder / name).exists()]
     if existing:
-        raise UserError(f"{folder / existing[0]} exists; delete it, or name another --output_dir")
+        raise UserError(f"{folder / existing[0]} exists; delete it, or choose another --output_dir")
     guard_disk(lambda: folder.mkdir(parents=True, exist_ok=True), folder)
     report = Report(config.output_dir, _own_flags(config))
     unfinished = {split: folder / f".{split}.parquet.tmp" for split in splits}
@@ -98,9 +95,9 @@ def generate(config: GenerateConfig) -> Report:
                 _searching(config, interrupt) as episodes,
                 tqdm(total=sum(splits.values()), desc="levels", unit="level", disable=None) as bar,
             ):
-                fresh = _different_levels(episodes, report, config)
+                fresh = _different_levels(episodes, report, config, bar)
                 for split, size in splits.items():
-                    rows = _rows_of_split(config, instruction(environment), split, size, fresh, report, bar)
+                    rows = _rows_of_split(config, instruction(environment), split, islice(fresh, size), report)
                     guard_disk(partial(_write, unfinished[split], config, rows), folder)
             for split, path in unfinished.items():
                 guard_disk(partial(path.replace, folder / f"{split}.parquet"), folder)
@@ -134,10 +131,10 @@ def _own_flags(config: GenerateConfig) -> dict[str, Any]:
 
 @contextmanager
 def _searching(config: GenerateConfig, interrupt: HeldInterrupt) -> Iterator[Iterator[Episode]]:
-    """The expert's episodes on the seeds from config.seed on, in order, without end, until the block is left.
+    """The expert's episodes on the seeds from config.seed on, in order and without end, until the block is left.
 
-    Each process plays every n-th chunk of seeds and writes it to a pipe of its own, which holds it back when it is far
-    ahead. A ProcessPoolExecutor has threads and locks, and hung at its end where Ctrl-C came while one was being taken.
+    Each process plays every n-th chunk of seeds and writes it to its own pipe, which blocks it when it is far ahead.
+    A ProcessPoolExecutor has threads and locks: it hung when Ctrl-C came while one was being taken.
     """
     processes = config.num_processes or len(os.sched_getaffinity(0))
     if processes == 1:
@@ -149,11 +146,10 @@ def _searching(config: GenerateConfig, interrupt: HeldInterrupt) -> Iterator[Ite
     try:
         for number in range(processes):
             reader, writer = context.Pipe(duplex=False)
-            chunks = (config, number, processes, writer, os.getpid())
-            worker = context.Process(target=_play_chunks, args=chunks, daemon=True)
-            worker.start()
-            workers.append(worker)
-            writer.close()  # then the process holds the only end, and its death ends the pipe
+            arguments = (config, number, processes, writer, os.getpid())
+            workers.append(context.Process(target=_play_chunks, args=arguments, daemon=True))
+            workers[-1].start()
+            writer.close()  # so that the process has the only writing end, and its death ends the pipe
             readers.append(reader)
         yield _received(readers, interrupt)
     finally:
@@ -197,11 +193,12 @@ def _play_chunks(config: GenerateConfig, number: int, processes: int, writer: "C
             writer.send(error)
 
 
-def _different_levels(episodes: Iterator[Episode], report: Report, config: GenerateConfig) -> Iterator[Episode]:
+def _different_levels(
+    episodes: Iterator[Episode], report: Report, config: GenerateConfig, bar: "tqdm[Any]"
+) -> Iterator[Episode]:
     """Solved episodes of levels that have not been seen before; counts the others."""
     seen: set[str] = set()
-    wanted = config.train_size + config.test_size
-    last = config.seed
+    wanted, last = config.train_size + config.test_size, config.seed
     for episode in episodes:
         report.episodes_played += 1
         report.episodes_solved += episode.solved
@@ -212,6 +209,7 @@ def _different_levels(episodes: Iterator[Episode], report: Report, config: Gener
         else:
             seen.add(episode.level_id)
             last = episode.seed
+            bar.update()
             yield episode
         if episode.seed - last >= SEEDS_WITHOUT_NEW_LEVEL:
             raise UserError(
@@ -221,22 +219,14 @@ def _different_levels(episodes: Iterator[Episode], report: Report, config: Gener
 
 
 def _rows_of_split(
-    config: GenerateConfig,
-    system: str,
-    split: str,
-    size: int,
-    fresh: Iterator[Episode],
-    report: Report,
-    bar: "tqdm[Any]",
+    config: GenerateConfig, system: str, split: str, episodes: Iterator[Episode], report: Report
 ) -> Iterator[dict[str, Any]]:
-    """The rows of the next `size` levels."""
+    """The rows of the episodes; counts both."""
     report.levels[split] = report.rows[split] = 0
-    for index in range(size):
-        episode = next(fresh)
+    for index, episode in enumerate(episodes):
         report.levels[split] += 1
         report.moves += len(episode.actions)
         report.optimal_moves += episode.optimal_length
-        bar.update()
         for row in _rows(config, system, split, index, episode):
             report.rows[split] += 1
             yield row
@@ -257,20 +247,14 @@ def _rows(config: GenerateConfig, system: str, split: str, index: int, episode: 
             **text,
             "ability": "planning",
             "reward_model": {"style": "rule", "ground_truth": {"plan": episode.actions[turn:]}},
-            "extra_info": {
-                "split": split,
-                "index": index,
-                "seed": episode.seed,
-                "turn": turn,
-                "optimal_length": episode.optimal_length,
-                "level": episode.level_id,
-            },
+            "extra_info": {"split": split, "index": index, "seed": episode.seed, "turn": turn}
+            | {"optimal_length": episode.optimal_length, "level": episode.level_id},
         }
 
 
 def _write(path: Path, config: GenerateConfig, rows: Iterator[dict[str, Any]]) -> None:
     """Stream rows to a parquet file."""
-    import pyarrow as pa  # here, and not above: by now the processes have been forked
+    import pyarrow as pa  # only now that the processes have been forked
     import pyarrow.parquet as pq
 
     messages = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
@@ -278,23 +262,11 @@ def _write(path: Path, config: GenerateConfig, rows: Iterator[dict[str, Any]]) -
     text = [("response", pa.string())] if config.rows == "turns" else [("messages", messages)]
     truth = pa.struct([("plan", pa.list_(pa.string()))])
     extra = [("split", pa.string()), *((n, pa.int64()) for n in ("index", "seed", "turn", "optimal_length"))]
-    schema = pa.schema(
-        [
-            ("data_source", pa.string()),
-            ("prompt", prompt),
-            *text,
-            ("ability", pa.string()),
-            ("reward_model", pa.struct([("style", pa.string()), ("ground_truth", truth)])),
-            ("extra_info", pa.struct([*extra, ("level", pa.string())])),
-        ]
-    )
-    pending: list[dict[str, Any]] = []
+    reward = pa.struct([("style", pa.string()), ("ground_truth", truth)])
+    columns = [("data_source", pa.string()), ("prompt", prompt), *text, ("ability", pa.string())]
+    columns += [("reward_model", reward), ("extra_info", pa.struct([*extra, ("level", pa.string())]))]
+    schema = pa.schema(columns)
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        for row in rows:
-            pending.append(row)
-            if len(pending) == ROWS_AT_ONCE:
-                writer.write_table(pa.Table.from_pylist(pending, schema))
-                pending.clear()
-        if pending:
-            writer.write_table(pa.Table.from_pylist(pending, schema))
+        while group := list(islice(rows, ROWS_AT_ONCE)):
+            writer.write_table(pa.Table.from_pylist(group, schema))
     sync(path)

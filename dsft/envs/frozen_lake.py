@@ -1,4 +1,4 @@
-"""FrozenLake: gymnasium's game as text, with the shortest path or, on slippery ice, the optimal policy as expert."""
+"""FrozenLake: gymnasium's game as text. Expert: the shortest path or, on slippery ice, the optimal policy."""
 
 from collections import deque
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ NUMBERS = {"Left": 0, "Down": 1, "Right": 2, "Up": 3}
 """gymnasium's numbers of the actions."""
 ATTEMPTS = 1000
 DISCOUNT = 1 - 1e-6
-"""In the value iteration: of two ways that reach the goal equally surely, the shorter one is better."""
+"""Of the value iteration: among policies that reach the goal equally often, it prefers the shorter way."""
 
 
 def from_flags(flags: "EnvironmentFlags") -> "FrozenLake":
@@ -45,7 +45,7 @@ class FrozenLake(Environment):
         max_depth: longest shortest path of a level.
 
         Raises:
-            UserError: settings that leave no level.
+            UserError: the settings allow no level.
         """
         super().__init__(max_steps=max_steps, max_depth=max_depth)
         problems = []
@@ -65,7 +65,7 @@ class FrozenLake(Environment):
             self.rules = self.rules + self.slippery_rules
 
     def _make_level(self, seed: int) -> int:
-        # Not default_rng(seed): gymnasium draws the slips from that stream, and they would follow the holes.
+        # Not default_rng(seed): gymnasium draws the slips from that stream, which would correlate them with the holes.
         random = np.random.default_rng(np.random.SeedSequence(seed).spawn(1)[0])
         too_long = False
         for _ in range(ATTEMPTS):

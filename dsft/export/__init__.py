@@ -1,1 +1,1 @@
-"""From a checkpoint to a model that others can load."""
+"""Exports a checkpoint as a model that others can load."""

@@ -1,4 +1,4 @@
-"""A merged model's folder -> a repository of the Hub."""
+"""Uploads a merged model's folder to the Hub."""
 
 import shlex
 import sys
@@ -7,24 +7,22 @@ from pathlib import Path
 from dsft.errors import UserError
 
 STALE = ["model*.safetensors", "model.safetensors.index.json"]
-"""What an earlier merge may have left in the repository; one whole file would be loaded before several new ones."""
+"""Weights of an earlier merge: next to several new files, a single old one would be loaded instead."""
 
 
 def push(folder: Path, name: str, *, private: bool) -> str:
-    """Upload a folder; the repository is made where there is none.
-
-    The token is that of the user's login or environment, as huggingface_hub finds it.
+    """Upload a folder with the token that huggingface_hub finds; creates the repository if needed.
 
     Args:
-        folder: a merged model, which stays as it is.
-        name: owner/name, or a name among the user's own.
-        private: of a new repository; that of an existing one is not changed.
+        folder: a merged model.
+        name: owner/name, or a name in the user's own namespace.
+        private: visibility of a new repository; an existing one keeps its own.
 
     Returns:
-        The repository's address.
+        The repository's URL.
 
     Raises:
-        UserError: whatever went wrong, and how to try again.
+        UserError: whatever went wrong, and the command to retry.
     """
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import LocalTokenNotFoundError
@@ -42,18 +40,18 @@ def push(folder: Path, name: str, *, private: bool) -> str:
             repo_id=repository.repo_id, folder_path=folder, commit_message="Merged by dsft", delete_patterns=STALE
         )
         return str(repository)
-    except Exception as error:  # any: the work of hours is safe on the disk, and that is what has to be said
+    except Exception as error:  # any: the user must know that the merged model is safe on disk
         stale = [word for pattern in STALE for word in ("--delete", pattern)]
         later = shlex.join(["hf", "upload", name, str(folder), ".", *(["--private"] if private else []), *stale])
-        told = UserError(
+        message = UserError(
             f"--push_to_hub {name}: {_reason(error, token)}; the merged model is whole in {folder}; to push it: {later}"
         )
-        has_leaked = token is not None and token in str(error)  # then --debug must not show it either
-        raise told from (None if has_leaked else error)
+        has_leaked = token is not None and token in str(error)  # then not even --debug may show it
+        raise message from (None if has_leaked else error)
 
 
 def _reason(error: Exception, token: str | None) -> str:
-    """Why, in one line that holds no token."""
+    """The reason, in one line without the token."""
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -61,7 +59,7 @@ def _reason(error: Exception, token: str | None) -> str:
         return "there is no token; log in with hf auth login, or set HF_TOKEN"
     status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
     text = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
-    if token is not None and (token in text or isinstance(error, UnicodeError)):
+    if token in text or isinstance(error, UnicodeError):
         return "the token cannot be sent as it is; log in again with hf auth login, or set HF_TOKEN"
     if status == 401:
         return "the Hub refuses the token (401); log in again with hf auth login, or set HF_TOKEN"

@@ -1,4 +1,4 @@
-"""LoRA checkpoint -> full model, and the proof that the result is right."""
+"""Merges a LoRA checkpoint into its base model, and verifies the result."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ from dsft.files import is_refusal, make_readable, reason
 from dsft.model.source import ModelSource, load_tokenizer
 
 FLOAT32_TOLERANCE = 1e-3  # measured: 1e-5 on the embedded model
-# Rounding weights to 16 bits: 0.06 to 0.41 in runs of the embedded model. The float32 sum has proved itself before.
+# Rounding weights to 16 bits: 0.06 to 0.41 in runs of the embedded model. The float32 sum is verified separately.
 ROUNDED_TOLERANCE = 1.0
 PROMPTS = (
     "What is the capital of France?",
@@ -34,30 +34,32 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What the proof measured."""
+    """What was merged, and how it compares with base + adapter.
+
+    largest_difference: of a logit of the reloaded model
+    relative_difference: the same over the standard deviation of base + adapter's logits
+    """
 
     output: Path
     checkpoint: Path
     merged_weights: int
     largest_difference: float
-    """Largest difference of a logit between the reloaded model and base + adapter."""
     relative_difference: float
-    """The same over the standard deviation of base + adapter's logits."""
     tolerance: float
 
 
 def merge(config: MergeConfig) -> MergeReport:
-    """Merge, write under a temporary name, prove, and only then give the folder its name.
+    """Merge, write to a temporary folder, verify, and only then rename it.
 
     Raises:
-        UserError: bad input, or a result that does not prove itself; then nothing is left behind.
+        UserError: bad input, or a result that fails verification; then nothing is left behind.
     """
     checkpoint = find_checkpoint(config.checkpoint, "checkpoint")
     given = Path(config.checkpoint).expanduser()
     run = given if given.resolve() != checkpoint else checkpoint.parent
     output = Path(config.output).expanduser() if config.output else run / "merged"
     if output.exists():
-        raise UserError(f"{output} exists and is not overwritten; name another --output, or remove it")
+        raise UserError(f"{output} exists and is not overwritten; choose another --output, or remove it")
     base_name = config.base or _base_of(checkpoint)
     path = resolve_model(base_name)
     source = ModelSource(path, trust_remote_code=config.trust_remote_code)
@@ -73,13 +75,13 @@ def merge(config: MergeConfig) -> MergeReport:
         expected = _logits(model, prompts)
         merged, targets = _merge_layers(model)
         unmerged = "the sum itself is wrong; use the checkpoint unmerged, by --adapter"
-        _accept(*_difference(_logits(merged, prompts), expected), FLOAT32_TOLERANCE, unmerged)
+        _compare(_logits(merged, prompts), expected, FLOAT32_TOLERANCE, unmerged)
         for parameter in merged.parameters():
             parameter.data = parameter.data.to(dtype)
         merged.save_pretrained(unfinished, max_shard_size=config.max_shard_size)
         tokenizer.save_pretrained(unfinished)
         repository = config.push_to_hub or config.hub_name
-        place = repository or output.name  # the card may be published yet, with nothing of where it was made
+        place = repository or output.name  # no local path: the card may be published later
         name = repository.rpartition("/")[2] if repository else name_of(output)
         card = model_card(checkpoint, base_name, path, name=name, place=place, dtype=str(dtype))
         card.save(unfinished / "README.md")
@@ -89,27 +91,30 @@ def merge(config: MergeConfig) -> MergeReport:
         _check_weights(reloaded, merged, original, targets)
         default = FLOAT32_TOLERANCE if dtype == torch.float32 else ROUNDED_TOLERANCE
         tolerance = default if config.tolerance is None else config.tolerance
-        largest, relative = _difference(_logits(reloaded.float(), prompts), expected)
-        name_of_dtype = str(dtype).removeprefix("torch.")
-        _accept(
-            largest, relative, tolerance, f"rounding to {name_of_dtype} moves them so far; merge with --dtype float32"
-        )
+        remedy = f"rounding to {str(dtype).removeprefix('torch.')} moves them so far; merge with --dtype float32"
+        largest, relative = _compare(_logits(reloaded.float(), prompts), expected, tolerance, remedy)
         unfinished.rename(output)
     except Exception as error:
         if isinstance(error, UserError) or not is_refusal(error):
             raise
-        raise UserError(f"cannot write {output}: {reason(error)}; make room, or name another --output") from error
+        raise UserError(f"cannot write {output}: {reason(error)}; make room, or choose another --output") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return MergeReport(output, checkpoint, len(targets), largest, relative, tolerance)
 
 
-def _accept(largest: float, relative: float, tolerance: float, remedy: str) -> None:
+def _compare(
+    ours: list[torch.Tensor], expected: list[torch.Tensor], tolerance: float, remedy: str
+) -> tuple[float, float]:
+    """Largest difference of a logit, absolute and relative to the standard deviation; refused beyond the tolerance."""
+    differences = [float((our - theirs).abs().max()) for our, theirs in zip(ours, expected, strict=True)]
+    largest, relative = max(differences), max(d / float(e.std()) for d, e in zip(differences, expected, strict=True))
     if not relative <= tolerance:
         raise UserError(
             f"the merged model's logits differ from base + adapter by {largest:.3g}, {relative:.3g} of their spread, "
             f"tolerance {tolerance:g}, so nothing was written; {remedy}"
         )
+    return largest, relative
 
 
 def _base_of(checkpoint: Path) -> str:
@@ -119,7 +124,7 @@ def _base_of(checkpoint: Path) -> str:
     try:
         name = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (ValueError, KeyError) as error:
-        raise UserError(f"{config} is damaged ({error}); name another checkpoint") from error
+        raise UserError(f"{config} is damaged ({error}); choose another checkpoint") from error
     if not name:
         raise UserError(f"{config} names no base model; name it with --base")
     return name
@@ -140,27 +145,20 @@ def _logits(model: nn.Module, prompts: list[torch.Tensor]) -> list[torch.Tensor]
     return [model(input_ids=ids, use_cache=False).logits[0] for ids in prompts]
 
 
-def _difference(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> tuple[float, float]:
-    """Largest difference of a logit, absolute and relative to the standard deviation of theirs."""
-    pairs = list(zip(ours, theirs, strict=True))
-    absolute = [float((our - their).abs().max()) for our, their in pairs]
-    return max(absolute), max(d / float(their.std()) for d, (_, their) in zip(absolute, pairs, strict=True))
-
-
 def _with_adapter(base: Any, checkpoint: Path, base_name: str) -> PeftModel:
     """Base + adapter, all in float32."""
     TensorReader(checkpoint, ADAPTER)  # a damaged file is refused in one line
     try:
         return PeftModel.from_pretrained(base.float(), str(checkpoint)).eval()
     except (RuntimeError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
+        why = " ".join(str(error).split())[:300]
         raise UserError(
-            f"the adapter of {checkpoint} does not fit {base_name}: {reason}; name another --base"
+            f"the adapter of {checkpoint} does not fit {base_name}: {why}; choose another --base"
         ) from error
 
 
 def _merge_layers(model: PeftModel) -> tuple[Any, set[str]]:
-    """The plain model with the adapter added to its weights in place, and the names of the weights targeted."""
+    """The plain model with the adapter added to its weights in place, and the names of those weights."""
     wrapped: Any = model.base_model.model
     layers = [(name, layer) for name, layer in wrapped.named_modules() if isinstance(layer, LoraLayer)]
     for _, layer in tqdm(layers, desc="merging", unit=" weights", disable=None):
@@ -169,16 +167,12 @@ def _merge_layers(model: PeftModel) -> tuple[Any, set[str]]:
 
 
 def _check_weights(reloaded: nn.Module, merged: nn.Module, original: nn.Module, targets: set[str]) -> None:
-    """What was written is what was merged; every targeted weight changed, and no other did.
-
-    Raises:
-        UserError: naming the first weight for which that is not so.
-    """
+    """Raise UserError unless the written weights are the merged ones, and exactly the targeted weights changed."""
     written, before = reloaded.state_dict(), original.state_dict()
     for name, weight in merged.state_dict().items():
         if not torch.equal(written[name], weight):
             raise UserError(
-                f"{name} reads back other than it was written; the disk may be damaged, name another --output"
+                f"{name} reads back other than it was written; the disk may be damaged, choose another --output"
             )
         same = torch.equal(weight, before[name].to(weight.dtype))
         if same and name in targets:

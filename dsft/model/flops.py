@@ -22,25 +22,16 @@ from transformers.pytorch_utils import Conv1D
 class Cost:
     """Floating-point operations of a forward and backward pass."""
 
-    token: float
-    """Per computed token."""
-    pair: float
-    """Per pair of tokens of which one attends to the other."""
-    target: float
-    """Per target, in the output head."""
+    token: float  # per computed token
+    pair: float  # per pair of tokens of which one attends to the other
+    target: float  # per target, in the output head
 
     def of(self, tokens: np.ndarray | float, pairs: np.ndarray | float, targets: np.ndarray | float) -> np.ndarray:
-        """The sum."""
         return np.asarray(self.token * tokens + self.pair * pairs + self.target * targets)
 
 
 def count_flops(model: nn.Module, shape: Callable[[nn.Parameter], tuple[int, ...]]) -> Cost:
-    """Cost of a token, an attended pair and a target, forward and backward.
-
-    Args:
-        model: wrapped in LoRA or not, sharded or not.
-        shape: the full shape of a parameter.
-    """
+    """Cost of a model, wrapped in LoRA or not, sharded or not; `shape` gives the full shape of a parameter."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     per_token = per_target = 0.0
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""LoRA by PEFT, wrapped alike for every backend."""
+"""LoRA by PEFT, the same for every backend."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,13 +9,14 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model
 from torch import nn
 
 from dsft.errors import UserError, did_you_mean
+from dsft.text import one_line
 
 ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True)
 class LoraOptions:
-    """Shape of LoRA; see the flags of the same names."""
+    """See the flags of the same names."""
 
     rank: int
     alpha: float
@@ -29,18 +30,17 @@ def add_lora(model: nn.Module, options: LoraOptions, base_name: str) -> PeftMode
     """Wrap a model; its own weights are frozen, the LoRA weights are float32 (they are the master weights).
 
     Raises:
-        UserError: a target that matches no module, with those that could be matched.
+        UserError: a target that matches no module, with those available.
     """
-    if list(options.target_modules) == [ALL_LINEAR]:
-        targets: Any = ALL_LINEAR
-    else:
-        linear = sorted({name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+    targets: Any = ALL_LINEAR
+    if list(options.target_modules) != [ALL_LINEAR]:
         names = [name for name, _ in model.named_modules()]
-        known = {*linear, ALL_LINEAR}
+        linear = sorted({name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
         for target in options.target_modules:
             if not any(name == target or name.endswith(f".{target}") for name in names):
+                meant = did_you_mean(target, {*linear, ALL_LINEAR} - {target})
                 raise UserError(
-                    f"target_modules: '{target}' matches no module{did_you_mean(target, known - {target})}; "
+                    f"target_modules: '{target}' matches no module{meant}; "
                     f"linear modules: {', '.join(linear)}, or all-linear"
                 )
         targets = list(options.target_modules)
@@ -56,12 +56,13 @@ def add_lora(model: nn.Module, options: LoraOptions, base_name: str) -> PeftMode
     try:
         wrapped = get_peft_model(model, config)  # type: ignore[arg-type]
     except ValueError as error:
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise UserError(f"target_modules {','.join(options.target_modules)}: {reason}; name linear modules") from error
+        raise UserError(
+            f"target_modules {','.join(options.target_modules)}: {one_line(error)}; name linear modules"
+        ) from error
     wrapped.peft_config["default"].base_model_name_or_path = base_name
     return wrapped  # type: ignore[return-value]
 
 
 def adapter_tensors(model: PeftModel, trained: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Trained tensors by parameter name -> the names that PEFT reads from adapter_model.safetensors."""
+    """Trained tensors by parameter name, renamed as PEFT reads them from adapter_model.safetensors."""
     return get_peft_model_state_dict(model, state_dict=trained, save_embedding_layers=False)

@@ -30,12 +30,7 @@ DROP_ARGUMENTS = ("nemotron",)  # model types whose layers do not pass arguments
 
 
 def tree_unsupported_reason(model: Any, attn_implementation: str) -> str | None:
-    """Why a model's attention cannot follow a tree; None if it can.
-
-    Args:
-        model: of transformers, not yet wrapped.
-        attn_implementation: the flag.
-    """
+    """Why the attention of a transformers model, not yet wrapped, cannot follow a tree; None if it can."""
     config, name = model.config.get_text_config(), type(model).__name__
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     parameters = inspect.signature(model.forward).parameters
@@ -64,17 +59,12 @@ def tree_unsupported_reason(model: Any, attn_implementation: str) -> str | None:
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive tokens with the same ancestors outside the block.
-
-    start, end: of its tokens
-    ancestors: ranges of earlier tokens, in order; each token of the block attends to all of them
-    mask: bool [tokens, tokens], attention within the block; None if causal
-    """
+    """Consecutive tokens with the same ancestors outside the block."""
 
     start: int
     end: int
-    ancestors: tuple[tuple[int, int], ...]
-    mask: torch.Tensor | None
+    ancestors: tuple[tuple[int, int], ...]  # ranges of earlier tokens; each token of the block attends to all of them
+    mask: torch.Tensor | None  # bool [tokens, tokens], attention within the block; None if causal
 
 
 class Tree:
@@ -126,12 +116,7 @@ def cut_into_blocks(subtree_end: np.ndarray, parent: np.ndarray, dense: int = DE
     """The blocks of a forest in the order of its tokens.
 
     A subtree of at most `dense` tokens is in one block, with small siblings next to it. A larger one is a block of the
-    tokens before its first branch, then the blocks of its branches.
-
-    Args:
-        subtree_end: int64 [tokens], see dsft.dataset.folding.
-        parent: int64 [tokens], likewise.
-        dense: tokens.
+    tokens before its first branch, then the blocks of its branches. subtree_end, parent: see dsft.dataset.folding.
     """
     index = np.arange(len(parent))
     continues = (parent == index - 1) & (subtree_end == np.roll(subtree_end, 1)) & (index > 0)
@@ -172,15 +157,7 @@ class BlockAttention(torch.autograd.Function):
     def forward(
         ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: list[Block]
     ) -> torch.Tensor:
-        """[key heads, groups, tokens, head size of value].
-
-        Args:
-            ctx: autograd's.
-            query: [key heads, groups, tokens, head size], scaled.
-            key: [key heads, tokens, head size].
-            value: [key heads, tokens, head size].
-            blocks: of cut_into_blocks.
-        """
+        """From a scaled query [key heads, groups, tokens, head size], key and value [key heads, tokens, head size]."""
         ctx.save_for_backward(query, key, value)
         ctx.blocks = blocks
         output = query.new_empty(*query.shape[:3], value.shape[-1])

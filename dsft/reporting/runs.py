@@ -83,7 +83,7 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
             run = read_run(Path(os.path.expanduser(path)), path)
         except OSError as error:
             place = error.filename or path
-            raise UserError(f"cannot read {place}: {reason(error)}; make it readable, or name another") from error
+            raise UserError(f"{place} cannot be read: {reason(error)}; make it readable, or choose another") from error
         resolved = run.folder.resolve()
         if resolved in runs:
             raise UserError(f"{path} and {runs[resolved].root} are the same run; name each run once")

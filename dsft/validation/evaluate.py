@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,8 @@ import dsft
 from dsft.config import ValidateConfig
 from dsft.distributed import runtime
 from dsft.files import guard_disk, write_text
+from dsft.validation import playing
 from dsft.validation.generation import load_generator
-from dsft.validation.playing import (
-    ExpertPlayer,
-    ModelPlayer,
-    Player,
-    RandomPlayer,
-    choose_levels,
-    play,
-    summarize_episodes,
-)
 
 Results = tuple[dict[str, Any], list[dict[str, Any]]]
 """A summary, and a dict for each episode or row that it summarizes."""
@@ -53,18 +46,16 @@ def validate(config: ValidateConfig) -> list[str]:
 
 
 def _evaluate_game(config: ValidateConfig, world: runtime.World, device: torch.device) -> Results:
-    def prepare() -> tuple[Any, Player]:
-        levels = choose_levels(config)
-        if config.model == "expert":
-            return levels, ExpertPlayer()
-        if config.model == "random":
-            return levels, RandomPlayer(config.seed)
-        return levels, ModelPlayer(load_generator(config, device), config)
+    def prepare() -> tuple[list[playing.Level], playing.Player]:
+        at_random = partial(playing.random_answers, seed=config.seed)
+        players: dict[str, playing.Player] = {"expert": playing.expert_answers, "random": at_random}
+        levels = playing.choose_levels(config)
+        return levels, players.get(config.model) or playing.ModelPlayer(load_generator(config, device), config)
 
     levels, player = runtime.together(prepare)
-    gathered = runtime.gather_objects(play(config, player, levels, world))
+    gathered = runtime.gather_objects(playing.play(config, player, levels, world))
     outcomes = sorted((outcome for part in gathered for outcome in part), key=lambda outcome: outcome.episode)
-    return summarize_episodes(outcomes, config.transcripts), [asdict(outcome) for outcome in outcomes]
+    return playing.summarize_episodes(outcomes, config.transcripts), [asdict(outcome) for outcome in outcomes]
 
 
 def _evaluate_dialogues(config: ValidateConfig, world: runtime.World, device: torch.device) -> Results:

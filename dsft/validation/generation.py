@@ -1,4 +1,4 @@
-"""Prompts in, answers out: generation by transformers, or by vLLM where it is installed."""
+"""Generates answers to prompts, with transformers or with vLLM if it is installed."""
 
 import json
 import math
@@ -20,7 +20,7 @@ from dsft.model.source import ModelSource, load_tokenizer
 
 
 class Generator(Protocol):
-    """What answers prompts."""
+    """Answers prompts."""
 
     tokenizer: PreTrainedTokenizerBase
 
@@ -30,24 +30,23 @@ class Generator(Protocol):
 
 
 def load_generator(config: ValidateConfig, device: torch.device) -> "TransformersGenerator | VllmGenerator":
-    """The generator that the flags name.
+    """The generator that the flags ask for.
 
     Raises:
-        UserError: a model or an adapter that cannot be loaded, or an adapter of another model.
+        UserError: the model or the adapter cannot be loaded, or they do not fit.
     """
     world = runtime.World.from_environment()
     path = resolve_model(config.model, check=world.local_rank == 0)
-    tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
     adapter = _find_adapter(config.adapter, check=world.local_rank == 0) if config.adapter else None
     if config.engine == "vllm":
         if world.size > 1:
             raise UserError("--engine vllm runs in one process; start without a launcher, or drop --engine vllm")
-        return VllmGenerator(config, path, adapter, tokenizer)
-    return TransformersGenerator(config, path, adapter, tokenizer, device)
+        return VllmGenerator(config, path, adapter)
+    return TransformersGenerator(config, path, adapter, device)
 
 
 def _find_adapter(name: str, *, check: bool) -> Path:
-    """A run, a checkpoint, or a folder that PEFT has written."""
+    """The folder of the adapter of a run, a checkpoint, or a folder written by PEFT."""
     folder = Path(name).expanduser()
     if is_checkpoint(folder) or not (folder / f"{ADAPTER}.safetensors").is_file():
         folder = find_checkpoint(name, "adapter", check=check)
@@ -62,22 +61,14 @@ def _find_adapter(name: str, *, check: bool) -> Path:
 class TransformersGenerator:
     """transformers' generate: left padding, key-value cache, stop at end-of-turn."""
 
-    def __init__(
-        self,
-        config: ValidateConfig,
-        path: str,
-        adapter: Path | None,
-        tokenizer: PreTrainedTokenizerBase,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, config: ValidateConfig, path: str, adapter: Path | None, device: torch.device) -> None:
         """Raises:
         UserError: the model or the adapter cannot be loaded.
         """
-        self.tokenizer = tokenizer
+        trust = config.trust_remote_code
+        self.tokenizer = tokenizer = load_tokenizer(path, trust_remote_code=trust)
         self.device = device
-        source = ModelSource(
-            path, attn_implementation=config.attn_implementation, trust_remote_code=config.trust_remote_code
-        )
+        source = ModelSource(path, attn_implementation=config.attn_implementation, trust_remote_code=trust)
         source.check()
         model = source.pretrained(runtime.pick_dtype(config.dtype, device))
         if adapter is not None:
@@ -86,10 +77,10 @@ class TransformersGenerator:
             try:
                 model = PeftModel.from_pretrained(model, str(adapter))
             except (OSError, ValueError, RuntimeError, KeyError) as error:
-                reason = " ".join(str(error).split())
+                reason = " ".join(str(error).split())[:300]
                 raise UserError(
-                    f"--adapter {adapter} does not fit --model {config.model}: {reason[:300]}; name the model that it "
-                    "was trained on"
+                    f"--adapter {adapter} does not fit --model {config.model}: {reason}; name the model that it was "
+                    "trained on"
                 ) from error
         self.model: Any = model.to(device).eval()
         end = ChatFormat(tokenizer).end_of_turn
@@ -104,7 +95,7 @@ class TransformersGenerator:
             "pad_token_id": pad,
             "do_sample": config.temperature > 0,
             "use_cache": True,
-            # A model may come with settings of its own for sampling; the flags alone decide here.
+            # Instead of the model's own sampling settings.
             "temperature": config.temperature or None,
             "top_k": 0 if config.temperature else None,
             "top_p": 1.0 if config.temperature else None,
@@ -134,13 +125,11 @@ class TransformersGenerator:
 class VllmGenerator:
     """vLLM's offline engine, on one GPU."""
 
-    def __init__(
-        self, config: ValidateConfig, path: str, adapter: Path | None, tokenizer: PreTrainedTokenizerBase
-    ) -> None:
+    def __init__(self, config: ValidateConfig, path: str, adapter: Path | None) -> None:
         from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
         from vllm.lora.request import LoRARequest  # type: ignore[import-not-found]
 
-        self.tokenizer = tokenizer
+        self.tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
         lora: dict[str, Any] = {}
         if adapter is not None:
             rank = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["r"]
@@ -152,7 +141,7 @@ class VllmGenerator:
         self._sampling = SamplingParams(
             temperature=config.temperature,
             max_tokens=config.max_new_tokens,
-            stop_token_ids=[ChatFormat(tokenizer).end_of_turn],
+            stop_token_ids=[ChatFormat(self.tokenizer).end_of_turn],
         )
 
     def __call__(self, prompts: Sequence[Sequence[int]]) -> list[str]:

@@ -1,9 +1,9 @@
 """Plays many episodes of a game side by side, with a model, the expert or at random."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count, islice
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -54,35 +54,19 @@ class Outcome:
     messages: list[dict[str, str]]
 
 
-class Player(Protocol):
-    """Gives the answers."""
-
-    def __call__(self, games: Sequence[Game]) -> list[str]:
-        """An answer for each of the games."""
-        ...
+Player = Callable[[Sequence[Game]], list[str]]
+"""Gives an answer for each of the games."""
 
 
-class ExpertPlayer:
-    """The search: the upper bound."""
-
-    def __call__(self, games: Sequence[Game]) -> list[str]:
-        """The first action of the best plan from each game's position."""
-        return [format_answer(game.environment.expert_plan()[0]) for game in games]
+def expert_answers(games: Sequence[Game]) -> list[str]:
+    """The first action of the best plan: the upper bound."""
+    return [format_answer(game.environment.expert_plan()[0]) for game in games]
 
 
-class RandomPlayer:
-    """Uniformly random actions: the lower bound. Depends on (seed, episode) only."""
-
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-
-    def __call__(self, games: Sequence[Game]) -> list[str]:
-        """A random action for each game."""
-        draws = [
-            np.random.default_rng([self._seed, game.number, len(game.conversation.answers)]).integers(len(ACTIONS))
-            for game in games
-        ]
-        return [format_answer(ACTIONS[draw]) for draw in draws]
+def random_answers(games: Sequence[Game], *, seed: int) -> list[str]:
+    """Uniformly random actions, which depend on (seed, episode) only: the lower bound."""
+    streams = [np.random.default_rng([seed, game.number, len(game.conversation.answers)]) for game in games]
+    return [format_answer(ACTIONS[stream.integers(len(ACTIONS))]) for stream in streams]
 
 
 class ModelPlayer:

@@ -33,6 +33,7 @@ def main():
         time.sleep(0.02)
     runtime.start_process_group(world, torch.device("cpu"))
     watch.meet()
+    runtime.together(lambda: None)  # makes its process group while the launcher's store lives
     with runtime.StopSignals() as stop:
         if "saves" in options:
             watch.on_orphaned = stop.orphaned

@@ -13,7 +13,7 @@ import pytest
 
 from dsft.distributed import liveness
 from tests.distributed.liveness_worker import REMEDY
-from tests.helpers import BIN, ROOT
+from tests.helpers import BIN, PRODUCED, ROOT
 
 WORKER = "tests/distributed/liveness_worker.py"
 TICK = 0.1
@@ -132,6 +132,7 @@ def send(number: int, *ranks: int) -> Callable[[Run], object]:
 def one_reason(run: Run, *parts: str) -> None:
     assert len(run.errors) == 1, run.log
     [line] = run.errors
+    PRODUCED.add(line.removeprefix("error: "))
     for part in [*parts, "all ranks exit", REMEDY]:
         assert part in line
     assert 'File "' + str(ROOT / "dsft") not in run.log
@@ -217,7 +218,7 @@ def test_an_error_that_all_ranks_know_is_told_alone(start, launcher):
 def test_an_error_of_one_rank_is_the_only_line(start, launcher, rank):
     run = start(launcher).wait_for_ranks()
     run.end(touch(f"crash-{rank}"))
-    assert run.errors == [f"error: rank {rank}: RuntimeError: it broke (--debug shows where)"]
+    assert run.errors == [f"error: rank {rank}: RuntimeError: it broke (--debug shows the traceback)"]
     failed(run)
 
 

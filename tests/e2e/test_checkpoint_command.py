@@ -50,7 +50,7 @@ def test_a_sound_checkpoint(trained_runs, kind, name):
     step = 1 if name == "checkpoint-000001" else 2
     assert lines[0] == f"checkpoint  {path.resolve()}"
     assert lines[1] == f"step        {step} of 2"
-    assert lines[-1] == "checksums   sound: every file is as it was written"
+    assert lines[-1] == "checksums   all files are intact"
     for part in ("backend     fsdp, ranks: 1", "batch       4 rows", "lr          0.001, cosine", "seed        1"):
         assert part in done.out
     for label in ("train/loss", "val/loss"):
@@ -78,10 +78,10 @@ def test_a_run(out):
     rows = [re.split(r"  +", line) for line in done.out.splitlines()[3:]]
     assert rows[0] == ["checkpoint", "step", "epoch", "val/loss", "size"]
     assert [(row[0], row[1], row[-1]) for row in rows[1:]] == [
-        ("checkpoint-000001", "1", "sound"),
-        ("checkpoint-000002", "2", "sound"),
+        ("checkpoint-000001", "1", "intact"),
+        ("checkpoint-000002", "2", "intact"),
         ("checkpoint-000003.superseded", "2", "set aside: superseded"),
-        (".checkpoint-000004.tmp", "-", "unfinished"),
+        (".checkpoint-000004.tmp", "-", "incomplete"),
     ]
     assert rows[2][-2] == "best, latest"
     assert contents(out) == before
@@ -91,16 +91,16 @@ def test_a_damaged_checkpoint_is_told_in_the_table_and_in_one_line_with_status_1
     path = out / "checkpoint-000002" / "optimizer.safetensors"
     flip(path)
     before = contents(out)
-    wrong = "is damaged: its checksum is not the one it was written with"
+    wrong = "is damaged: its checksum does not match"
     for given in (out / "checkpoint-000002", out / "latest"):
         done = checkpoint(given)
         assert (done.status, done.err) == (1, f"error: {path} {wrong}\n")
         assert re.search(rf"^optimizer\.safetensors .* {wrong}$", done.out, re.M)
-        assert done.out.splitlines()[-1] == "checksums   not sound: 1 of 10 files"
+        assert done.out.splitlines()[-1] == "checksums   1 of 10 files are damaged"
     done = checkpoint("--checkpoint", out)
     assert (done.status, done.err) == (1, f"error: {path} {wrong}\n")
-    assert re.search(rf"^checkpoint-000002 .* best, latest  not sound: optimizer\.safetensors {wrong}$", done.out, re.M)
-    assert re.search(r"^checkpoint-000001 .* sound$", done.out, re.M)
+    assert re.search(rf"^checkpoint-000002 .* best, latest  optimizer\.safetensors {wrong}$", done.out, re.M)
+    assert re.search(r"^checkpoint-000001 .* intact$", done.out, re.M)
     assert contents(out) == before
 
 
@@ -109,10 +109,10 @@ def test_without_verifying_nothing_is_read(out):
     for words in (["--verify", "False"], ["--noverify"]):
         done = checkpoint(out, *words)
         assert (done.status, done.err) == (0, "")
-        assert done.out.count("not compared") == 2
+        assert done.out.count("not verified") == 2
         done = checkpoint(out / "checkpoint-000002", *words)
         assert (done.status, done.err) == (0, "")
-        assert done.out.splitlines()[-1] == "checksums   not compared (--verify False)"
+        assert done.out.splitlines()[-1] == "checksums   not verified (--verify False)"
 
 
 def test_both_of_a_runs_checkpoints_are_damaged(out):
@@ -120,7 +120,7 @@ def test_both_of_a_runs_checkpoints_are_damaged(out):
         replace(out / name / "config.yaml", b"")
     done = checkpoint(out)
     assert done.status == 1
-    wrong = "config.yaml is damaged: its checksum is not the one it was written with (and 1 more)"
+    wrong = "config.yaml is damaged: its checksum does not match (and 1 more)"
     assert done.errors == [f"error: {out}/checkpoint-000001/{wrong}"]
 
 
@@ -128,12 +128,12 @@ def test_both_of_a_runs_checkpoints_are_damaged(out):
     ("words", "told"),
     [
         ([], "--checkpoint is required: One checkpoint, or a run's output folder."),
-        (["/no/such"], "/no/such: no such folder; name a checkpoint, or a run's output folder"),
-        ([ROOT / "docs"], "docs: no checkpoint, and no run of dsft; name a checkpoint, or a run's output folder"),
+        (["/no/such"], "/no/such: no such folder; give a checkpoint, or a run's output folder"),
+        ([ROOT / "docs"], "docs is neither a checkpoint nor a run of dsft; choose another folder"),
         ([ROOT / "README.md"], "README.md: no such folder"),
-        (["a", "b"], "'b' belongs to no flag"),
+        (["a", "b"], "unexpected argument 'b'"),
         (["--chekpoint", "a"], "unknown flag --chekpoint (did you mean 'checkpoint'?)"),
-        (["x", "--verify", "maybe"], "verify must be True or False, got 'maybe'"),
+        (["x", "--verify", "maybe"], "verify: expected bool, got 'maybe'"),
     ],
 )
 def test_wrong_use_is_one_line(words, told):

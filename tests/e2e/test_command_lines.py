@@ -84,7 +84,7 @@ def test_merge_of_the_embedded_model(tmp_path):
     assert (out / "merged" / "generation_config.json").is_file()
     again = run([BIN / "dsft-merge", "--checkpoint", out])
     assert again.status == 1
-    assert again.errors == [f"error: {out}/merged exists and is not overwritten; name another --output, or remove it"]
+    assert again.errors == [f"error: {out}/merged exists and is not overwritten; choose another --output, or remove it"]
 
 
 @pytest.mark.slow

@@ -115,7 +115,7 @@ RUN_BY = {
     "python -m dsft.pipeline": (f"{HERE}::test_a_script_runs_in_the_clone", "dsft.pipeline"),
     "cd out/": (f"{HERE}::test_checksums_are_checked_without_dsft", "sha256sum"),
     "sha256sum -c COMPLETE": (f"{HERE}::test_checksums_are_checked_without_dsft", "sha256sum"),
-    "python scripts/make_flag_docs.py": (f"{HERE}::test_the_flag_tables_are_those_of_the_config", "make_flag_docs.py"),
+    "python scripts/make_docs.py": (f"{HERE}::test_generated_pages_are_up_to_date", "make_docs.py"),
     "bash scripts/finetune_lora_med.sh": (
         "tests/e2e/test_command_lines.py::test_medical_script_trains_merges_and_keeps_the_exit_status",
         "scripts/finetune_lora_med.sh",
@@ -433,9 +433,9 @@ def test_a_script_has_the_flags_that_the_pages_give_it(script):
         assert script in done.out
 
 
-def test_the_flag_tables_are_those_of_the_config():
-    assert any(command.words[:2] == ("python", "scripts/make_flag_docs.py") for command in COMMANDS)
-    done = run([BIN / "python", "scripts/make_flag_docs.py", "--check"])
+def test_generated_pages_are_up_to_date():
+    assert any(command.words[:2] == ("python", "scripts/make_docs.py") for command in COMMANDS)
+    done = run([BIN / "python", "scripts/make_docs.py", "--check"])
     assert done.status == 0, done.err
 
 

@@ -107,7 +107,7 @@ def test_an_output_that_cannot_be_written(commands, words, tmp_path):
     out = file / "below"
     done = commands.run("dsft.train", words(output_dir=out))
     assert done.status == 1
-    assert done.errors == [f"error: cannot write {out}: Not a directory; name another folder, or make it writable"]
+    assert done.errors == [f"error: cannot write {out}: Not a directory; choose another folder, or make it writable"]
     assert done.seconds < SECONDS
 
 

@@ -461,15 +461,15 @@ def refused(done: Done, *parts: str, lines: int = 1) -> None:
     ("words", "parts"),
     [
         ("", ["--env is required: sokoban or frozenlake"]),
-        ("--env chess", ["env must be one of sokoban, frozenlake, got 'chess'"]),
-        ("--env sokobann", ["env must be one of sokoban, frozenlake, got 'sokobann'"]),
+        ("--env chess", ["env: expected one of sokoban, frozenlake, got 'chess'"]),
+        ("--env sokobann", ["env: expected one of sokoban, frozenlake, got 'sokobann'"]),
         ("--env sokoban --dimx 7", ["unknown flag --dimx (did you mean 'dim_x'?)"]),
         ("--env sokoban --dim_x 4", ["--dim_x must be 5 or more, got 4"]),
         ("--env sokoban --num_boxes 9", ["--num_boxes must be 1 to 4, got 9"]),
         ("--env sokoban --size 5", ["--size belongs to --env frozenlake, got --env sokoban"]),
         ("--env frozenlake --num_boxes 2", ["--num_boxes belongs to --env sokoban, got --env frozenlake"]),
         ("--env frozenlake --size 1", ["--size must be from 2 to 100, got 1"]),
-        ("--env frozenlake --size four", ["size must be a whole number, got 'four'"]),
+        ("--env frozenlake --size four", ["size: expected int, got 'four'"]),
         ("--env frozenlake --p 0", ["--p must be above 0 and at most 1, got 0"]),
         ("--env frozenlake --p 2", ["--p must be above 0 and at most 1, got 2"]),
         ("--env frozenlake --p 0.01 --size 8", ["none can be crossed", "raise --p, or lower --size"]),
@@ -481,7 +481,7 @@ def refused(done: Done, *parts: str, lines: int = 1) -> None:
         ("--env frozenlake --seed -1", ["seed must be 0 or more, got -1"]),
         ("--env frozenlake --num_processes 0", ["num_processes must be 1 or more, got 0"]),
         ("--env frozenlake --history_turns -1", ["history_turns must be 0 or more, got -1"]),
-        ("--env frozenlake --style html", ["style must be one of messages, chatml, plain, got 'html'"]),
+        ("--env frozenlake --style html", ["style: expected one of messages, chatml, plain, got 'html'"]),
         ("--env frozenlake --rows episodes --style plain", ["--rows episodes needs --style messages, got plain"]),
         ("--env frozenlake --rows episodes --history_turns 1", ["--rows episodes keeps the whole history"]),
         (
@@ -506,7 +506,7 @@ def test_what_exists_is_not_overwritten(tmp_path, name):
     (tmp_path / name).write_text("mine")
     refused(
         run([*COMMAND, *flags(env="frozenlake", train_size=2, output_dir=tmp_path)]),
-        f"{tmp_path / name} exists; delete it, or name another --output_dir",
+        f"{tmp_path / name} exists; delete it, or choose another --output_dir",
     )
     assert names(tmp_path) == [name]
     assert (tmp_path / name).read_text() == "mine"
@@ -524,7 +524,7 @@ def test_a_folder_that_cannot_be_one(tmp_path):
     words = [*COMMAND, *flags(env="frozenlake", train_size=2)]
     refused(run(words), "--output_dir is required: ")
     refused(run([*words, "--output_dir", file]), f"output_dir {file} is a file; name a folder")
-    refused(run([*words, "--output_dir", file / "below"]), f"cannot write {file / 'below'}", "name another folder")
+    refused(run([*words, "--output_dir", file / "below"]), f"cannot write {file / 'below'}", "choose another folder")
     assert names(tmp_path) == ["file"]
     assert file.read_text() == "mine"
 

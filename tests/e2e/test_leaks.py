@@ -136,4 +136,4 @@ def test_a_share_of_the_rows_is_split_off_and_kept_for_a_resume(train, tmp_path)
     refused = train(**split | {"train_files": one, "output_dir": tmp_path / "one"})
     assert refused.errors[0].startswith("error: --val_fraction 0.3 splits off whole dialogues, but all 3 rows of ")
     both = train(val_fraction=0.3, output_dir=tmp_path / "both")
-    assert both.errors == ["error: val_fraction takes its rows from --train_files; drop it, or --val_files"]
+    assert both.errors == ["error: val_fraction splits --train_files; drop it, or --val_files"]

@@ -185,7 +185,7 @@ def test_two_ranks_zero3_full_fine_tuning_and_the_checkpoint_that_plays_best(con
 
 
 WRONG = {
-    "unknown env": ({"env": "sokobn"}, "env must be one of sokoban, frozenlake, got 'sokobn'"),
+    "unknown env": ({"env": "sokobn"}, "env: expected one of sokoban, frozenlake, got 'sokobn'"),
     "impossible size": ({"size": 1}, "--size must be from 2 to 100, got 1"),
     "other game's flag": ({"num_boxes": 2}, "--num_boxes belongs to --env sokoban"),
     "typo in a step": ({"train.lrr": 1}, "unknown flag --train.lrr (did you mean 'lr'?)"),
@@ -213,7 +213,7 @@ def test_wrong_flags_are_told_before_any_step(config, tmp_path, what):
 @pytest.mark.slow
 def test_a_step_that_fails_stops_the_pipeline_with_its_status_and_log(config, tmp_path):
     done = run(words(tmp_path / "out", config, model=tmp_path / "nowhere"))
-    refused(done, "train failed with status 1", "nowhere: no such folder", f"its log is {tmp_path}/out/logs/train.log")
+    refused(done, "train failed with status 1", "nowhere: no such folder", f"see {tmp_path}/out/logs/train.log")
     assert done.status == 1
     assert "merge" not in done.out
 
@@ -231,7 +231,7 @@ def test_the_reason_of_a_failed_step_is_this_starts(config, tmp_path):
         children[0].kill()  # as a machine without memory does, which writes no reason
         _, err = again.communicate(timeout=60)
     assert again.returncode == 128 + signal.SIGKILL
-    assert err.splitlines() == [f"error: train failed with status 137; its log is {output}/logs/train.log"]
+    assert err.splitlines() == [f"error: train failed with status 137; see {output}/logs/train.log"]
     assert "nowhere: no such folder" in (output / "logs" / "train.log").read_text()
 
 

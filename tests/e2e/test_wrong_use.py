@@ -123,14 +123,14 @@ def complete(folder: Path) -> list[str]:
     ("words", "parts"),
     [
         (["--total_epoch", "3"], ["unknown flag --total_epoch ", "did you mean 'total_epochs'?", "--help"]),
-        (["--lr", "fast"], ["lr must be a number, got 'fast'"]),
-        (["--seed", "1.5"], ["seed must be a whole number, got '1.5'"]),
-        (["--deterministic", "maybe"], ["deterministic must be True or False, got 'maybe'"]),
-        (["--betas", "0.9"], ["betas must be 2 numbers, got '0.9'"]),
-        (["--backend", "ddp"], ["backend must be one of fsdp, zero3, got 'ddp'"]),
-        (["--fold", "bacth"], ["fold must be one of batch, off, got 'bacth' (did you mean 'batch'?)"]),
-        (["--seed"], ["--seed needs a value: a whole number"]),
-        (["stray"], ["'stray' belongs to no flag", "--name value"]),
+        (["--lr", "fast"], ["lr: expected float, got 'fast'"]),
+        (["--seed", "1.5"], ["seed: expected int, got '1.5'"]),
+        (["--deterministic", "maybe"], ["deterministic: expected bool, got 'maybe'"]),
+        (["--betas", "0.9"], ["betas: expected 2 floats, got '0.9'"]),
+        (["--backend", "ddp"], ["backend: expected one of fsdp, zero3, got 'ddp'"]),
+        (["--fold", "bacth"], ["fold: expected one of batch, off, got 'bacth' (did you mean 'batch'?)"]),
+        (["--seed"], ["--seed needs a value (int)"]),
+        (["stray"], ["unexpected argument 'stray'; write flags as --name value"]),
         (["--lr", "0"], ["lr must be above 0, got 0.0"]),
         (["--logger", "wandbb"], ["logger must be any of console, wandb, tensorboard, got wandbb"]),
         (["--config", "no.yaml"], ["--config no.yaml cannot be read", "No such file"]),
@@ -166,10 +166,10 @@ def test_several_problems_are_told_at_once(command, out):
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("lr: [1\n", ["is no YAML", "line 1"]),
+        ("lr: [1\n", ["is not valid YAML", "line 1"]),
         ("lrr: 1\n", ["unknown flag 'lrr' (did you mean 'lr'?)"]),
-        ("just text\n", ["must hold 'flag: value' lines, got a str"]),
-        ("seed: early\n", ["seed must be a whole number, got 'early'"]),
+        ("just text\n", ["must contain 'flag: value' lines, got a str"]),
+        ("seed: early\n", ["seed: expected int, got 'early'"]),
     ],
 )
 def test_a_wrong_config_file(command, tmp_path, out, text, parts):
@@ -322,7 +322,7 @@ def test_flags_that_do_not_fit_the_model(command, out, changed, parts):
 def test_an_output_folder_that_cannot_be_made(command, tmp_path, place):
     (tmp_path / "file").write_text("")
     folder = tmp_path / "file" / "below" if place == "file" else Path("/proc/dsft")
-    refused_alone(command.run(output_dir=folder), f"cannot write {folder}", "name another folder")
+    refused_alone(command.run(output_dir=folder), f"cannot write {folder}", "choose another folder")
 
 
 def finished_run(
@@ -356,8 +356,8 @@ def snapshot(folder: Path) -> dict[str, bytes]:
             {"lr": 0.5, "seed": 3, "resume_override": "lr"},
             ["other flags: seed was 1, is 3; ", "--resume_override seed"],
         ),
-        ({"resume_override": "lrr"}, ["resume_override: lrr is no flag that a resume checks (did you mean 'lr'?)"]),
-        ({"resume": "never"}, ["holds checkpoint-000001 and --resume is never; name another --output_dir"]),
+        ({"resume_override": "lrr"}, ["resume_override: lrr is not compared on resume (did you mean 'lr'?)"]),
+        ({"resume": "never"}, ["holds checkpoint-000001 and --resume is never; choose another --output_dir"]),
         ({"resume": "/no/such/run"}, ["--resume /no/such/run: no such folder", "name a run's folder"]),
         ({"resume": str(ROOT / "tests")}, ["tests: the folder holds no complete checkpoint"]),
     ],
@@ -408,8 +408,8 @@ def damage(checkpoint: Path, what: str) -> None:
         (checkpoint / what).write_bytes(content[: len(content) // 2])
 
 
-ALONE = "; no older checkpoint is sound; put the file back, or name another --output_dir"
-CHECKSUM = "its checksum is not the one it was written with"
+ALONE = "; no older checkpoint is intact; restore the file, or choose another --output_dir"
+CHECKSUM = "its checksum does not match"
 
 
 @pytest.mark.slow
@@ -419,9 +419,12 @@ CHECKSUM = "its checksum is not the one it was written with"
         ("trainer_state.json", [f"checkpoint-000001/trainer_state.json is damaged: {CHECKSUM}{ALONE}"]),
         ("adapter_model.safetensors", [f"checkpoint-000001/adapter_model.safetensors is damaged: {CHECKSUM}{ALONE}"]),
         ("optimizer.safetensors", [f"checkpoint-000001/optimizer.safetensors is missing{ALONE}"]),
-        ("COMPLETE", [f"checkpoint-000001/COMPLETE is damaged: it is no whole list of checksums{ALONE}"]),
-        ("other tensors", ["optimizer.safetensors holds no 'exp_avg.", "belongs to another model"]),
-        ("other flags", ["checkpoint-000001/config.yaml cannot be read (it holds no flags); name another checkpoint"]),
+        ("COMPLETE", [f"checkpoint-000001/COMPLETE is damaged: the list of checksums is incomplete{ALONE}"]),
+        ("other tensors", ["optimizer.safetensors does not contain 'exp_avg.", "saved with another model"]),
+        (
+            "other flags",
+            ["checkpoint-000001/config.yaml cannot be read (not a mapping of flags); choose another checkpoint"],
+        ),
     ],
 )
 def test_a_damaged_checkpoint(command, one_step, out, what, parts):
@@ -443,15 +446,15 @@ def test_a_damaged_checkpoint_with_a_sound_one_beside_it(command, three_steps, o
     words = command(backend, ranks, **THREE_STEPS)
     refused(
         command.again([*words, "--resume", out / "checkpoint-000003"]),
-        f"{out}/checkpoint-000003/optimizer.safetensors is missing; name {out}/checkpoint-000001, which is sound",
+        f"{out}/checkpoint-000003/optimizer.safetensors is missing; use {out}/checkpoint-000001, which is intact",
     )
     done = command.again(words)
     assert done.status == 0, done.err
     warnings = [line for line in done.err.splitlines() if line.startswith("warning: ")]
     wrong = {3: "optimizer.safetensors is missing", 2: f"adapter_model.safetensors is damaged: {CHECKSUM}"}
     assert warnings == [
-        f"warning: {out}/checkpoint-00000{step}/{what}; it is now checkpoint-00000{step}.damaged, and the run goes on "
-        "from checkpoint-000001"
+        f"warning: {out}/checkpoint-00000{step}/{what}; renamed to checkpoint-00000{step}.damaged, resuming from "
+        "checkpoint-000001"
         for step, what in wrong.items()
     ]
     assert "resuming at step 2" in done.out
@@ -496,8 +499,8 @@ def test_two_runs_started_at_once_in_one_folder(command, out, tmp_path, used, ra
         assert "stopped by SIGTERM after step" in stdout
         refused(
             Done(loser.returncode, *loser.communicate(), seconds=0),
-            f"{out} belongs to a run that still goes on (process ",
-            "wait for its end, or name another --output_dir",
+            f"{out} belongs to a run that is still running (process ",
+            "wait for it, or choose another --output_dir",
         )
     finally:
         for process in both:
@@ -554,7 +557,7 @@ def test_two_ranks_speak_with_one_voice(command, tiny_model, tmp_path, one_step,
         "row": ({"train_files": bad_file(tmp_path, "null prompt")}, ["bad.parquet, row 1"]),
         "target": ({"target_modules": "q_prj"}, ["'q_prj' matches no module"]),
         "shape": ({"model": tmp_path / "model"}, ["has the shape [64, 32]"]),
-        "damaged": ({}, ["optimizer.safetensors holds no 'exp_avg.", "name another checkpoint"]),
+        "damaged": ({}, ["optimizer.safetensors does not contain 'exp_avg.", "choose another checkpoint"]),
         "cut": ({}, [f"adapter_model.safetensors is damaged: {CHECKSUM}{ALONE}"]),
         "folder": ({"output_dir": tmp_path / "bad.parquet" / "below"}, ["cannot write"]),
         "tokens": ({"max_tokens_per_micro_batch": 10}, ["max_tokens_per_micro_batch is 10, but the longest row has"]),
@@ -727,7 +730,7 @@ def test_a_full_disk_while_saving(command, three_steps, three_full_steps, small_
     refused(
         done,
         f"cannot save {folder}/checkpoint-000002: the disk is full",
-        "checkpoint-000001 is still valid; make room and start the same command again",
+        "checkpoint-000001 is still valid; free some space and rerun the same command",
     )
     assert complete(folder) == ["checkpoint-000001"]
 
@@ -750,7 +753,7 @@ def test_a_full_disk_at_the_start(command, three_steps, small_disk, ranks):
     before = snapshot(folder)
     fill(small_disk, 12 * 2**10)
     done = command.run("fsdp", ranks, output_dir=folder, **THREE_STEPS)
-    refused(done, f"cannot write {folder}: the disk is full; make room and start the same command again")
+    refused(done, f"cannot write {folder}: the disk is full; free some space and rerun the same command")
     assert {name: content for name, content in snapshot(folder).items() if name != "config.yaml"} == {
         name: content for name, content in before.items() if name != "config.yaml"
     }
@@ -761,8 +764,8 @@ def test_a_full_disk_at_the_start(command, three_steps, small_disk, ranks):
 @pytest.mark.parametrize(
     ("kilobytes", "parts"),
     [
-        (2048, ["cannot write", "out: File too large", "name another folder"]),
-        (8192, ["cannot save", "checkpoint-000001: File too large", "there is no older checkpoint"]),
+        (2048, ["cannot write", "out: File too large", "choose another folder"]),
+        (8192, ["cannot save", "checkpoint-000001: File too large", "no older checkpoint exists"]),
     ],
     ids=["tokenizer", "moments"],
 )
@@ -780,7 +783,7 @@ def test_a_full_disk_while_logging(command, small_disk, ranks):
     words = command("fsdp", ranks, output_dir=folder, total_training_steps=600, save_steps=0)
     fillers: list[Path] = []
     done = stop(words, folder, lambda process: fillers.append(fill(small_disk, 0)))
-    refused(done, "metrics.jsonl: the disk is full; make room and start the same command again")
+    refused(done, "metrics.jsonl: the disk is full; free some space and rerun the same command")
     assert complete(folder) == []
 
     fillers[0].unlink()

@@ -122,9 +122,7 @@ def test_ratios_are_to_trls_fastest_and_to_the_same_backend(tmp_path):
         "trl:zero3:1": 20,
         "trl-targets:fsdp:1": 5,
     }
-    record = bench.evaluate(
-        {name: [outcome(s)] for name, s in seconds.items()}, case(), {"tokens": 100, "file": tmp_path}
-    )
+    record = bench.evaluate({name: [outcome(s)] for name, s in seconds.items()}, case(), {"tokens": 100})
     summary = record["summary"]
     assert [summary[name]["times_trl"] for name in seconds] == pytest.approx([5, 2.5, 10 / 12, 1, 0.5, 2])
     assert summary["dsft:zero3:batch"]["times_trl_same_backend"] == 5
@@ -157,7 +155,9 @@ def test_exported_rows_have_dsfts_tokens_and_targets(tmp_path, tokenizer, batch)
     data = load_dataset([str(SAMPLE_TRAIN)], "train_files", tokenizer, RowFlags(), max_rows=8)
     assert sum(label != -100 for row in rows for label in row["labels"]) == facts["targets"] == data.counts.targets
     assert all(label in (-100, token) for row in rows for token, label in zip(*row.values(), strict=True))
-    batches = [range(8)] if batch == 8 else GlobalBatches(np.arange(8), np.arange(8), batch, bench.SEED).epoch(0)
+    batches = (
+        [range(8)] if batch == 8 else GlobalBatches(np.arange(8), np.arange(8), batch, bench.SETTINGS["seed"]).epoch(0)
+    )
     for start, members in zip(range(0, 8, batch), batches, strict=True):
         expected = sorted(data[row][0].tolist() for row in members)
         got = [row["input_ids"] for row in rows[start : start + batch]]

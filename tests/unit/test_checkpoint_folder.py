@@ -201,8 +201,8 @@ def test_a_damaged_checkpoint_is_set_aside_and_an_older_one_used(run):
     assert run.newest_sound(told.append) == run.path(1)
     assert names(run) == ["checkpoint-000001", "checkpoint-000002.damaged", "checkpoint-000003.damaged"]
     assert told == [
-        f"{run.path(step)}/weights is damaged: its checksum is not the one it was written with; it is now "
-        f"checkpoint-{step:06d}.damaged, and the run goes on from checkpoint-000001"
+        f"{run.path(step)}/weights is damaged: its checksum does not match; renamed to "
+        f"checkpoint-{step:06d}.damaged, resuming from checkpoint-000001"
         for step in (3, 2)
     ]
     assert run.newest_sound(pytest.fail) == run.path(1)
@@ -214,7 +214,7 @@ def test_nothing_is_renamed_where_no_checkpoint_is_sound(run):
     damage(run.path(2))
     told = message(run.newest_sound, pytest.fail)
     assert told.startswith(f"{run.path(2)}/weights is damaged: ")
-    assert told.endswith("; no older checkpoint is sound; put the file back, or name another --output_dir")
+    assert told.endswith("; no older checkpoint is intact; restore the file, or choose another --output_dir")
     assert names(run) == ["checkpoint-000001", "checkpoint-000002"]
 
 
@@ -248,24 +248,23 @@ def test_a_checkpoint_under_any_name_is_found(run, tmp_path):
     copied = shutil.copytree(saved, tmp_path / "elsewhere" / "mine")
     assert find_checkpoint(str(copied), "resume") == copied
     damage(copied)
-    assert message(find_checkpoint, str(copied), "resume").endswith("; no other checkpoint beside it is sound")
+    assert message(find_checkpoint, str(copied), "resume").endswith("; no other checkpoint of the run is intact")
 
 
 def test_a_path_that_is_no_checkpoint_says_why(run, tmp_path):
     assert message(find_checkpoint, "/no/such", "resume").startswith("--resume /no/such: no such folder")
     told = message(find_checkpoint, str(tmp_path), "checkpoint")
-    assert told.startswith(f"--checkpoint {tmp_path}: the folder holds no complete checkpoint")
+    assert told.startswith(f"--checkpoint {tmp_path}: no complete checkpoint in this folder")
 
 
 def test_a_checkpoint_without_complete_is_refused_and_a_sound_one_offered(run):
     first, second = save(run, 1, 2)
     (second / COMPLETE).unlink()
     assert message(find_checkpoint, str(second), "resume") == (
-        f"--resume {second}: the checkpoint has no COMPLETE file; its writing was interrupted; "
-        f"name {first}, which is sound"
+        f"--resume {second}: no COMPLETE file, so saving it was interrupted; use {first}, which is intact"
     )
     (first / COMPLETE).unlink()
-    assert message(find_checkpoint, str(first), "resume").endswith("; no other checkpoint beside it is sound")
+    assert message(find_checkpoint, str(first), "resume").endswith("; no other checkpoint of the run is intact")
 
 
 @pytest.mark.parametrize("named", ["checkpoint-000003", "."])
@@ -274,8 +273,8 @@ def test_a_damaged_checkpoint_is_refused_and_the_newest_sound_one_offered(run, n
     damage(run.path(3))
     before = contents(run.root)
     assert message(find_checkpoint, str(run.root / named), "init_from") == (
-        f"--init_from {run.root / named}: {run.path(3)}/weights is damaged: its checksum is not the one it was "
-        f"written with; name {run.path(2)}, which is sound"
+        f"--init_from {run.root / named}: {run.path(3)}/weights is damaged: its checksum "
+        f"does not match; use {run.path(2)}, which is intact"
     )
     assert contents(run.root) == before
 
@@ -309,7 +308,7 @@ def test_a_folder_that_another_process_owns_is_refused_by_its_number(run, owner,
     started = time.monotonic()
     told = message(run.lock)
     assert re.fullmatch(
-        rf"{run.root} belongs to a run that still goes on \(process {owner.pid} on .+\); wait for its end, or name "
+        rf"{run.root} belongs to a run that is still running \(process {owner.pid} on .+\); wait for it, or choose "
         "another --output_dir",
         told,
     )
@@ -342,7 +341,8 @@ def test_reading_needs_no_lock(run, owner):
 def test_a_lock_file_that_cannot_be_made_is_one_line(run):
     (run.root / ".lock").mkdir()
     assert (
-        message(run.lock) == f"cannot write {run.root}/.lock: Is a directory; name another folder, or make it writable"
+        message(run.lock)
+        == f"cannot write {run.root}/.lock: Is a directory; choose another folder, or make it writable"
     )
 
 
@@ -350,6 +350,6 @@ def test_a_file_system_without_locks_stops_no_run(run, monkeypatch):
     def refuse(*_):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(folder.fcntl, "flock", refuse)
+    monkeypatch.setattr("fcntl.flock", refuse)
     run.lock()
     assert run.is_locked

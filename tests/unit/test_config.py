@@ -31,7 +31,7 @@ def test_the_defaults_are_accepted():
         ({"max_val_rows": 0}, "max_val_rows must be 1 or more, got 0"),
         ({"total_training_steps": 0}, "total_training_steps must be 1 or more, got 0"),
         ({"max_checkpoints": 0}, "max_checkpoints must be 1 or more, got 0"),
-        ({"lora_rank": -4}, "lora_rank must be 0 (full fine-tuning) or more, got -4"),
+        ({"lora_rank": -4}, "lora_rank must be 0 or more, got -4"),
         ({"lr": 0.0}, "lr must be above 0, got 0.0"),
         ({"lora_alpha": -1.0}, "lora_alpha must be above 0, got -1.0"),
         ({"weight_decay": -0.1}, "weight_decay must be 0 or more, got -0.1"),
@@ -53,16 +53,16 @@ def test_the_defaults_are_accepted():
         ({"val_fraction": 1.0}, "val_fraction must be above 0 and below 1, got 1.0"),
         (
             {"val_fraction": 0.1, "val_files": ["v"]},
-            "val_fraction takes its rows from --train_files; drop it, or --val_files",
+            "val_fraction splits --train_files; drop it, or --val_files",
         ),
         (
             {"val_fraction": 0.1, "val_files": ["v"], "max_val_rows": 3},
-            "val_fraction takes its rows from --train_files; drop it, or --val_files and --max_val_rows",
+            "val_fraction splits --train_files; drop it, or --val_files and --max_val_rows",
         ),
         ({"ds_config": "x.json"}, "ds_config is for --backend zero3, got --backend fsdp; drop one of them"),
         (
             {"messages_key": "m", "with_thinking": True},
-            "with_thinking needs prompt and response columns; it cannot go with messages_key",
+            "with_thinking needs prompt and response columns; it cannot be combined with messages_key",
         ),
     ],
 )
@@ -89,9 +89,9 @@ def test_values_at_the_edge_are_accepted(values):
 
 def test_all_problems_are_told_at_once():
     assert problems(lr=-1.0, seed=-2, max_length=0) == [
+        "seed must be 0 or more, got -2",
         "max_length must be 1 or more, got 0",
         "lr must be above 0, got -1.0",
-        "seed must be 0 or more, got -2",
     ]
 
 

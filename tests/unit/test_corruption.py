@@ -58,11 +58,11 @@ def refused(run: Path, *named: str) -> None:
     assert any(str(caught.value).startswith(f"{newest(run) / name} ") for name in named), caught.value
     assert caught.value.path.parent == newest(run)
     told = message(find_checkpoint, str(run), "resume")
-    assert told == f"--resume {run}: {caught.value}; name {older(run)}, which is sound"
+    assert told == f"--resume {run}: {caught.value}; use {older(run)}, which is intact"
     warnings: list[str] = []
     assert CheckpointFolder(run).newest_sound(warnings.append) == older(run)
     aside = "checkpoint-000002.damaged"
-    assert warnings == [f"{caught.value}; it is now {aside}, and the run goes on from checkpoint-000001"]
+    assert warnings == [f"{caught.value}; renamed to {aside}, resuming from checkpoint-000001"]
     assert sorted(p.name for p in run.glob("checkpoint*")) == ["checkpoint-000001", aside]
 
 
@@ -168,8 +168,8 @@ def test_without_complete_it_is_no_checkpoint_and_the_older_one_is_used(trained_
     run = trained_runs.copy("lora", tmp_path / "run")
     GONE[how](newest(run) / COMPLETE)
     told = message(find_checkpoint, str(newest(run)), "resume")
-    assert "the checkpoint has no COMPLETE file" in told
-    assert told.endswith(f"; name {older(run)}, which is sound")
+    assert "no COMPLETE file" in told
+    assert told.endswith(f"; use {older(run)}, which is intact")
     assert find_checkpoint(str(run), "resume") == older(run)
     assert CheckpointFolder(run).newest_sound(pytest.fail) == older(run)
 
@@ -257,8 +257,8 @@ def test_nothing_is_changed_where_both_are_damaged(trained_runs, tmp_path):
     before = contents(run)
     told = message(CheckpointFolder(run).newest_sound, pytest.fail)
     assert told.startswith(f"{newest(run)}/optimizer.safetensors is damaged: ")
-    assert "no older checkpoint is sound" in told
-    assert message(find_checkpoint, str(run), "adapter").endswith("; no other checkpoint beside it is sound")
+    assert "no older checkpoint is intact" in told
+    assert message(find_checkpoint, str(run), "adapter").endswith("; no other checkpoint of the run is intact")
     assert contents(run) == before
 
 
@@ -301,8 +301,8 @@ def test_other_tensors_with_checksums_of_their_own(trained_runs, tmp_path, kind,
     assert done.status == 1
     [error] = done.err.splitlines()
     assert error.startswith(f"error: {newest(run) / name}")
-    part = {"missing": "holds no '", "additional": "holds 'more', which the model has not"}
-    assert part.get(change, "' should be F32 [") in error
+    part = {"missing": "does not contain '", "additional": "contains 'more', which the model does not have"}
+    assert part.get(change, "' to be F32 [") in error
 
 
 @pytest.mark.slow
@@ -342,7 +342,7 @@ def test_a_file_less_with_checksums_of_its_own(trained_runs, tmp_path, name):
     without(name, run)
     done = trained_runs.resume("lora", run)
     assert done.status == 1
-    assert done.err.splitlines() == [f"error: {newest(run) / name} is missing; name another checkpoint"]
+    assert done.err.splitlines() == [f"error: {newest(run) / name} is missing; choose another checkpoint"]
 
 
 # Another run's whole checkpoint, sound in itself
@@ -378,7 +378,7 @@ def test_a_checkpoint_of_a_run_on_other_rows(trained_runs, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("source", "part"), [("other shape", "should be F32 [4, "), ("full", "adapter_model.safetensors is missing")]
+    ("source", "part"), [("other shape", "to be F32 [4, "), ("full", "adapter_model.safetensors is missing")]
 )
 def test_an_override_of_what_cannot_be_overridden_meets_other_tensors(trained_runs, tmp_path, source, part):
     run = exchanged(trained_runs, source, tmp_path / "run")
@@ -401,7 +401,7 @@ def test_a_run_that_fell_back_gives_the_numbers_it_would_have_given(trained_runs
     done = trained_runs.resume(kind, run)
     assert done.status == 0, done.err
     [warning] = done.err.splitlines()
-    assert warning.startswith(f"warning: {newest(run)}/optimizer.safetensors is damaged: its checksum is not the one")
+    assert warning.startswith(f"warning: {newest(run)}/optimizer.safetensors is damaged: its checksum does not match")
     assert f"resumed  {older(run)}, resuming at step 2" in done.out
     verify(newest(run))
     for name, content in contents(newest(run)).items():

@@ -68,11 +68,11 @@ def test_a_checkpoint_says_where_it_stands_and_how_it_was_made(tmp_path):
     assert facts(report) == {
         "checkpoint": str(saved),
         "step": "3 of 12",
-        "epoch": "0.75; whole epochs: 0, batches of the next one: 3",
+        "epoch": "0.75: 0 completed, 3 batches of the next one",
         "backend": "zero3, ranks: 2",
         "train/loss": "2.700000",
         "val/loss": "2.200000",
-        "best": "step 3, val/loss 2.200000, this one",
+        "best": "step 3, val/loss 2.200000, this checkpoint",
         "versions": "dsft 1.0, torch 2.0",
         "model": "some/model",
         "LoRA": "rank 64, alpha 32.0, all-linear",
@@ -92,7 +92,7 @@ def test_a_checkpoint_says_where_it_stands_and_how_it_was_made(tmp_path):
         "trainer_state.json": [size[STATE], "B"],
         "weights": ["12", "B"],
     }
-    assert report.lines[-1] == "checksums   sound: every file is as it was written"
+    assert report.lines[-1] == "checksums   all files are intact"
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_what_a_run_never_measured_is_told_as_such(tmp_path):
     saved = made(tmp_path, 1, {STATE: state.to_json(), "metrics.jsonl": ""})
     told = facts(inspect(str(saved), verify=True))
     assert told["train/loss"] == "unknown"
-    assert told["val/loss"] == "due: the run was stopped before it"
+    assert told["val/loss"] == "pending: the run was stopped before it"
     assert told["best"] == "none"
 
 
@@ -137,7 +137,7 @@ def test_the_table_is_aligned_and_plain(tmp_path):
         (CONFIG, "half", "damaged"),
         ("adapter_model.safetensors", WEIGHTS[:-4], "is damaged"),
         ("optimizer.safetensors", b"", "is damaged"),
-        (COMPLETE, "half", "is damaged: it is no whole list of checksums"),
+        (COMPLETE, "half", "is damaged: the list of checksums is incomplete"),
     ],
 )
 def test_a_file_that_is_damaged_is_named_and_the_rest_is_told(tmp_path, name, content, part, verify):
@@ -147,7 +147,7 @@ def test_a_file_that_is_damaged_is_named_and_the_rest_is_told(tmp_path, name, co
     assert report.problem is not None
     assert report.problem.startswith(f"{saved / name} ")
     assert part in report.problem or not verify
-    assert report.lines[-1] == "checksums   not sound: 1 of 7 files"
+    assert report.lines[-1] == "checksums   1 of 7 files are damaged"
     assert name in rows(report)
     told = facts(report)
     if name != CONFIG:
@@ -160,11 +160,11 @@ def test_a_flipped_bit_is_seen_only_where_files_are_read(tmp_path):
     saved = made(tmp_path)
     replace(saved / "optimizer.safetensors", MOMENTS[:-1] + bytes([MOMENTS[-1] ^ 1]))
     report = inspect(str(saved), verify=False)
-    assert (report.problem, report.lines[-1]) == (None, "checksums   not compared (--verify False)")
+    assert (report.problem, report.lines[-1]) == (None, "checksums   not verified (--verify False)")
     report = inspect(str(saved), verify=True)
     place = saved / "optimizer.safetensors"
-    assert report.problem == f"{place} is damaged: its checksum is not the one it was written with"
-    assert " ".join(rows(report)["optimizer.safetensors"]).endswith("not the one it was written with")
+    assert report.problem == f"{place} is damaged: its checksum does not match"
+    assert " ".join(rows(report)["optimizer.safetensors"]).endswith("its checksum does not match")
 
 
 @pytest.mark.parametrize("verify", [True, False])
@@ -180,9 +180,9 @@ def test_all_that_is_wrong_is_in_the_table_and_counted(tmp_path, verify):
     assert report.problem == f"{saved}/optimizer.safetensors is missing (and 2 more)"
     assert table["optimizer.safetensors"] == "- is missing"
     assert table["weights"] == "- is missing"
-    assert table["more.safetensors"].endswith("does not belong to the checkpoint: COMPLETE lacks it")
+    assert table["more.safetensors"].endswith("is not listed in COMPLETE")
     assert table["notes.txt"] == "0 B not in COMPLETE"
-    assert report.lines[-1] == "checksums   not sound: 3 of 9 files"
+    assert report.lines[-1] == "checksums   3 of 9 files are damaged"
 
 
 def test_an_unfinished_checkpoint_says_so(tmp_path):
@@ -190,9 +190,9 @@ def test_an_unfinished_checkpoint_says_so(tmp_path):
     (saved / COMPLETE).unlink()
     unfinished = saved.rename(tmp_path / ".checkpoint-000003.tmp")
     report = inspect(str(unfinished), verify=True)
-    assert report.lines[-1] == "checksums   unfinished"
+    assert report.lines[-1] == "checksums   incomplete"
     assert report.problem is not None
-    assert report.problem.startswith(f"{unfinished} has no COMPLETE file: its writing was interrupted, or goes on")
+    assert report.problem.startswith(f"{unfinished} has no COMPLETE file: saving it was interrupted, or is in progress")
 
 
 def test_links_and_folders_set_aside_can_be_named(tmp_path):
@@ -225,18 +225,18 @@ def test_a_run_is_a_table_of_its_checkpoints(tmp_path):
     report = inspect(str(tmp_path), verify=True)
     assert facts(report) == {"run": str(tmp_path), "step": "3 of 12"}
     place = run.path(2) / "optimizer.safetensors"
-    wrong = "is damaged: its checksum is not the one it was written with"
+    wrong = "is damaged: its checksum does not match"
     assert report.problem == f"{place} {wrong}"
     assert report.lines[3:] == [
         "checkpoint                    step  epoch  val/loss     size",
-        "checkpoint-000001                1   0.25  2.400000  1.1 MiB                sound",
-        f"checkpoint-000002                2    0.5  2.300000  2.2 KiB                not sound: {place.name} {wrong}",
-        "checkpoint-000003                3   0.75  2.200000  1.1 MiB  best, latest  sound",
+        "checkpoint-000001                1   0.25  2.400000  1.1 MiB                intact",
+        f"checkpoint-000002                2    0.5  2.300000  2.2 KiB                {place.name} {wrong}",
+        "checkpoint-000003                3   0.75  2.200000  1.1 MiB  best, latest  intact",
         "checkpoint-000004.damaged        4      1  2.100000  1.1 MiB                set aside: damaged",
         "checkpoint-000004.damaged.2      4      1  2.100000  1.1 MiB                set aside: damaged",
         "checkpoint-000005.superseded     5   1.25  2.000000  1.1 MiB                set aside: superseded",
-        "checkpoint-000006                6    1.5  1.900000  1.1 MiB                unfinished",
-        ".checkpoint-000007.tmp           -      -         -      0 B                unfinished",
+        "checkpoint-000006                6    1.5  1.900000  1.1 MiB                incomplete",
+        ".checkpoint-000007.tmp           -      -         -      0 B                incomplete",
     ]
 
 
@@ -245,7 +245,7 @@ def test_a_run_that_is_not_read_is_told_as_such(tmp_path):
     replace(saved / "optimizer.safetensors", b"")
     report = inspect(str(tmp_path), verify=False)
     assert report.problem is None
-    assert report.lines[-1].endswith("not compared")
+    assert report.lines[-1].endswith("not verified")
 
 
 def test_several_damaged_checkpoints_are_counted(tmp_path):
@@ -266,7 +266,7 @@ def test_a_link_that_shows_to_nothing_is_told(tmp_path):
     run.point("latest", made(tmp_path))
     run.point("best", run.path(9))
     told = facts(inspect(str(tmp_path), verify=True))
-    assert told["best"] == "shows to checkpoint-000009, which is not there"
+    assert told["best"] == "dangling link to checkpoint-000009"
     assert "latest" not in told
 
 
@@ -274,15 +274,15 @@ def test_a_checkpoint_that_vanishes_meanwhile_is_passed_over(tmp_path, monkeypat
     """The run goes on, and rotates its checkpoints."""
     made(tmp_path, 1)
     made(tmp_path, 2)
-    judge = inspection._judge
+    examine = inspection._examine
 
     def vanish(path: Path, *, verify: bool):
-        judged = judge(path, verify=verify)
+        examined = examine(path, verify=verify)
         if path.name == "checkpoint-000001":
             shutil.rmtree(path)
-        return judged
+        return examined
 
-    monkeypatch.setattr(inspection, "_judge", vanish)
+    monkeypatch.setattr(inspection, "_examine", vanish)
     assert list(rows(inspect(str(tmp_path), verify=True))) == ["checkpoint-000002"]
 
 
@@ -291,11 +291,13 @@ def test_a_checkpoint_that_vanishes_meanwhile_is_passed_over(tmp_path, monkeypat
 
 def test_a_path_that_is_neither_says_so(tmp_path):
     assert message(inspect, "/no/such", verify=True).startswith(
-        "/no/such: no such folder; name a checkpoint, or a run's"
+        "/no/such: no such folder; give a checkpoint, or a run's"
     )
     (tmp_path / "file").touch()
     assert "no such folder" in message(inspect, str(tmp_path / "file"), verify=True)
-    assert message(inspect, str(tmp_path), verify=True).startswith(f"{tmp_path}: no checkpoint, and no run of dsft; ")
+    assert message(inspect, str(tmp_path), verify=True).startswith(
+        f"{tmp_path} is neither a checkpoint nor a run of dsft; "
+    )
 
 
 def test_a_folder_that_may_not_be_read_is_one_line(tmp_path, monkeypatch):
@@ -306,7 +308,7 @@ def test_a_folder_that_may_not_be_read_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "iterdir", refuse)
     told = message(inspect, str(tmp_path), verify=True)
-    assert told == f"{tmp_path} cannot be read: Permission denied; make it readable, or name another"
+    assert told == f"{tmp_path} cannot be read: Permission denied; make it readable, or choose another"
 
 
 # What it costs

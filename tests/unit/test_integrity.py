@@ -36,7 +36,7 @@ def test_the_state_is_listed_last_so_that_a_list_cut_short_lacks_it(checkpoint):
     whole = (checkpoint / COMPLETE).read_bytes()
     for length in range(len(whole)):
         (checkpoint / COMPLETE).write_bytes(whole[:length])
-        with pytest.raises(DamagedError, match="COMPLETE is damaged: it is no whole list of checksums"):
+        with pytest.raises(DamagedError, match="COMPLETE is damaged: the list of checksums is incomplete"):
             verify(checkpoint)
 
 
@@ -70,8 +70,8 @@ def test_all_damages_are_found_those_that_need_no_reading_first(checkpoint):
     (checkpoint / "notes.txt").touch()
     assert wrong(checkpoint) == [
         ("a.json", "is missing"),
-        ("weights-2.safetensors", "does not belong to the checkpoint: COMPLETE lacks it"),
-        ("weights", "is damaged: its checksum is not the one it was written with"),
+        ("weights-2.safetensors", "is not listed in COMPLETE"),
+        ("weights", "is damaged: its checksum does not match"),
     ]
     assert wrong(checkpoint, compare=False) == wrong(checkpoint)[:2]
     assert message(verify, checkpoint) == f"{checkpoint}/a.json is missing"
@@ -112,7 +112,7 @@ def test_a_disk_that_cannot_give_a_file_back_means_damage(checkpoint, monkeypatc
 def test_a_file_that_may_not_be_read_is_no_damage(checkpoint, monkeypatch):
     monkeypatch.setattr(integrity, "checksum", refuse(errno.EACCES))
     told = message(verify, checkpoint)
-    assert told == f"{checkpoint}/a.json cannot be read: Permission denied; make it readable, or name another"
+    assert told == f"{checkpoint}/a.json cannot be read: Permission denied; make it readable, or choose another"
     with pytest.raises(integrity.UserError) as caught:
         verify(checkpoint)
     assert not isinstance(caught.value, DamagedError)
@@ -128,7 +128,7 @@ def test_a_list_that_may_not_be_read_is_no_damage(checkpoint, monkeypatch):
     assert not isinstance(caught.value, DamagedError)
     assert (
         str(caught.value)
-        == f"{checkpoint}/COMPLETE cannot be read: Permission denied; make it readable, or name another"
+        == f"{checkpoint}/COMPLETE cannot be read: Permission denied; make it readable, or choose another"
     )
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from dsft import processes
 from dsft.distributed import liveness
 from dsft.distributed.liveness import Heartbeat, Liveness, Verdict
-from tests.helpers import ROOT
+from tests.helpers import PRODUCED, ROOT
 
 TICK = 0.05
 
@@ -132,6 +132,7 @@ def test_an_orphan_says_why_it_exits(remedy, on_orphaned, told):
     env = {"PYTHONPATH": str(ROOT), "TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (1, f"error: {told}\n")
+    PRODUCED.add(told)
     assert done.stdout == ("saving\n" if "saving" in on_orphaned else "")
 
 

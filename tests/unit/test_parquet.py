@@ -169,6 +169,7 @@ def test_one_column_may_serve_twice(folder):
         ({"prompt": None, "response": "r"}, "the prompt must be a string or a list of {role, content}, got null"),
         ({"prompt": "p", "response": None}, "the response must be a string or one {role, content} message, got null"),
     ],
+    ids=["prompt", "response"],
 )
 def test_a_null_cell_names_file_and_row(tmp_path, tokenizer, monkeypatch, row, message_end):
     monkeypatch.setenv("DSFT_CACHE", str(tmp_path / "cache"))

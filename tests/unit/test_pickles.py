@@ -121,7 +121,7 @@ def test_in_place_of_a_file_it_is_refused_before_anything_is_read(out, newest, m
     assert str(caught.value).startswith(f"{newest / name} is damaged")
     for flag in ("resume", "checkpoint", "adapter", "init_from"):
         told = message(find_checkpoint, str(newest), flag)
-        assert told == f"--{flag} {newest}: {caught.value}; name {out}/checkpoint-000001, which is sound"
+        assert told == f"--{flag} {newest}: {caught.value}; use {out}/checkpoint-000001, which is intact"
     for verifying in (True, False):
         report = inspect(str(newest), verify=verifying)
         is_read = verifying or name in (COMPLETE, STATE, "config.yaml") or name.endswith(".safetensors")

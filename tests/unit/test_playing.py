@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,11 +16,11 @@ from dsft.envs.expert_data import play_expert
 from dsft.errors import UserError
 from dsft.validation.generation import load_generator
 from dsft.validation.playing import (
-    ExpertPlayer,
     ModelPlayer,
-    RandomPlayer,
     choose_levels,
+    expert_answers,
     play,
+    random_answers,
     summarize_episodes,
 )
 from dsft.validation.statistics import wilson_interval
@@ -48,7 +49,7 @@ def played(player, **values):
     ],
 )
 def test_the_expert_solves_every_level_in_the_fewest_moves(game):
-    outcomes = played(ExpertPlayer(), **game)
+    outcomes = played(expert_answers, **game)
     assert summarize_episodes(outcomes, 0)["success_rate"] == 1
     assert summarize_episodes(outcomes, 0)["moves_over_optimum"] == 0
     assert all(outcome.turns == outcome.moves == outcome.optimal_length for outcome in outcomes)
@@ -81,7 +82,7 @@ def test_the_random_player_succeeds_as_often_as_computed(slippery):
         environment = make_environment(flags)
         environment.reset(level.seed)
         chances.append(chance_of_random_success(environment, 60))
-    rate = summarize_episodes(play(flags, RandomPlayer(0), levels, ALONE), 0)["success_rate"]
+    rate = summarize_episodes(play(flags, partial(random_answers, seed=0), levels, ALONE), 0)["success_rate"]
     deviation = math.sqrt(sum(c * (1 - c) for c in chances)) / len(chances)
     assert abs(rate - np.mean(chances)) < 3.5 * deviation
     assert np.mean(chances) > 3.5 * deviation  # else zero would pass as well
@@ -90,14 +91,11 @@ def test_the_random_player_succeeds_as_often_as_computed(slippery):
 def test_the_random_player_plays_the_same_whatever_the_batch_and_the_rank():
     flags = config(max_turns=30)
     levels = choose_levels(flags)
-    whole = play(flags, RandomPlayer(3), levels, ALONE)
-    parts = [
-        o
-        for rank in range(3)
-        for o in play(config(max_turns=30, batch_size=1), RandomPlayer(3), levels, World(rank, 3, rank, 3))
-    ]
+    whole = play(flags, partial(random_answers, seed=3), levels, ALONE)
+    one_at_a_time, player = config(max_turns=30, batch_size=1), partial(random_answers, seed=3)
+    parts = [o for rank in range(3) for o in play(one_at_a_time, player, levels, World(rank, 3, rank, 3))]
     assert sorted(whole, key=lambda o: o.episode) == sorted(parts, key=lambda o: o.episode)
-    assert whole[0].messages != play(flags, RandomPlayer(4), levels, ALONE)[0].messages
+    assert whole[0].messages != play(flags, partial(random_answers, seed=4), levels, ALONE)[0].messages
 
 
 class Says:
@@ -128,7 +126,7 @@ def test_never_more_episodes_side_by_side_than_batch_size():
 
     def random(games):
         together.append(len(games))
-        return RandomPlayer(0)(games)
+        return random_answers(games, seed=0)
 
     assert len(played(random, batch_size=3, episodes=10)) == 10
     assert max(together) == 3
@@ -162,7 +160,7 @@ def test_a_file_of_other_levels_than_the_flags_make_is_refused(tmp_path):
     rows = [{"extra_info": {"seed": made[0].seed, "level": made[0].level_id}}]
     flags = config(episodes=1, size=6, levels=str(write_parquet(tmp_path / "levels.parquet", rows)))
     with pytest.raises(UserError, match=r"seed 0 gives another level than the file's; use the flags of dsft.generate"):
-        play(flags, ExpertPlayer(), choose_levels(flags), ALONE)
+        play(flags, expert_answers, choose_levels(flags), ALONE)
     rows = [{"extra_info": {"index": 3}}]
     flags = config(episodes=1, levels=str(write_parquet(tmp_path / "medical.parquet", rows)))
     with pytest.raises(UserError, match=r"medical.parquet, row 0: extra_info has no level and seed"):
@@ -219,7 +217,7 @@ def test_prompts_are_the_tokens_that_training_sees(tiny_model, tokenizer, tmp_pa
                 return [""] * len(prompts)
 
         flags = config(**made, model="m", levels=str(folder / "train.parquet"), episodes=3, batch_size=1)
-        player, expert = ModelPlayer(Recorder(), flags), ExpertPlayer()
+        player, expert = ModelPlayer(Recorder(), flags), expert_answers
 
         def both(games, player=player, expert=expert):
             player(games)
@@ -240,6 +238,6 @@ def test_the_wilson_interval():
 def test_expert_episodes_say_what_the_player_would_see():
     flags = config(env="sokoban")
     episode = play_expert(make_environment(flags), 5)
-    outcome = play(flags, ExpertPlayer(), [level for level in choose_levels(flags) if level.seed == 5], ALONE)[0]
+    outcome = play(flags, expert_answers, [level for level in choose_levels(flags) if level.seed == 5], ALONE)[0]
     assert [m["content"] for m in outcome.messages if m["role"] == "user"][:-1] == episode.states
     assert json.loads(json.dumps(outcome.messages))[2]["content"] == f"<answer>{episode.actions[0]}</answer>"

@@ -138,7 +138,7 @@ def test_an_unreadable_folder_is_one_line(tmp_path):
     (folder / "metrics.jsonl").unlink()
     (folder / "metrics.jsonl").mkdir()
     assert message(read_runs, [str(folder)]) == (
-        f"cannot read {folder}/metrics.jsonl: Is a directory; make it readable, or name another"
+        f"{folder}/metrics.jsonl cannot be read: Is a directory; make it readable, or choose another"
     )
     assert "no such folder" in message(read_runs, [str(tmp_path / "no")])
 

@@ -78,7 +78,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_older_one_gone_on_from(out):
 def test_no_sound_checkpoint_is_refused(out):
     for checkpoint in train(out, 1, 2):
         damage(checkpoint)
-    assert "no older checkpoint is sound; put the file back, or name another --output_dir" in refusal(out)
+    assert "no older checkpoint is intact; restore the file, or choose another --output_dir" in refusal(out)
     assert names(out) == ["checkpoint-000001", "checkpoint-000002"]
 
 
@@ -87,7 +87,7 @@ def test_a_damaged_checkpoint_that_was_named_is_refused(out):
     damage(saved[1])
     told = refusal(out, resume=str(saved[1]))
     assert told.startswith(f"--resume {saved[1]}: {saved[1]}/weights is damaged")
-    assert told.endswith(f"; name {saved[0]}, which is sound")
+    assert told.endswith(f"; use {saved[0]}, which is intact")
     assert names(out) == ["checkpoint-000001", "checkpoint-000002"]
 
 
@@ -95,7 +95,7 @@ def test_never_refuses_a_used_folder_and_takes_a_new_one(out, tmp_path):
     train(out, 1)
     assert (
         refusal(out, resume="never")
-        == f"{out} holds checkpoint-000001 and --resume is never; name another --output_dir"
+        == f"{out} holds checkpoint-000001 and --resume is never; choose another --output_dir"
     )
     assert resumed(tmp_path / "new", resume="never") is None
 
@@ -162,7 +162,7 @@ def test_a_checkpoint_of_another_folder_is_never_mixed_with_a_runs_own(out, tmp_
     told = refusal(out, resume=str(theirs))
     assert told == (
         f"{out} holds checkpoint-000003 of its own, and --resume {theirs} is of another folder; "
-        "leave --resume out to resume from it, or name another --output_dir"
+        "leave --resume out to resume from it, or choose another --output_dir"
     )
     assert {n: c for n, c in contents(out).items() if n != ".lock"} == before
 
@@ -173,7 +173,7 @@ def test_a_resume_owns_the_folder(out, monkeypatch):
     first = CheckpointFolder(out)
     find_resume(config(out), first, pytest.fail)
     assert first.is_locked
-    assert "belongs to a run that still goes on" in refusal(out)
+    assert "belongs to a run that is still running" in refusal(out)
 
 
 # The output folder
@@ -191,7 +191,7 @@ def test_of_two_runs_that_begin_at_once_in_a_new_folder_one_is_refused(out, monk
     one, two = CheckpointFolder(out), CheckpointFolder(out)
     assert find_resume(config(out), one, pytest.fail) is find_resume(config(out), two, pytest.fail) is None
     open_output(one, None, pytest.fail)
-    assert "belongs to a run that still goes on" in message(open_output, two, None, pytest.fail)
+    assert "belongs to a run that is still running" in message(open_output, two, None, pytest.fail)
 
 
 def test_a_folder_in_which_another_run_has_been_meanwhile_is_refused(out):
@@ -199,7 +199,7 @@ def test_a_folder_in_which_another_run_has_been_meanwhile_is_refused(out):
     assert find_resume(config(out), two, pytest.fail) is None
     train(out, 1)
     told = message(open_output, two, None, pytest.fail)
-    assert told == f"another run has begun in {out} meanwhile; rerun to resume from it, or name another --output_dir"
+    assert told == f"another run has begun in {out} meanwhile; rerun to resume from it, or choose another --output_dir"
 
 
 def test_steps_that_are_taken_again_are_set_aside(out):
@@ -231,7 +231,7 @@ def test_a_checkpoint_that_was_set_aside_is_gone_on_from_under_its_own_step(out)
 def test_an_output_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     told = message(open_output, CheckpointFolder(tmp_path / "file" / "below"), None, pytest.fail)
-    assert told == f"cannot write {tmp_path}/file/below: Not a directory; name another folder, or make it writable"
+    assert told == f"cannot write {tmp_path}/file/below: Not a directory; choose another folder, or make it writable"
 
 
 # First weights
@@ -326,7 +326,7 @@ def test_an_interrupted_checkpoint_of_full_fine_tuning_is_no_model(out, how):
     if how == "emptied":
         (saved / COMPLETE).touch()
     told = message(initial, saved)
-    assert "has no COMPLETE file" in told if how == "deleted" else f"{saved}/COMPLETE is damaged" in told
+    assert "no COMPLETE file" in told if how == "deleted" else f"{saved}/COMPLETE is damaged" in told
 
 
 def test_a_damaged_adapter_is_refused_and_the_older_one_offered(out):
@@ -335,9 +335,9 @@ def test_a_damaged_adapter_is_refused_and_the_older_one_offered(out):
     text = (first / "adapter_config.json").read_text()
     second = save_checkpoint(out, 2, {"adapter_config.json": text, "adapter_model.safetensors": "w"})
     damage(second, "adapter_model.safetensors")
-    assert message(initial, out).endswith(f"adapter_model.safetensors is damaged: its checksum is not the one it was "
-                                          f"written with; name {first}, which is sound")  # fmt: skip
-    assert message(initial, second).endswith(f"; name {first}, which is sound")
+    assert message(initial, out).endswith(f"adapter_model.safetensors is damaged: its checksum does "
+                                          f"not match; use {first}, which is intact")  # fmt: skip
+    assert message(initial, second).endswith(f"; use {first}, which is intact")
     assert initial(second, check=False).folder == second  # another rank of the machine reads it
 
 
@@ -346,4 +346,4 @@ def test_a_state_alone_makes_it_a_checkpoint(tmp_path):
         (tmp_path / name).write_text(str(content))
     assert initial(tmp_path).folder == tmp_path
     (tmp_path / STATE).write_text("{}")
-    assert "has no COMPLETE file" in message(initial, tmp_path)
+    assert "no COMPLETE file" in message(initial, tmp_path)

@@ -116,8 +116,8 @@ def test_a_full_disk_is_one_line_and_older_checkpoints_stay(run, monkeypatch, fa
 
     monkeypatch.setattr(tensor_files.TensorWriter if failing in ("write", "finish") else folder, failing, fail)
     assert refusal(checkpointer, snapshot(run, 2)) == (
-        f"cannot save {run.path(2)}: the disk is full; {run.path(1)} is still valid; make room and start the same "
-        "command again"
+        f"cannot save {run.path(2)}: the disk is full; {run.path(1)} is still valid; free some space and "
+        "rerun the same command"
     )
     assert contents(run.root) == before
     assert run.latest() == run.path(1)
@@ -129,7 +129,7 @@ def test_a_first_checkpoint_that_fails_says_that_there_is_no_older_one(run, monk
 
     monkeypatch.setattr(tensor_files.TensorWriter, "write", fail)
     told = refusal(writer(run), snapshot(run, 2))
-    assert told.startswith(f"cannot save {run.path(2)}: Permission denied; there is no older checkpoint; ")
+    assert told.startswith(f"cannot save {run.path(2)}: Permission denied; no older checkpoint exists; ")
     assert run.all() == []
 
 
@@ -138,7 +138,7 @@ def test_what_no_one_foresaw_is_one_line_too(run, monkeypatch):
         raise ZeroDivisionError("over\nlines")
 
     monkeypatch.setattr(tensor_files.TensorWriter, "write", fail)
-    assert "rank 0: ZeroDivisionError: over lines; there is no older checkpoint (--debug" in refusal(
+    assert "rank 0: ZeroDivisionError: over lines; no older checkpoint exists (--debug" in refusal(
         writer(run), snapshot(run, 1)
     )
 

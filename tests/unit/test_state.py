@@ -27,7 +27,7 @@ def test_a_damaged_state_is_refused_in_one_line(tmp_path, text):
         (tmp_path / STATE).write_text(text)
     told = message(read_state, tmp_path)
     assert told.startswith(f"{tmp_path}/trainer_state.json is damaged (")
-    assert told.endswith("); name another checkpoint")
+    assert told.endswith("); choose another checkpoint")
 
 
 @pytest.mark.parametrize(

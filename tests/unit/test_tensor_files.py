@@ -209,7 +209,7 @@ def test_numbered_files_read_as_one(shards):
 def test_a_missing_file_is_named(tmp_path):
     assert (
         message(TensorReader, tmp_path, "optimizer")
-        == f"{tmp_path}/optimizer.safetensors is missing; name another checkpoint"
+        == f"{tmp_path}/optimizer.safetensors is missing; choose another checkpoint"
     )
 
 
@@ -217,7 +217,7 @@ def test_a_missing_file_is_named(tmp_path):
 def test_a_missing_numbered_file_is_named(shards, number):
     file = shards[0] / f"model-{number:05d}-of-00003.safetensors"
     file.unlink()
-    assert message(TensorReader, shards[0], "model") == f"{file} is missing; name another checkpoint"
+    assert message(TensorReader, shards[0], "model") == f"{file} is missing; choose another checkpoint"
 
 
 @pytest.mark.parametrize("name", ["00004-of-00003", "00001-of-00004", "x", "00003-of-00003-old"])
@@ -225,7 +225,7 @@ def test_a_file_too_many_is_named(shards, name):
     stray = shards[0] / f"model-{name}.safetensors"
     save_file({"more": torch.ones(1)}, stray)
     told = message(TensorReader, shards[0], "model")
-    assert told == f"{stray} does not belong to {shards[0].name}; name another checkpoint"
+    assert told == f"{stray} does not belong to {shards[0].name}; choose another checkpoint"
 
 
 def test_one_file_and_numbered_ones_are_too_many(shards):
@@ -239,7 +239,9 @@ def test_a_tensor_in_two_files_is_refused(shards):
     folder, tensors = shards
     save_file(dict(list(tensors.items())[1:3]), folder / "model-00002-of-00003.safetensors")
     told = message(TensorReader, folder, "model")
-    assert told.startswith(f"{folder}/model-00002-of-00003.safetensors holds 'layer.1', which model-00001-of-00003")
+    assert told.startswith(
+        f"{folder}/model-00002-of-00003.safetensors and model-00001-of-00003.safetensors both contain 'layer.1'"
+    )
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-8], lambda b: b[:4], lambda b: b"", lambda b: b"\xff" * len(b)])
@@ -249,7 +251,7 @@ def test_damaged_safetensors_are_refused_in_one_line(tmp_path, damage):
     file.write_bytes(damage(file.read_bytes()))
     told = message(TensorReader, tmp_path, "adapter_model")
     assert told.startswith(f"{file} is damaged (")
-    assert told.endswith("); name another checkpoint")
+    assert told.endswith("); choose another checkpoint")
 
 
 SHAPE = {"a": (3, 4), "b": (2,)}
@@ -258,21 +260,24 @@ SHAPE = {"a": (3, 4), "b": (2,)}
 @pytest.mark.parametrize(
     ("stored", "parts"),
     [
-        ({"a": torch.ones(4, 3), "b": torch.ones(2)}, ["'a' should be F32 [3, 4], it is F32 [4, 3]"]),
-        ({"a": torch.ones(12), "b": torch.ones(2)}, ["'a' should be F32 [3, 4], it is F32 [12]"]),
-        ({"a": torch.ones(3, 4).half(), "b": torch.ones(2)}, ["'a' should be F32 [3, 4], it is F16 [3, 4]"]),
-        ({"a": torch.ones(3, 4).bfloat16(), "b": torch.ones(2)}, ["'a' should be F32 [3, 4], it is BF16 [3, 4]"]),
-        ({"a": torch.ones(3, 4).int(), "b": torch.ones(2)}, ["'a' should be F32 [3, 4], it is I32 [3, 4]"]),
-        ({"a": torch.ones(3, 4)}, ["holds no 'b'"]),
-        ({"a": torch.ones(3, 4), "b": torch.ones(2), "c": torch.ones(1)}, ["holds 'c', which the model has not"]),
-        ({}, ["holds no 'a'"]),
+        ({"a": torch.ones(4, 3), "b": torch.ones(2)}, ["expected 'a' to be F32 [3, 4], got F32 [4, 3]"]),
+        ({"a": torch.ones(12), "b": torch.ones(2)}, ["expected 'a' to be F32 [3, 4], got F32 [12]"]),
+        ({"a": torch.ones(3, 4).half(), "b": torch.ones(2)}, ["expected 'a' to be F32 [3, 4], got F16 [3, 4]"]),
+        ({"a": torch.ones(3, 4).bfloat16(), "b": torch.ones(2)}, ["expected 'a' to be F32 [3, 4], got BF16 [3, 4]"]),
+        ({"a": torch.ones(3, 4).int(), "b": torch.ones(2)}, ["expected 'a' to be F32 [3, 4], got I32 [3, 4]"]),
+        ({"a": torch.ones(3, 4)}, ["does not contain 'b'"]),
+        (
+            {"a": torch.ones(3, 4), "b": torch.ones(2), "c": torch.ones(1)},
+            ["contains 'c', which the model does not have"],
+        ),
+        ({}, ["does not contain 'a'"]),
     ],
 )
 def test_other_tensors_than_the_models_are_refused_by_file_and_name(tmp_path, stored, parts):
     save_file(stored, tmp_path / "model.safetensors")
     told = message(TensorReader(tmp_path, "model").check, SHAPE)
     assert told.startswith(f"{tmp_path}/model.safetensors")
-    for part in [*parts, "another model or other LoRA flags", "; name another checkpoint"]:
+    for part in [*parts, "another model or other LoRA flags", "; choose another checkpoint"]:
         assert part in told
 
 
@@ -281,16 +286,18 @@ def test_the_numbered_file_with_another_tensor_is_named(shards):
     shapes = dict.fromkeys(tensors, (10, 5))
     told = message(TensorReader(folder, "model").check, shapes | {"layer.2": (5, 10)})
     assert told.startswith(
-        f"{folder}/model-00002-of-00003.safetensors: 'layer.2' should be F32 [5, 10], it is F32 [10, 5]"
+        f"{folder}/model-00002-of-00003.safetensors: expected 'layer.2' to be F32 [5, 10], got F32 [10, 5]"
     )
     told = message(TensorReader(folder, "model").check, shapes | {"more": (1,)})
-    assert told.startswith(f"{folder}/model-*.safetensors holds no 'more'")
+    assert told.startswith(f"{folder}/model-*.safetensors does not contain 'more'")
     del shapes["layer.5"]
     told = message(TensorReader(folder, "model").check, shapes)
-    assert told.startswith(f"{folder}/model-00003-of-00003.safetensors holds 'layer.5', which the model has not")
+    assert told.startswith(
+        f"{folder}/model-00003-of-00003.safetensors contains 'layer.5', which the model does not have"
+    )
 
 
 def test_a_tensor_that_is_not_there_is_refused_in_one_line(tmp_path):
     write(tmp_path / "model.safetensors", random(SHAPE))
     told = message(TensorReader(tmp_path, "model").read, "other", 0, 1)
-    assert told.startswith(f"{tmp_path}/model.safetensors holds no 'other'")
+    assert told.startswith(f"{tmp_path}/model.safetensors does not contain 'other'")

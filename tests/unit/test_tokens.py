@@ -177,7 +177,7 @@ def test_messages_key_replaces_prompt_and_response(load, tokenizer):
 
 def test_the_second_load_reads_the_cache(load, monkeypatch):
     first = load([row(3, 2), row(1, 1)])
-    monkeypatch.setattr(module, "_tokenize_files", lambda *_: pytest.fail("tokenized again"))
+    monkeypatch.setattr(module, "save_rows", lambda *_: pytest.fail("tokenized again"))
     second = load()
     assert second.fingerprint == first.fingerprint
     assert second.counts == first.counts
@@ -188,7 +188,7 @@ def test_the_second_load_reads_the_cache(load, monkeypatch):
 def test_the_same_content_under_another_name_reads_the_same_cache(load, tmp_path, plain, monkeypatch):
     first = load([row(3, 2)])
     (tmp_path / "rows.parquet").rename(tmp_path / "other.parquet")
-    monkeypatch.setattr(module, "_tokenize_files", lambda *_: pytest.fail("tokenized again"))
+    monkeypatch.setattr(module, "save_rows", lambda *_: pytest.fail("tokenized again"))
     second = load_dataset([str(tmp_path / "other.parquet")], "val_files", plain, RowFlags())
     assert second.fingerprint == first.fingerprint
 
