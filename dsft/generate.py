@@ -1,4 +1,4 @@
-"""Command line: environment -> train.parquet and test.parquet of an expert's episodes."""
+"""Command line: write an expert's episodes of a game as train.parquet and test.parquet."""
 
 import sys
 
@@ -8,7 +8,7 @@ from dsft.errors import run_and_report
 
 
 def run(config: GenerateConfig) -> None:
-    """Generate and print what was made."""
+    """Generate the data and print a summary."""
 
     def work() -> None:
         from dsft.envs.expert_data import generate

@@ -1,11 +1,11 @@
-"""Command line: LoRA checkpoint -> full model."""
+"""Command line: merge a LoRA checkpoint into its base model."""
 
 from dsft.cli import main as command_line
 from dsft.config import MergeConfig
 
 
 def run(config: MergeConfig) -> None:
-    """Merge, print what the proof measured, and publish the result where that is asked for."""
+    """Merge, print the verification, and upload the result if asked to."""
     from dsft.distributed import runtime
 
     def work() -> None:

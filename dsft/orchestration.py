@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from dsft.processes import HeldInterrupt, end_with_parent
 
 STATE, LOCK = "pipeline.json", ".pipeline.lock"
 PUBLISH = "publish"  # the last step, because the model card contains the results of validation
+Progress = Callable[[], tuple[int, int] | None]  # (steps done, total steps), if known
 WAIT_FOR_OTHER = 60  # seconds that a step of a killed pipeline may take to end
 
 
@@ -44,22 +45,6 @@ class StepFailedError(UserError):
     def __init__(self, text: str, status: int) -> None:
         super().__init__(text)
         self.status = status
-
-
-@dataclass(frozen=True)
-class Job:
-    """One command of a step."""
-
-    name: str
-    command: str
-    config: Any
-    ranks: int = 1
-
-    def words(self) -> list[str]:
-        """The command line."""
-        torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(self.ranks), "-m"]
-        start = [sys.executable, "-m", *(torchrun if self.ranks > 1 else [])]
-        return [*start, f"dsft.{self.command}", *as_words(self.config)]
 
 
 class Pipeline:
@@ -130,7 +115,7 @@ class Pipeline:
         with self._locked() as lock, self._interrupt:
             self._lock = lock
             self._read_state()
-            self._step("generate", lambda: self._run(Job("generate", "generate", self.generate)))
+            self._step("generate", lambda: self._run("generate", "generate", self.generate))
             self._step("train", self._train)
             self._step("merge", self._merge)
             self._step("validate", self._validate)
@@ -207,10 +192,7 @@ class Pipeline:
         }
         for step in steps:
             for path in made[step]:
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def _step(self, step: str, work: Callable[[], None]) -> None:
         begun, flags = self._steps.get(step), self._flags(step)
@@ -230,7 +212,7 @@ class Pipeline:
         print(f"{step:<8} done in {time.monotonic() - started:.0f} s", flush=True)
 
     def _train(self) -> None:
-        self._run(Job("train", "train", self.train, self.config.nproc), self._training_progress)
+        self._run("train", "train", self.train, self.config.nproc, self._training_progress)
         checkpoints = CheckpointFolder(self.run_folder)
         latest = checkpoints.latest()
         state = read_state(latest) if latest else None
@@ -248,7 +230,7 @@ class Pipeline:
         if self.train.lora_rank:
             later = {"push_to_hub": None, "hub_name": self.merge.push_to_hub or self.merge.hub_name}
             config = MergeConfig(**asdict(self.merge) | {"checkpoint": str(best)} | later)
-            self._run(Job("merge", "merge", config))
+            self._run("merge", "merge", config)
         else:
             checkpoints.point("best", best)
 
@@ -257,16 +239,11 @@ class Pipeline:
         folder = self.root / "select"
         results = []
         for checkpoint in checkpoints.all():
-            weights = (
-                {"model": self.config.model, "adapter": str(checkpoint)}
-                if self.train.lora_rank
-                else {"model": str(checkpoint)}
-            )
-            values = asdict(self.validate[BASE]) | weights
+            values = asdict(self.validate[BASE]) | {"adapter" if self.train.lora_rank else "model": str(checkpoint)}
             values |= {"levels": str(self.data / "test.parquet"), "exclude_levels": None}
             values |= {"output": str(folder / f"{checkpoint.name}.json")}
             values["episodes"] = min(values["episodes"], self.generate.test_size)
-            self._run(Job(f"select-{checkpoint.name}", "validate", ValidateConfig(**values), self.config.nproc))
+            self._run(f"select-{checkpoint.name}", "validate", ValidateConfig(**values), self.config.nproc)
             report = json.loads((folder / f"{checkpoint.name}.json").read_text(encoding="utf-8"))
             over = report["moves_over_optimum"]
             results.append((-report["success_rate"], math.inf if over is None else over, checkpoint.name, checkpoint))
@@ -276,7 +253,7 @@ class Pipeline:
         for player, config in self.validate.items():
             if not Path(config.output).is_file():  # written whole or not at all
                 ranks = 1 if config.model in SCRIPTED_PLAYERS else self.config.nproc
-                self._run(Job(f"validate-{player.replace(' ', '-')}", "validate", config, ranks))
+                self._run(f"validate-{player.replace(' ', '-')}", "validate", config, ranks)
 
     def _report(self) -> list[str]:
         from dsft.export.model_card import add_results
@@ -298,14 +275,15 @@ class Pipeline:
         with self._interrupt.let_through():
             print(f"pushed   {push(self.merged, self.merge.push_to_hub, private=self.merge.hub_private)}", flush=True)
 
-    def _run(self, job: Job, progress: "Callable[[], tuple[int, int] | None] | None" = None) -> None:
+    def _run(self, name: str, command: str, config: Any, ranks: int = 1, progress: Progress = lambda: None) -> None:
         """Run one command, its output in a log. Raises StepFailedError if it fails."""
-        log = self.logs / f"{job.name}.log"
-        print(f"{job.name:<8} running, log {log}", flush=True)
+        log = self.logs / f"{name}.log"
+        print(f"{name:<8} running, log {log}", flush=True)
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
         with open(log, "ab") as output:
             before = output.tell()  # the end of what earlier starts wrote
             child = subprocess.Popen(
-                job.words(),
+                [sys.executable, *torchrun, "-m", f"dsft.{command}", *as_words(config)],
                 stdout=output,
                 stderr=output,
                 stdin=subprocess.DEVNULL,
@@ -329,7 +307,7 @@ class Pipeline:
             errors = [line for line in text.splitlines() if line.startswith("error: ")]
             reason = f": {errors[-1].removeprefix('error: ')}" if errors else ""
             code = status if status > 0 else 128 - status
-            raise StepFailedError(f"{job.name} failed with status {code}{reason}; see {log}", code)
+            raise StepFailedError(f"{name} failed with status {code}{reason}; see {log}", code)
 
     def _training_progress(self) -> tuple[int, int] | None:
         """(steps done, total steps), from metrics.jsonl."""
@@ -344,7 +322,7 @@ class Pipeline:
         return done, self.train.total_training_steps or epochs
 
 
-def _wait(child: "subprocess.Popen[bytes]", progress: "Callable[[], tuple[int, int] | None] | None") -> int:
+def _wait(child: "subprocess.Popen[bytes]", progress: Progress) -> int:
     """Wait for a process, with a progress bar if the progress is known and this is a terminal."""
     bar: tqdm[Any] | None = None
     try:
@@ -352,7 +330,7 @@ def _wait(child: "subprocess.Popen[bytes]", progress: "Callable[[], tuple[int, i
             try:
                 return child.wait(timeout=1)
             except subprocess.TimeoutExpired:
-                known = progress() if progress is not None and sys.stderr.isatty() else None
+                known = progress() if sys.stderr.isatty() else None
                 if known is not None:
                     bar = bar or tqdm(total=known[1], initial=known[0], desc="train", unit="step")
                     bar.update(known[0] - bar.n)

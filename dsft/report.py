@@ -1,4 +1,4 @@
-"""Command line: what a run, or several beside each other, have done, as HTML and Markdown."""
+"""Command line: report on one or more runs, as HTML and Markdown."""
 
 import sys
 
@@ -8,7 +8,7 @@ from dsft.errors import run_and_report
 
 
 def run(config: ReportConfig) -> None:
-    """Write the report and print where it stands."""
+    """Write the report and print its paths."""
 
     def work() -> None:
         from dsft.reporting.report import write_report

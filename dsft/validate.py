@@ -1,4 +1,4 @@
-"""Command line: model -> success rate in a game, or loss and form of answers on dialogues."""
+"""Command line: evaluate a model in a game, or on dialogues."""
 
 from dsft.cli import main as command_line
 from dsft.config import ValidateConfig

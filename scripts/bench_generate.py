@@ -26,7 +26,7 @@ CASES = {
 
 
 def measure(flags: str, processes: int | None, train_size: int, test_size: int) -> tuple[float, int]:
-    """Seconds of one whole process, and the rows it wrote, for so many levels."""
+    """Seconds of a whole process, and the rows it wrote."""
     with tempfile.TemporaryDirectory() as folder:
         words = [sys.executable, "-m", "dsft.generate", *flags.split(), "--output_dir", f"{folder}/data"]
         words += ["--train_size", str(train_size), "--test_size", str(test_size)]
@@ -61,10 +61,8 @@ def main() -> None:
         rate = (train_size + test_size) / min(took)
         print(f"| {name} | {count} | {rows[name]} | {min(took):.2f} | {max(took):.2f} | {rate:.0f} |")
     if arguments.json:
-        table = [
-            {"case": name, "processes": processes, "rows": rows[name], "seconds": took}
-            for (name, processes), took in seconds.items()
-        ]
+        keys = ("case", "processes", "rows", "seconds")
+        table = [dict(zip(keys, (*arm, rows[arm[0]], took), strict=True)) for arm, took in seconds.items()]
         arguments.json.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
 
 

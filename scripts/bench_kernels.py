@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What a layer's pieces cost on CPU, one thread: attention of one block in two ways, a linear layer and its LoRA.
+"""The cost of a layer's pieces on CPU, one thread: attention of one block in two ways, a linear layer and its LoRA.
 
     python scripts/bench_kernels.py [--tokens 300,634,1400] [--json table.json]
 
@@ -75,20 +75,15 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     table = []
-    print("| dtype | piece | way | ms |\n| --- | --- | --- | --- |")
     for dtype in (torch.bfloat16, torch.float32):
         name = str(dtype).removeprefix("torch.")
-        pieces = {
-            f"attention, {tokens} tokens": attention(tokens, dtype) for tokens in map(int, options.tokens.split(","))
-        }
+        pieces = {f"attention, {length} tokens": attention(int(length), dtype) for length in options.tokens.split(",")}
         pieces["up projection, 2048 tokens"] = linear(dtype)
-        for piece, ways in pieces.items():
-            for way, took in ways.items():
-                print(f"| {name} | {piece} | {way} | {took:.1f} |")
-                table.append({"dtype": name, "piece": piece, "way": way, "ms": took})
-        rate = measure_matmul(dtype, torch.device("cpu")) / 1e9
-        print(f"| {name} | 1024-square product | GFLOP/s | {rate:.0f} |")
-        table.append({"dtype": name, "gflops": rate})
+        pieces["1024-square product"] = {"GFLOP/s": measure_matmul(dtype, torch.device("cpu")) / 1e9}
+        table += [(name, piece, way, value) for piece, ways in pieces.items() for way, value in ways.items()]
+    print("| dtype | piece | way | ms |\n| --- | --- | --- | --- |")
+    for *cells, value in table:
+        print(f"| {' | '.join(cells)} | {value:.1f} |")
     if options.json:
         options.json.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
 

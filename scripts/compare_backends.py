@@ -8,14 +8,6 @@ Passes every flag of dsft.train on, except those that the arms set: backend, max
 output_dir. Arms that fold and arms that do not have the same batches only where one batch holds all rows.
 Prints a table, writes it as JSON, and exits with 1 where an arm differs by more than --tolerance (relative)
 from the first one at any step.
-
-    --arms         comma-separated backend:ranks:tokens or backend:ranks:tokens:fold, where tokens is
-                   max_tokens_per_micro_batch or auto, and fold is batch (the default) or off
-                   (default: both backends, 1 and 2 ranks, 1024 tokens and auto)
-    --other_tree   another checkout of dsft: trains every arm with it as well, and compares the two
-    --tolerance    largest relative difference (default 1e-5)
-    --json         where the table goes as JSON (default: not written)
-    --work_dir     where the runs are kept (default: a temporary folder)
 """
 
 import argparse
@@ -80,11 +72,16 @@ def differences(ours: list[dict[str, Any]], reference: list[dict[str, Any]]) -> 
 def main() -> None:
     """Run all arms, print the table, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", default=DEFAULT_ARMS)
-    parser.add_argument("--other_tree", type=Path)
-    parser.add_argument("--tolerance", type=float, default=1e-5)
-    parser.add_argument("--json")
-    parser.add_argument("--work_dir")
+    help_text = (
+        "comma-separated backend:ranks:tokens[:fold], where tokens is max_tokens_per_micro_batch or auto, and fold "
+    )
+    help_text += "is batch (the default) or off (default: both backends, 1 and 2 ranks, 1024 tokens and auto)"
+    parser.add_argument("--arms", default=DEFAULT_ARMS, help=help_text)
+    help_text = "another checkout of dsft: trains every arm with it as well, and compares the two"
+    parser.add_argument("--other_tree", type=Path, help=help_text)
+    parser.add_argument("--tolerance", type=float, default=1e-5, help="largest relative difference (%(default)s)")
+    parser.add_argument("--json", help="write the table as JSON to this file")
+    parser.add_argument("--work_dir", help="keeps the runs (default: a temporary folder)")
     options, flags = parser.parse_known_args()
     folder = Path(options.work_dir or tempfile.mkdtemp(prefix="dsft-compare-"))
     runs, others = {}, {}

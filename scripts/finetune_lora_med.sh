@@ -23,7 +23,7 @@ nproc=$1
 save_dir=$2
 shift 2
 if ! [[ "$nproc" =~ ^[1-9][0-9]*$ ]]; then
-    echo "error: NPROC must be a whole number of 1 or more, got '$nproc'" >&2
+    echo "error: NPROC must be an int of at least 1, got '$nproc'" >&2
     exit 1
 fi
 case "$save_dir" in
@@ -45,11 +45,11 @@ torchrun --standalone --nproc_per_node "$nproc" dsft/train.py \
     --output_dir "$save_dir" "$@"
 status=$?
 if [[ $status -ne 0 ]]; then
-    echo "error: training ended with status $status; nothing is merged" >&2
+    echo "error: training ended with status $status; not merged" >&2
     exit $status
 fi
 if [[ -d "$save_dir/merged" ]]; then
-    echo "$save_dir/merged is there already and is kept"
+    echo "$save_dir/merged already exists and is kept"
     exit 0
 fi
 python -m dsft.merge --checkpoint "$save_dir"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a merged model: set-up, LoRA training with each backend, merge, one answer.
+# From a fresh clone to a merged model: set-up, LoRA training with each backend, merge, one answer.
 set -euo pipefail
 
 OUT=${OUT:-out/quickstart}
@@ -14,7 +14,7 @@ Makes .venv, installs the pinned requirements and dsft, gets the embedded 135 M 
   2. trains the same with --backend zero3      -> $OUT/zero3
   3. merges the best checkpoint of the first   -> $OUT/fsdp/merged
   4. prints the validation losses before and after, and one prompt answered by the base and by the merged model.
-What is there already is used again; delete $OUT to start over.
+Rerun it to continue after an interruption; delete $OUT to start over.
 
   OUT=folder             where the runs go (default out/quickstart)
   MODEL=folder           another model (a folder with safetensors, or a name of the Hugging Face Hub)
@@ -42,12 +42,13 @@ flags=(
     --validate_before_training
 )
 
+# Quiet launchers: torchrun warns if OMP_NUM_THREADS is not set (1 is its default too), deepspeed if there is no GPU.
+[[ $gpus -eq 0 ]] && export DS_ACCELERATOR=cpu
 echo "== training with fsdp, processes: $nproc"
-# One thread a process is torchrun's default too; it warns where nobody has set it.
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} torchrun --standalone --nproc_per_node "$nproc" dsft/train.py --backend fsdp "${flags[@]}" --output_dir "$OUT/fsdp"
 
 echo "== training with zero3, processes: $nproc"
-deepspeed --num_accelerators "$nproc" dsft/train.py --backend zero3 "${flags[@]}" --output_dir "$OUT/zero3"
+deepspeed --log_level error --num_accelerators "$nproc" dsft/train.py --backend zero3 "${flags[@]}" --output_dir "$OUT/zero3"
 
 if [[ ! -d "$OUT/fsdp/merged" ]]; then
     echo "== merging the best checkpoint"

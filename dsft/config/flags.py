@@ -1,6 +1,6 @@
-"""How a flag is declared, and the flags that several commands have.
+"""How a flag is declared, and the flags shared by several commands.
 
-The string under a field is its meaning; --help, config.yaml and docs/flags.md are made from it.
+The docstring under a field is its help text; --help and docs/flags.md are generated from it.
 A field without a default is a required flag. Nothing in this package imports torch.
 """
 
@@ -16,12 +16,12 @@ def flag(
     required: bool = False,
     positional: bool = False,
 ) -> Any:
-    """One flag.
+    """Declare a flag.
 
     Args:
-        default: its value where it is not given.
+        default: the value if the flag is not given.
         section: starts a group in --help.
-        run_identity: may not change on resume.
+        run_identity: must not change on resume.
         required: has no default.
         positional: may also be given without its name; a list takes several values.
     """
@@ -34,7 +34,7 @@ def flag(
 
 
 def too_small(config: Any, minimum: int, *names: str) -> list[str]:
-    """What is wrong with flags that have a minimum; None is not checked."""
+    """A problem for each of these flags that is below the minimum; None is allowed."""
     values = {name: getattr(config, name) for name in names}
     return [
         f"{name} must be {minimum} or more, got {value}"
@@ -45,48 +45,48 @@ def too_small(config: Any, minimum: int, *names: str) -> list[str]:
 
 @dataclass(kw_only=True)
 class CommonFlags:
-    """What every command has."""
+    """Flags of every command."""
 
     config: str | None = flag(None, section="General")
-    """YAML file with values for these flags; flags on the command line win."""
+    """YAML file with flag values; flags on the command line take precedence."""
     debug: bool = flag(False)
-    """Show tracebacks and the libraries' own messages."""
+    """Show tracebacks and the libraries' log messages."""
 
 
 @dataclass(kw_only=True)
 class ModelFlags:
-    """Which model, and how it computes."""
+    """The model, and how it computes."""
 
     model: str = flag(required=True, section="Model", run_identity=True)
-    """Hugging Face name, a folder with safetensors, or smollm2-135m (the embedded small model)."""
+    """Model name on the Hugging Face Hub, folder with safetensors, or smollm2-135m (the embedded small model)."""
     dtype: Literal["auto", "bfloat16", "float32"] = flag("auto")
-    """Compute dtype; auto is bfloat16 where the hardware computes it, else float32."""
+    """Compute dtype; auto is bfloat16 if the hardware supports it, else float32."""
     attn_implementation: str = flag("auto")
-    """Attention of transformers: auto, sdpa, eager, flash_attention_2, …"""
+    """Attention implementation of transformers: auto, sdpa, eager, flash_attention_2, …"""
     trust_remote_code: bool = flag(False)
-    """Run Python code that comes with the model. Off unless you have read that code."""
+    """Allow Python code that comes with the model. Read that code before you turn this on."""
 
 
 @dataclass(kw_only=True)
 class RowFlags:
-    """Where a row's text stands in a parquet file, and how long it may be."""
+    """The columns of a row's text, and how long a row may be."""
 
     prompt_key: str = flag("prompt", section="Rows", run_identity=True)
     """Column of the prompt: a string, or a list of {role, content}."""
     response_key: str = flag("response", run_identity=True)
     """Column of the response: a string, or one {role, content} message."""
     messages_key: str | None = flag(None, run_identity=True)
-    """Column of whole conversations, every assistant turn a target; replaces prompt_key and response_key."""
+    """Column of whole conversations; every assistant turn is a target. Replaces prompt_key and response_key."""
     prompt_dict_keys: list[str] | None = flag(None, run_identity=True)
-    """Keys that lead from the prompt column's nested value to the prompt."""
+    """Keys that lead to the prompt in a nested prompt column, outermost first."""
     response_dict_keys: list[str] | None = flag(None, run_identity=True)
-    """Keys that lead from the response column's nested value to the response."""
+    """Keys that lead to the response in a nested response column, outermost first."""
     with_thinking: bool = flag(False, run_identity=True)
-    """End the prompt with <think>, which the response then closes."""
+    """End the prompt with <think>, so that the response starts inside the thinking block and closes it."""
     max_length: int = flag(2048, run_identity=True)
-    """Longest row in tokens, prompt and response together."""
+    """Maximum tokens per row, prompt and response together."""
     truncation: Literal["error", "left", "right", "drop"] = flag("error", run_identity=True)
-    """A longer row: error stops, left cuts the prompt's front, right cuts the end, drop leaves the row out."""
+    """Rows over max_length: error stops, left cuts the prompt's start, right cuts the end, drop skips the row."""
 
     def columns(self) -> tuple[list[str], list[str]]:
         """The columns that are read, and the flag that names each."""

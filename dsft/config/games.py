@@ -26,9 +26,9 @@ class EnvironmentFlags:
     env: Literal["sokoban", "frozenlake"] | None = flag(None, section="Environment")
     """The game."""
     max_steps: int = flag(100)
-    """Moves after which an episode is over, solved or not."""
+    """Maximum moves of an episode."""
     max_depth: int = flag(100)
-    """Longest plan the search looks for; every level can be solved in this many moves."""
+    """Maximum length of a plan; every level can be solved in this many moves."""
     dim_x: int = flag(6)
     """Sokoban: width of the room, walls included."""
     dim_y: int = flag(6)
@@ -36,13 +36,13 @@ class EnvironmentFlags:
     num_boxes: int = flag(1)
     """Sokoban: boxes, 1 to 4."""
     search_depth: int = flag(100)
-    """Sokoban: moves of the reverse play that makes a level; more of them move the boxes further."""
+    """Sokoban: moves of reverse play that make a level; more move the boxes further."""
     size: int = flag(4)
     """FrozenLake: width and height of the lake."""
     p: float = flag(0.8)
     """FrozenLake: probability that a tile is frozen rather than a hole."""
     is_slippery: bool = flag(False)
-    """FrozenLake: a move goes to either side of its direction in two of three cases."""
+    """FrozenLake: two of three moves slip to either side."""
 
     def environment_problems(self) -> list[str]:
         """What is wrong with these flags; the environment itself checks its sizes."""
@@ -58,12 +58,12 @@ class EnvironmentFlags:
 
 @dataclass(kw_only=True)
 class PromptFlags:
-    """How a position and its history become a prompt. A model must be played as it was trained."""
+    """How a position and its history become a prompt. Evaluate a model as it was trained."""
 
     style: Literal["messages", "chatml", "plain"] = flag("messages", section="Prompt")
     """A prompt is a list of {role, content}, a string in ChatML, or a plain string."""
     history_turns: int | None = flag(None)
-    """Keep only the last N moves in a prompt; all of them by default, 0 for the present position alone."""
+    """Keep only the last N moves in a prompt; all by default, 0 for the current position only."""
 
     def prompt_problems(self) -> list[str]:
         """What is wrong with these flags."""
@@ -75,15 +75,15 @@ class GenerateConfig(PromptFlags, EnvironmentFlags, CommonFlags):
     """Expert data by search: solved episodes of a game as parquet rows for training."""
 
     rows: Literal["turns", "episodes"] = flag("turns", section="Rows")
-    """A row a move, with the history in its prompt; or a whole conversation a row, for --messages_key messages."""
+    """turns: a row per move, its history in the prompt; episodes: a row per conversation (--messages_key messages)."""
     train_size: int = flag(1000)
     """Levels in train.parquet, each solved once."""
     test_size: int = flag(100)
-    """Levels in test.parquet; none of them occurs in train.parquet."""
+    """Levels in test.parquet; none of them is in train.parquet."""
     seed: int = flag(100000)
-    """Seed of the first level; the following levels take the following numbers, test before train."""
+    """Seed of the first level; later levels take the following seeds, test before train."""
     num_processes: int | None = flag(None)
-    """Processes that search; all cores by default. The files do not depend on it."""
+    """Processes that search; one per core by default. The files do not depend on it."""
     output_dir: str = flag(required=True, section="Output")
     """Folder of train.parquet, test.parquet and generate.json. The files must not exist."""
 
@@ -108,33 +108,33 @@ class ValidateConfig(PromptFlags, EnvironmentFlags, RowFlags, ModelFlags, Common
     """Evaluate a model by playing a game (--env), or by its loss and answers on dialogues (--data)."""
 
     model: str = flag(required=True, section="Model")
-    """As in training; or a player without a model: expert (the search itself), random (any action, alike)."""
+    """As in training; or a player without a model: expert (the search), random (uniformly random actions)."""
     adapter: str | None = flag(None, section="Validation")
-    """LoRA over the model: a run's folder (its best checkpoint is taken) or one checkpoint folder."""
+    """LoRA adapter: a run's folder (its best checkpoint) or a checkpoint folder."""
     data: str | None = flag(None)
     """Parquet of dialogues, instead of --env: a file, a glob, or a folder."""
     episodes: int = flag(100)
     """Levels to play, or dialogue rows to answer."""
     seed: int = flag(0)
-    """Seed of the first level; the following levels take the following numbers. Also the seed of sampling."""
+    """Seed of the first level; later levels take the following seeds. Also the seed of sampling."""
     levels: str | None = flag(None)
-    """Play the levels of this parquet file of dsft.generate, from its first on, instead of those from --seed on."""
+    """Play the levels of this parquet file of dsft.generate, instead of those from --seed on."""
     exclude_levels: list[str] | None = flag(None)
-    """Pass over the levels of these parquet files of dsft.generate: a file, a list, a glob, or a folder."""
+    """Skip the levels of these parquet files of dsft.generate: a file, a list, a glob, or a folder."""
     max_turns: int | None = flag(None)
-    """Answers a model may give in an episode, valid or not; --max_steps by default."""
+    """Maximum answers in an episode, valid or not; --max_steps by default."""
     batch_size: int = flag(16)
-    """Episodes played side by side on one rank; changes memory and speed."""
+    """Episodes or rows per batch on one rank; changes memory and speed."""
     temperature: float = flag(0.0)
-    """0 takes the most probable token, above 0 draws."""
+    """Sampling temperature; 0 is greedy."""
     max_new_tokens: int = flag(512)
-    """Longest answer in tokens; longer ones are cut off."""
+    """Maximum tokens of an answer."""
     engine: Literal["transformers", "vllm"] = flag("transformers")
-    """What generates; vllm must be installed apart."""
+    """Generation engine; vllm must be installed separately."""
     transcripts: int = flag(2)
-    """Whole conversations in the report: so many of solved and so many of failed episodes."""
+    """Conversations in the report: this many of solved and of failed episodes each."""
     output: str = flag("report.json", section="Output")
-    """The report; beside it all episodes, a line each, under the same name ending in .jsonl. Overwritten."""
+    """The report; all episodes or rows go to the same name with .jsonl. Overwritten."""
 
     def check(self) -> None:
         """Raise UserError with every problem that can be seen without model or levels."""

@@ -9,32 +9,31 @@ from dsft.errors import UserError
 
 @dataclass(kw_only=True)
 class MergeConfig(CommonFlags):
-    """Merge a LoRA checkpoint into its base model, and prove that the result is right."""
+    """Merge a LoRA checkpoint into its base model, and verify the result."""
 
     checkpoint: str = flag(required=True, section="Merge")
-    """A run's folder (its best checkpoint is taken, else the latest) or one checkpoint folder."""
+    """A run's folder (its best checkpoint, else the latest) or a checkpoint folder."""
     output: str | None = flag(None)
-    """Folder of the merged model; the run's folder plus /merged by default. Must not exist."""
+    """Folder of the merged model, which must not exist; by default `merged` in the run's folder."""
     base: str | None = flag(None)
-    """Base model, where it is not the one named in the adapter's config."""
+    """Base model, if not the one named in the adapter's config."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = flag("auto")
-    """Dtype of the merged weights; auto keeps the base model's. The sum itself is done in float32."""
+    """Dtype of the merged weights; auto keeps the base model's. The merge is computed in float32."""
     max_shard_size: str = flag("5GB")
-    """Largest safetensors file."""
+    """Maximum size of a safetensors file."""
     tolerance: float | None = flag(None)
-    """Largest difference of logits, relative to their spread; by default 1e-3 (float32) or 1 (16 bit)."""
+    """Maximum difference of logits, relative to their standard deviation; by default 1e-3 (float32) or 1 (16 bit)."""
     trust_remote_code: bool = flag(False)
     """Run Python code that comes with the base model."""
     push_to_hub: str | None = flag(None, section="Publishing")
-    """Upload the merged folder to this repository of the Hub, as owner/name or name; your login's token is used."""
+    """Upload the merged folder to this repository of the Hub (owner/name, or name), with the token of your login."""
     hub_private: bool = flag(True)
-    """Make the repository private, where --push_to_hub makes it."""
-
+    """Make a repository created by --push_to_hub private."""
     hub_name: str | None = flag(None)
-    """Repository that the model's card names, where you push it later; --push_to_hub's by default."""
+    """Repository named in the model card, if you upload later; --push_to_hub's by default."""
 
     def check(self) -> None:
-        """Raise UserError with every problem that can be seen without reading the model."""
+        """Raise UserError with every problem found without reading the model."""
         problems = too_small(self, 0, "tolerance")
         for flag_name in ("push_to_hub", "hub_name"):
             name = getattr(self, flag_name)
@@ -45,7 +44,7 @@ class MergeConfig(CommonFlags):
 
 
 def _name_problems(flag_name: str, name: str) -> list[str]:
-    """What the Hub's own library finds wrong with a repository's name."""
+    """Problems that huggingface_hub finds in a repository's name."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 

@@ -1,4 +1,4 @@
-"""Flags of dsft.pipeline: those of its own, those that its steps share, and a section for each step."""
+"""Flags of dsft.pipeline: its own, those that its steps share, and a section for each step."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -28,18 +28,18 @@ SET_BY_PIPELINE = {
 
 @dataclass(kw_only=True)
 class PipelineConfig(PromptFlags, EnvironmentFlags, ModelFlags, CommonFlags):
-    """Generate expert data, train on it, merge the best checkpoint, and let the result play against its base."""
+    """Generate expert data, train on it, merge the best checkpoint, and compare the result with its base by playing."""
 
     backend: Literal["fsdp", "zero3"] = flag("fsdp", section="Pipeline")
     """Sharding library of the training."""
     nproc: int = flag(1)
-    """Processes that train, and that play with a model."""
+    """Ranks of training and of playing with a model."""
     select: Literal["val_loss", "success_rate"] = flag("val_loss")
-    """The best checkpoint: by validation loss, or by letting every kept checkpoint play the levels of test.parquet."""
+    """How the best checkpoint is chosen: by validation loss, or by playing the levels of test.parquet with each one."""
     force: Literal["generate", "train", "merge", "validate"] | None = flag(None)
-    """Delete what this step and those after it have made, and go on from there."""
+    """Delete the results of this step and later ones, and continue from there."""
     output_dir: str = flag(required=True)
-    """Folder of all that the steps make, report.html and report.md. Started again, it goes on with what is left."""
+    """Folder of all results, report.html and report.md. Rerun the same command to continue with the remaining steps."""
 
     generate: dict[str, Any] = flag({}, section="Steps")
     """Flags of dsft.generate: --generate.train_size 1000, or a section in the YAML file."""

@@ -14,7 +14,7 @@ class ReportConfig(CommonFlags):
     """Report on one or more runs: a self-contained HTML page, and the same as Markdown next to it."""
 
     runs: list[str] = flag(required=True, section="Report", positional=True)
-    """Output folders of runs or pipelines. The flag may be left out: python -m dsft.report OUT OUT2."""
+    """Output folders of runs or pipelines. The flag name may be left out: python -m dsft.report OUT OUT2."""
     eval_reports: list[str] | None = flag(None)
     """More reports of dsft.validate (.json); those in the runs' folders are found."""
     samples: int = flag(3)

@@ -13,105 +13,105 @@ Interval = int | Literal["epoch"]
 
 @dataclass(kw_only=True)
 class TrainConfig(RowFlags, ModelFlags, CommonFlags):
-    """Fine-tune a causal language model on parquet rows."""
+    """Fine-tune a causal language model on rows of parquet files."""
 
     backend: Literal["fsdp", "zero3"] = flag("fsdp", section="Sharding")
-    """Sharding library: fsdp (PyTorch FSDP2) or zero3 (DeepSpeed ZeRO-3). The numbers are the same."""
+    """Sharding library: fsdp (PyTorch FSDP2) or zero3 (DeepSpeed ZeRO-3). Losses and gradients are the same."""
     gradient_checkpointing: bool | Literal["auto"] = flag("auto")
-    """Recompute activations in the backward pass: auto does so in as many layers as the longest row needs to fit."""
+    """Recompute activations in the backward pass; auto does it in as many layers as the longest row needs to fit."""
     cpu_offload: bool = flag(False)
-    """Keep parameters and optimizer state in CPU memory between uses."""
+    """Keep parameters and optimizer state in CPU memory while they are not used."""
 
     train_files: list[str] = flag(required=True, section="Files")
-    """Parquet: a file, a comma-separated list, a glob, or a folder."""
+    """Training data: a parquet file, a comma-separated list, a glob, or a folder."""
     val_files: list[str] | None = flag(None)
-    """Parquet for the validation loss, written as train_files."""
+    """Validation data, in the same form as train_files."""
     val_fraction: float | None = flag(None, run_identity=True)
-    """Without val_files: validate on this share of the training rows, split off by whole dialogues and the seed."""
+    """Without val_files: validate on this fraction of the training rows, split off by whole dialogues with the seed."""
     on_leak: Literal["warn", "error", "drop_val", "drop_train", "ignore"] = flag("warn", run_identity=True)
-    """Validation rows that stand in the training rows too, or share a dialogue or level: drop leaves out one side's."""
+    """Validation rows that are also training rows, or share a dialogue or level with one; drop_… skips that side's."""
     max_train_rows: int | None = flag(None, run_identity=True)
-    """Use the first N training rows only."""
+    """Use only the first N training rows."""
     max_val_rows: int | None = flag(None)
-    """Use the first N validation rows only."""
+    """Use only the first N validation rows."""
 
     lora_rank: int = flag(64, section="LoRA", run_identity=True)
-    """Rank of the LoRA matrices; 0 is full fine-tuning."""
+    """LoRA rank; 0 is full fine-tuning."""
     lora_alpha: float = flag(32.0, run_identity=True)
-    """LoRA scale: the update is multiplied by lora_alpha / lora_rank."""
+    """LoRA scaling: updates are multiplied by lora_alpha / lora_rank."""
     lora_dropout: float = flag(0.0, run_identity=True)
-    """Dropout before the LoRA matrices."""
+    """Dropout probability of the LoRA layers' input."""
     target_modules: list[str] = flag(["all-linear"], run_identity=True)
-    """Modules that get LoRA: all-linear (all but the head), or names such as q_proj,v_proj."""
+    """Modules to apply LoRA to: all-linear (all linear layers but the head), or names such as q_proj,v_proj."""
     use_rslora: bool = flag(False, run_identity=True)
-    """Scale by lora_alpha / sqrt(lora_rank) instead (rank-stabilised LoRA)."""
+    """Rank-stabilized LoRA: scale by lora_alpha / sqrt(lora_rank) instead."""
     use_dora: bool = flag(False, run_identity=True)
-    """Weight-decomposed LoRA: a trained magnitude per output beside the direction."""
+    """Weight-decomposed LoRA (DoRA): train a magnitude per output in addition to the direction."""
 
     train_batch_size: int = flag(128, section="Optimization", run_identity=True)
-    """Rows per optimizer step, over all ranks. The last batch of an epoch may be smaller; no row is dropped."""
+    """Rows per optimizer step over all ranks. The last batch of an epoch may be smaller; no row is dropped."""
     max_tokens_per_micro_batch: int | None = flag(None)
-    """Tokens per forward pass on one rank; changes memory and speed, not the numbers. Default: by model and memory."""
+    """Tokens per forward pass and rank; affects memory and speed only. By default chosen from model and memory."""
     fold: Literal["batch", "off"] = flag("batch", run_identity=True)
-    """batch draws whole dialogues into a batch and computes what its rows have in common once; off shuffles rows."""
+    """Shared-prefix packing: batch keeps dialogues together and computes shared prefixes once; off shuffles rows."""
     lr: float = flag(1e-4, run_identity=True)
-    """Peak learning rate of AdamW."""
+    """Peak learning rate (AdamW)."""
     betas: tuple[float, float] = flag((0.9, 0.95), run_identity=True)
-    """AdamW's decay rates of the two moments."""
+    """AdamW's beta1 and beta2."""
     weight_decay: float = flag(0.01, run_identity=True)
-    """AdamW's decoupled weight decay, on every trained parameter."""
+    """AdamW's weight decay, applied to every trained parameter."""
     warmup_ratio: float = flag(0.1, run_identity=True)
-    """Share of all steps over which the learning rate rises linearly."""
+    """Fraction of all steps used for a linear warmup of the learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = flag("cosine", run_identity=True)
-    """Learning rate after the warmup."""
+    """Learning rate schedule after the warmup."""
     min_lr_ratio: float = flag(0.0, run_identity=True)
-    """The schedule ends at lr times this."""
+    """Final learning rate of the schedule, as a fraction of lr."""
     clip_grad: float = flag(1.0, run_identity=True)
-    """Clip the global gradient norm to this; 0 turns clipping off."""
+    """Maximum global gradient norm; 0 turns clipping off."""
     total_epochs: int = flag(1, run_identity=True)
-    """Passes over the training rows."""
+    """Number of passes over the training rows."""
     total_training_steps: int | None = flag(None, run_identity=True)
-    """Stop after this many optimizer steps instead; the schedule ends there too."""
+    """Number of optimizer steps; overrides total_epochs, and the schedule ends there."""
     seed: int = flag(1, run_identity=True)
-    """Seed of LoRA's initial weights, the order of rows and dropout."""
+    """Seed of the initial LoRA weights, the order of rows, and dropout."""
     deterministic: bool = flag(False)
-    """Refuse kernels whose results vary from run to run (slower on CUDA)."""
+    """Use deterministic kernels only (slower on CUDA)."""
 
     output_dir: str = flag(required=True, section="Output")
-    """Folder of the run: config.yaml, metrics.jsonl and checkpoints."""
+    """Output folder of the run: config.yaml, metrics.jsonl and checkpoints."""
     dry_run: bool = flag(False)
-    """Do everything up to the first step, and a forward and backward pass of the longest micro-batch; then report."""
+    """Prepare the run, try a forward and backward pass of the longest micro-batch, report memory and time, and exit."""
     validate_before_training: bool = flag(False)
-    """Compute the validation loss before the first step too."""
+    """Also compute the validation loss before the first step."""
     eval_steps: Interval = flag(EVERY_EPOCH)
-    """Validate every N steps, each "epoch", or 0 for never; also at every checkpoint, so that best is known."""
+    """Validate every N steps, every "epoch", or 0 for never; each checkpoint is validated as well, to find the best."""
     save_steps: Interval = flag(EVERY_EPOCH)
-    """Save every N steps, each "epoch", or 0 for never; the last step is always saved."""
+    """Save a checkpoint every N steps, every "epoch", or 0 for never; the last step is always saved."""
     max_checkpoints: int | None = flag(None)
-    """Keep the newest N checkpoints, and best and latest whatever their age."""
+    """Keep only the newest N checkpoints; best and latest are never deleted."""
     save_seconds: int | None = flag(None)
-    """Also save when this many seconds have passed since the last checkpoint, at the end of the running step."""
+    """Also save at the end of a step once this many seconds have passed since the last checkpoint."""
     async_save: bool = flag(False)
-    """Write checkpoints in the background while training goes on; takes the memory of one more copy of the state."""
+    """Write checkpoints in the background during training; needs memory for one more copy of the state."""
     stop_after_steps: int | None = flag(None)
-    """End with a checkpoint after step N of the run; the schedule stays that of the whole run, a resume goes on."""
+    """Save and exit after step N; the schedule is still that of the whole run, and the same command resumes it."""
     resume: str = flag("auto")
-    """auto goes on from the latest checkpoint in output_dir, never refuses to, a path names a checkpoint."""
+    """auto resumes from the latest checkpoint in output_dir; never refuses to; or the path of a checkpoint."""
     resume_override: list[str] | None = flag(None)
-    """Flags that may differ from those of the run that is resumed, such as lr,total_epochs; else that is refused."""
+    """Flags whose values may differ from those of the resumed run, such as lr,total_epochs."""
     init_from: str | None = flag(None, run_identity=True)
-    """Start from the weights of a checkpoint, of a run's best one, or of a merged model, with a fresh optimizer."""
+    """Start from the weights of a checkpoint, a run (its best checkpoint) or a merged model, with a new optimizer."""
     logger: list[str] = flag(["console"])
-    """Any of console, wandb, tensorboard; metrics.jsonl is always written."""
+    """Any of console, wandb and tensorboard; metrics.jsonl is always written."""
     project_name: str = flag("dsft")
-    """Project in wandb."""
+    """Project name in wandb."""
     experiment_name: str | None = flag(None)
-    """Name of the run in wandb and tensorboard; the output folder's name by default."""
+    """Run name in wandb and tensorboard; by default the name of the output folder."""
     ds_config: str | None = flag(None)
-    """A DeepSpeed JSON file whose settings go over those of ds_configs/zero3.json (zero3 only)."""
+    """DeepSpeed JSON file whose settings override those of ds_configs/zero3.json (zero3 only)."""
 
     def check(self) -> None:
-        """Raise UserError with every problem that can be seen without reading data or model."""
+        """Raise UserError with all problems that can be found without reading data or model."""
         problems = too_small(self, 0, "lora_rank", "weight_decay", "clip_grad", "seed")
         problems += too_small(self, 1, "max_length", "train_batch_size", "max_tokens_per_micro_batch", "total_epochs")
         problems += too_small(self, 1, "max_train_rows", "max_val_rows", "total_training_steps", "max_checkpoints")
@@ -156,12 +156,12 @@ class TrainConfig(RowFlags, ModelFlags, CommonFlags):
             raise UserError("\n".join(problems))
 
     def run_identity(self) -> dict[str, Any]:
-        """The values that define the run: a resume with others would be another run."""
+        """The values that define the run: with others, a resume would be a different run."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["run_identity"]}
 
     @staticmethod
     def is_same_run(name: str, before: Any, after: Any) -> bool:
-        """Whether two values of a flag in `run_identity` define the same run: on_leak may only change what is said."""
+        """Whether two values of a `run_identity` flag define the same run: on_leak may change what is printed."""
         if name == "on_leak":
             return (before == "drop_train") == (after == "drop_train")
         return bool(before == after)

@@ -180,13 +180,21 @@ class Liveness:
         if not self._thread.is_alive():
             self._thread.start()
 
-    def explain(self) -> None:
-        """After an error that may be a failed collective: exit with the reason if a peer is lost, else return soon.
+    def close(self, error: BaseException | None = None) -> None:
+        """Stop watching. If a peer is lost, that is the reason of an `error`, and this does not return.
 
-        For the main thread only. If a peer has died, the launcher's SIGTERM comes before the reason is known.
+        Otherwise this rank prints the error, and the others are told to say nothing about its end.
         """
-        if not self._peers:
-            return
+        reports = isinstance(error, Exception) and not getattr(error, "is_agreed", False)
+        if self._heartbeat is not None and reports and not isinstance(error, UserError):
+            self._explain()
+        self._closed.set()
+        Liveness.current = None
+        if self._heartbeat is not None and reports:
+            self._heartbeat.agree(Verdict("", [self._rank]))
+
+    def _explain(self) -> None:
+        """Wait until a lost peer would be known. The launcher's SIGTERM may come before that."""
         before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self._collective_failed = True
         has_neighbours = len(self._processes) < len(self._peers) - 1  # machines, whose verdict takes longer
@@ -195,13 +203,6 @@ class Liveness:
         while self._is_ending or (time.monotonic() < limit and (self._ticks < enough or self._is_suspicious)):
             time.sleep(self._tick / 4)
         signal.signal(signal.SIGTERM, before)
-
-    def close(self, *, reports: bool = False) -> None:
-        """Stop watching. If this rank `reports` an error of its own, the others will say nothing about its end."""
-        self._closed.set()
-        Liveness.current = None
-        if reports and self._heartbeat is not None:
-            self._heartbeat.agree(Verdict("", [self._rank]))
 
     # The thread
 

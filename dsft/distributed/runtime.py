@@ -1,4 +1,4 @@
-"""The process among its peers: ranks, device, threads, seeds, and agreeing with the other ranks."""
+"""This process and the other ranks: world size, device, threads, seeds, agreement, and exit."""
 
 import contextlib
 import ctypes
@@ -27,25 +27,24 @@ Result = TypeVar("Result")
 M_MMAP_THRESHOLD = -3  # malloc.h
 RETURNED_BLOCK = 8 * 2**20  # bytes, see return_freed_memory
 LONGEST_WORK = timedelta(hours=2)
-"""For which ranks wait while one of them makes tokens of the rows or reads a checkpoint. That a rank has died or hangs
-is seen elsewhere (dsft.distributed.liveness), and sooner than by any time limit."""
+"""While one rank tokenizes or reads a checkpoint, the others wait. dsft.distributed.liveness sees a dead rank."""
 
 _object_groups: "WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]" = WeakKeyDictionary()
 
 
 class AgreedError(UserError):
-    """A UserError of which all ranks know; this rank is the one that prints it."""
+    """A UserError that all ranks know of; this rank prints it."""
 
     is_agreed = True
 
 
 class PeerFailedError(BaseException):
-    """Another rank has a UserError and prints it; this rank ends quietly with status 1."""
+    """Another rank prints its UserError; this rank exits quietly with status 1."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: from the variables that torchrun and the DeepSpeed launcher set."""
+    """This process among the ranks, from the variables that torchrun and the DeepSpeed launcher set."""
 
     rank: int
     size: int
@@ -54,7 +53,7 @@ class World:
 
     @classmethod
     def from_environment(cls) -> "World":
-        """One process where no launcher set RANK."""
+        """One process if no launcher has set RANK."""
         env = os.environ
         size = int(env.get("WORLD_SIZE", 1))
         local_size = int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or size)
@@ -62,16 +61,15 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Rank 0: the one that prints, logs and writes."""
+        """Whether this is rank 0, which prints, logs and writes."""
         return self.rank == 0
 
 
 def pick_device(world: World) -> torch.device:
-    """cuda:LOCAL_RANK where there is CUDA, else cpu.
+    """cuda:LOCAL_RANK if CUDA is available, else cpu.
 
     Raises:
-        UserError: more local ranks than GPUs; on the first that has none.
-        PeerFailedError: on the others that have none.
+        UserError: on the first rank without a GPU; PeerFailedError on the others.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -79,7 +77,7 @@ def pick_device(world: World) -> torch.device:
         raise PeerFailedError
     if world.local_rank == torch.cuda.device_count():
         raise AgreedError(
-            f"local rank {world.local_rank} has no GPU: this machine shows {torch.cuda.device_count()}; "
+            f"local rank {world.local_rank} has no GPU: {torch.cuda.device_count()} available on this machine; "
             "start as many processes as GPUs, or set CUDA_VISIBLE_DEVICES= to train on CPU"
         )
     device = torch.device("cuda", world.local_rank)
@@ -88,7 +86,7 @@ def pick_device(world: World) -> torch.device:
 
 
 def start_process_group(world: World, device: torch.device) -> None:
-    """Join the other ranks: nccl on CUDA, gloo on CPU. A lone process needs no address to meet at."""
+    """Initialize the process group: nccl on CUDA, gloo on CPU. A single process needs no address."""
     if dist.is_initialized():
         return
     options: dict[str, Any] = {"backend": "nccl" if device.type == "cuda" else "gloo"}
@@ -97,7 +95,7 @@ def start_process_group(world: World, device: torch.device) -> None:
     if "RANK" not in os.environ:
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     elif "TORCHELASTIC_RESTART_COUNT" in os.environ:
-        # torchrun keeps one store over its restarts, with the addresses of the ranks that have died.
+        # torchrun keeps its store over restarts, with the addresses of ranks that have died.
         store, rank, size = next(dist.rendezvous("env://"))
         prefix = f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}"
         options |= {"store": dist.PrefixStore(prefix, store), "rank": rank, "world_size": size}
@@ -105,9 +103,9 @@ def start_process_group(world: World, device: torch.device) -> None:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The compute dtype for --dtype. auto is bfloat16 where the hardware multiplies it natively.
+    """The compute dtype for --dtype. auto is bfloat16 if the hardware supports it natively.
 
-    On CPU this means AVX512-BF16 or AMX: elsewhere bfloat16 is emulated and slower than float32.
+    On CPU that means AVX512-BF16 or AMX: otherwise bfloat16 is emulated, and slower than float32.
     """
     if name != "auto":
         return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
@@ -119,10 +117,10 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def set_threads(world: World) -> None:
-    """Share this machine's cores among its ranks, unless the user set OMP_NUM_THREADS.
+    """Divide the cores among the local ranks, unless the user set OMP_NUM_THREADS.
 
-    torchrun sets OMP_NUM_THREADS=1 for several processes, the DeepSpeed launcher sets nothing: left alone,
-    the first wastes cores and the second makes ranks fight for them.
+    With several processes torchrun sets OMP_NUM_THREADS=1, which wastes cores, and the DeepSpeed launcher sets nothing,
+    which makes ranks compete for them.
     """
     by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and world.local_size > 1
     if "OMP_NUM_THREADS" in os.environ and not (by_torchrun and os.environ["OMP_NUM_THREADS"] == "1"):
@@ -142,7 +140,7 @@ def return_freed_memory() -> None:
 
 
 def silence_libraries() -> None:
-    """Turn off the libraries' warnings and progress bars; --debug does not call this."""
+    """Turn off warnings and progress bars of libraries; not called with --debug."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -168,17 +166,15 @@ def seed_everything(seed: int, *, deterministic: bool = False) -> None:
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed torch for one step on one rank.
 
-    Dropout then depends on (seed, step, rank) alone, so a resumed run draws what an unbroken one would have,
-    and no random state has to be stored.
+    Dropout then depends only on (seed, step, rank), so a resumed run repeats it and no random state is stored.
     """
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]))
 
 
 def gather_objects(value: Result) -> list[Result]:
-    """What every rank has, by rank; small objects of Python. Alone, without a process group, a list of one.
+    """Gather small Python objects from all ranks, ordered by rank; a list of one without a process group.
 
-    They travel over gloo in a group of its own: with NCCL they would pass through the GPU, and whoever waits for ten
-    minutes would end the run.
+    They use a gloo group of their own: with NCCL they would pass through the GPU, and time out after ten minutes.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
@@ -192,13 +188,12 @@ def gather_objects(value: Result) -> list[Result]:
 
 
 def together(work: Callable[[], Result]) -> Result:
-    """Run `work` on every rank; if it fails for one with a UserError, all ranks end here.
+    """Run `work` on every rank; a UserError on one rank ends all of them.
 
-    `work` must not use collectives: a rank that failed before one would leave the others waiting in it.
+    `work` must not use collectives, in which the others would wait for a rank that failed.
 
     Raises:
-        AgreedError: on the lowest rank that failed, the one that prints it.
-        PeerFailedError: on every other rank.
+        AgreedError: on the lowest rank that failed, which prints it; PeerFailedError on the others.
     """
     result, error = None, None
     try:
@@ -225,9 +220,9 @@ def fail_together(message: str) -> NoReturn:
 
 
 def on_first_local_rank(world: World, work: Callable[[], Result]) -> Result:
-    """Work that fills the cache: the first rank of each machine does it, the others then find it done.
+    """Run `work` on the first rank of each machine, then on the others, which find the cache filled.
 
-    `work` must not use collectives. It raises as `together` does.
+    `work` must not use collectives. Raises as `together` does.
     """
     first = world.local_rank == 0
     result = together(lambda: work() if first else None)
@@ -235,12 +230,12 @@ def on_first_local_rank(world: World, work: Callable[[], Result]) -> Result:
 
 
 def on_main(world: World, work: Callable[[], Result]) -> Result:
-    """Run `work` on rank 0 alone; every rank gets its result, which must be small. It raises as `together` does."""
+    """Run `work` on rank 0 only; all ranks get its result, which must be small. Raises as `together` does."""
     return gather_objects(together(lambda: work() if world.is_main else None))[0]  # type: ignore[return-value]
 
 
 def check_same_everywhere(value: str, what: str, remedy: str) -> None:
-    """Raise a UserError where `value` differs between ranks; it names the lines that differ."""
+    """Raise a UserError with the lines that differ if `value` differs between ranks."""
     values = gather_objects(value)
 
     def compare() -> None:
@@ -257,31 +252,32 @@ def check_same_everywhere(value: str, what: str, remedy: str) -> None:
 
 def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
     """Element-wise sum over all ranks, in float64. One collective and one host synchronization."""
-    tensor = torch.tensor(values, dtype=torch.float64, device=device)
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(tensor)
-    return tensor.tolist()
+    return _reduce(values, device, dist.ReduceOp.SUM)
 
 
 def min_over_ranks(values: list[float], device: torch.device) -> list[float]:
     """Element-wise minimum over all ranks, in float64."""
+    return _reduce(values, device, dist.ReduceOp.MIN)
+
+
+def _reduce(values: list[float], device: torch.device, op: Any) -> list[float]:
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
     if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
+        dist.all_reduce(tensor, op)
     return tensor.tolist()
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory of this rank in GiB: allocated on the GPU, or resident in the process on CPU."""
+    """Peak memory of this rank in GiB: allocated on the GPU, or resident memory on CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 class StopSignals:
-    """Remember what asks the run to stop until the running step has ended. A second SIGINT ends at once.
+    """Remember a request to stop until the current step is done. A second SIGINT raises KeyboardInterrupt.
 
-    SIGUSR1 is what Slurm's --signal=USR1@120 sends before a job's time is over.
+    SIGUSR1 is sent by Slurm's --signal=USR1@120 before a job's time limit.
     """
 
     ORPHANED = "the end of its launcher"
@@ -310,30 +306,24 @@ class StopSignals:
 
 
 def run_to_exit(work: Callable[[], Any], *, debug: bool) -> None:
-    """Run a command's work and end the process: one line and status 1 for an error, no traceback.
+    """Run a command's work and exit the process: one line and status 1 for an error, no traceback.
 
     A rank that fails alone must not wait for the others in a library's clean-up, so the process exits at once,
-    and the launcher or their own watch ends the others. If a peer was lost, that is the reason that is printed, and not
-    the error of the collective that missed it.
+    and the launcher or their own watch ends the others.
     """
 
     def watched() -> None:
-        reports = False
+        error: BaseException | None = None
         try:
             work()
             if dist.is_initialized():
                 dist.barrier()  # no rank exits while another may still need it
-        except UserError as error:
-            reports = not error.is_agreed
-            raise
-        except Exception:
-            if Liveness.current is not None:
-                Liveness.current.explain()
-            reports = True
+        except BaseException as caught:
+            error = caught
             raise
         finally:
             if Liveness.current is not None:
-                Liveness.current.close(reports=reports)
+                Liveness.current.close(error)
 
     try:
         status = run_and_report(watched, debug=debug)

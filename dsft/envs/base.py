@@ -76,10 +76,6 @@ class Environment(ABC):
         """The position as text: one line per row, symbols separated by spaces."""
 
     @abstractmethod
-    def legal_actions(self) -> list[str]:
-        """The actions that would change the position, in the order of ACTIONS."""
-
-    @abstractmethod
     def expert_plan(self) -> list[str]:
         """A shortest plan from here; in a game of chance only the best action.
 

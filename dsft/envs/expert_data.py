@@ -87,7 +87,8 @@ def generate(config: GenerateConfig) -> Report:
     if existing:
         raise UserError(f"{folder / existing[0]} exists; delete it, or choose another --output_dir")
     guard_disk(lambda: folder.mkdir(parents=True, exist_ok=True), folder)
-    report = Report(config.output_dir, _own_flags(config))
+    flags = {k: v for k, v in asdict(config).items() if k not in ("config", "debug", "output_dir", "num_processes")}
+    report = Report(config.output_dir, flags)
     unfinished = {split: folder / f".{split}.parquet.tmp" for split in splits}
     with HeldInterrupt() as interrupt:
         try:
@@ -122,11 +123,6 @@ def play_expert(environment: Environment, seed: int) -> Episode:
         actions.append(plan.popleft())
         environment.step(actions[-1])
     return Episode(seed, level_id, environment.optimal_length, states, actions, environment.solved)
-
-
-def _own_flags(config: GenerateConfig) -> dict[str, Any]:
-    """The flags on which the files depend."""
-    return {k: v for k, v in asdict(config).items() if k not in ("config", "debug", "output_dir", "num_processes")}
 
 
 @contextmanager

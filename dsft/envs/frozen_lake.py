@@ -116,11 +116,6 @@ class FrozenLake(Environment):
         symbols[row][column] = "X" if self.lost else "√" if self.solved else "P"
         return "\n".join(" ".join(row) for row in symbols)
 
-    def legal_actions(self) -> list[str]:
-        """The actions that may change the position."""
-        here = self._lake.s
-        return [a for a in ACTIONS if any(outcome[1] != here for outcome in self._lake.P[here][NUMBERS[a]])]
-
     def expert_plan(self) -> list[str]:
         """The shortest path; on slippery ice the best action for the steps that are left."""
         if self.over:
@@ -157,25 +152,21 @@ def _shortest_path(holes: list[list[bool]], start: tuple[int, int]) -> list[str]
 
 
 def _optimal_policy(lake: FrozenLakeEnv, horizon: int) -> np.ndarray:
-    """Value iteration: the action most likely to reach the goal, int64 [steps left, state], from gymnasium's table.
+    """The action most likely to reach the goal, int64 [steps left, state], by backward induction over the steps left.
 
-    Backward induction over the steps that are left, because an episode has an end; Puterman, Markov Decision
-    Processes, 1994, section 4.5.
+    Puterman, Markov Decision Processes, 1994, section 4.5.
     """
     states, actions = len(lake.P), len(ACTIONS)
     outcomes = max(len(o) for by_action in lake.P.values() for o in by_action.values())
-    probability = np.zeros((states, actions, outcomes))
+    weight = np.zeros((states, actions, outcomes))
     following = np.zeros((states, actions, outcomes), np.int64)
-    goes_on = np.zeros((states, actions, outcomes))
     reward = np.zeros((states, actions))
     for state, by_action in lake.P.items():
         for action, results in by_action.items():
             for index, (chance, next_state, gain, done) in enumerate(results):
-                probability[state, action, index] = chance
+                weight[state, action, index] = chance * DISCOUNT * (not done)
                 following[state, action, index] = next_state
-                goes_on[state, action, index] = not done
                 reward[state, action] += chance * gain
-    weight = probability * goes_on * DISCOUNT
     value = np.zeros(states)
     policy = np.zeros((horizon + 1, states), np.int64)
     for left in range(1, horizon + 1):

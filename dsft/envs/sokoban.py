@@ -158,15 +158,6 @@ class Sokoban(Environment):
         rows = range(0, len(symbols), self._width)
         return "\n".join(" ".join(symbols[row : row + self._width]) for row in rows)
 
-    def legal_actions(self) -> list[str]:
-        free = self._floor ^ self._boxes
-        legal = []
-        for action, (left, right) in self._shifts.items():
-            ahead = self._player << left >> right
-            if ahead & free or (ahead & self._boxes and ahead << left >> right & free):
-                legal.append(action)
-        return legal
-
     def expert_plan(self) -> list[str]:
         if self._plan is None:
             plan = shortest_plan(self._width, self._floor, self._targets, self._boxes, self._player, self.max_depth)

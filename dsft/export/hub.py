@@ -64,8 +64,8 @@ def _reason(error: Exception, token: str | None) -> str:
     if status == 401:
         return "the Hub refuses the token (401); log in again with hf auth login, or set HF_TOKEN"
     if status == 403:
-        said = getattr(error, "server_message", None) or text
-        return f"the token may not write there (403: {said}); take one with write access, or another name"
+        reply = getattr(error, "server_message", None) or text
+        return f"the token may not write there (403: {reply}); take one with write access, or another name"
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set; unset it"
     if isinstance(error, OSError) or "Connect" in type(error).__name__ or "Timeout" in type(error).__name__:

@@ -48,7 +48,6 @@ def model_card(checkpoint: Path, base_name: str, base_path: str, *, name: str, p
     base, licence = _lineage(base_name, base_path)
     flags, state, command = _origin(checkpoint)
     losses = _losses(flags, state)
-    fields = licence | ({"base_model_relation": "finetune"} if base else {})
     data = ModelCardData(
         base_model=base,
         library_name="transformers",
@@ -56,7 +55,7 @@ def model_card(checkpoint: Path, base_name: str, base_path: str, *, name: str, p
         tags=["dsft", "sft", "lora", "text-generation"],
         model_name=name if losses else None,
         eval_results=losses,
-        **fields,
+        **licence | ({"base_model_relation": "finetune"} if base else {}),
     )
     blocks: list[Block] = [
         heading(1, name),
@@ -85,22 +84,12 @@ def name_of(folder: Path) -> str:
 
 
 def add_results(folder: Path, eval_reports: Sequence[EvalReport]) -> None:
-    """Add evaluation results to a merged model's card, in place of earlier ones.
-
-    Args:
-        folder: of the merged model.
-        eval_reports: of this model and those it is compared with.
-    """
+    """Add reports of a merged model, and of those it is compared with, to its card, in place of earlier ones."""
     path = folder / REPOCARD_NAME
     if not path.is_file() or not eval_reports:
         return
     card = ModelCard.load(path)
-    reports = [
-        replace(
-            report, model=_public(report.model), values=report.values | {"settings": _public(report.values["settings"])}
-        )
-        for report in eval_reports
-    ]
+    reports = [replace(report, model=_public(report.model), values=_public(report.values)) for report in eval_reports]
     own = [result for report in reports if report.model == TUNED for result in _results(report)]
     kept = [r for r in card.data.eval_results or [] if r.dataset_type not in {result.dataset_type for result in own}]
     if own:
@@ -130,9 +119,8 @@ def _lineage(base_name: str, base_path: str) -> tuple[str | None, dict[str, Any]
     if base_name == EMBEDDED:
         return HUB_NAME, {"license": LICENSE}
     card = _card_of(base_path)
-    fields = {field: card.get(field) for field in ("license", "license_name", "license_link")}
-    licence = {field: value for field, value in fields.items() if value}
-    if not licence.get("license"):
+    licence = {field: card[field] for field in ("license", "license_name", "license_link") if card.get(field)}
+    if "license" not in licence:
         licence = {"license": "unknown"}
     if not Path(base_path).exists():
         return base_name, licence

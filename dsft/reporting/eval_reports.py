@@ -57,11 +57,7 @@ class EvalReport:
 
 
 def find_eval_reports(runs: Sequence[Run], more: Sequence[str]) -> list[EvalReport]:
-    """The reports in the runs' folders, and those that a user has named.
-
-    Args:
-        runs: whose folders are searched.
-        more: paths of further reports.
+    """The reports in the runs' folders, and those at the paths `more`.
 
     Raises:
         UserError: one of `more` is not a report of dsft.validate.
@@ -122,12 +118,7 @@ def _absolute(path: Any) -> Path:
 
 
 def result_tables(reports: Sequence[EvalReport], *, several: bool) -> list[Block]:
-    """A table for each game and each set of dialogues.
-
-    Args:
-        reports: in the order of the rows.
-        several: there are several runs, so each row names its own.
-    """
+    """A table for each game and each set of dialogues; with `several` runs, each row names its own."""
     blocks: list[Block] = []
     for task, members in _by_task(reports).items():
         make_row, head = (_game_row, GAME_HEADER) if members[0].is_game else (_dialogue_row, DIALOGUE_HEADER)
@@ -252,15 +243,11 @@ def _answered(tuned: EvalReport, base: list[dict[str, Any]], count: int) -> list
     texts = _prompts(tuned.values["settings"], max((row["row"] for row in rows), default=-1))
     blocks: list[Block] = []
     for row in rows:
-        number = row["row"]
-        answers = [(BASE, before[number])] if number in before else []
-        answers.append((TUNED, row["answer"]))
-        blocks.append(heading(3, f"Row {number}"))
-        if number in texts:
-            prompt, response = texts[number]
-            blocks.append(fenced(shortened(prompt)))
-            answers.append(("the row's response", response))
-        blocks.append(side_by_side([(name, shortened(text)) for name, text in answers]))
+        prompt, response = texts.get(row["row"], (None, None))
+        answers = {BASE: before.get(row["row"]), TUNED: row["answer"], "the row's response": response}
+        shown = [(name, shortened(text)) for name, text in answers.items() if text is not None]
+        question = [fenced(shortened(prompt))] if prompt is not None else []
+        blocks += [heading(3, f"Row {row['row']}"), *question, side_by_side(shown)]
     return blocks
 
 
@@ -271,8 +258,6 @@ def _prompts(settings: dict[str, Any], last: int) -> dict[int, tuple[str, str]]:
     keys = ("prompt_key", "response_key")
     columns = [str(settings.get(key)) for key in keys]
     found: dict[int, tuple[str, str]] = {}
-    if last < 0:
-        return found
     try:
         files = find_files([str(settings["data"])], "data")
         for rows in read_columns(files, columns, keys, last + 1):

@@ -157,12 +157,7 @@ def _configuration(runs: Sequence[Run]) -> list[Block]:
 
 
 def _checkpoints(run: Run) -> list[Block]:
-    # Checksums are not compared here, so nothing is said of a complete checkpoint.
-    remarks = ["" if line.verdict == "not compared" else line.verdict for line in run.checkpoints]
-    rows = [
-        [Mono(cells[0]), *cells[1:], remark]
-        for cells, remark in zip((line.cells() for line in run.checkpoints), remarks, strict=True)
-    ]
-    return [
-        table([*CheckpointSummary.HEAD[:-1], "links", ""], rows, right=(1, 2, 3, 4)) if rows else paragraph("None yet.")
-    ]
+    remarks = {"not compared": ""}  # checksums are not compared here
+    rows = [[Mono(line.name), *line.cells()[1:], remarks.get(line.verdict, line.verdict)] for line in run.checkpoints]
+    head = [*CheckpointSummary.HEAD[:-1], "links", ""]
+    return [table(head, rows, right=(1, 2, 3, 4)) if rows else paragraph("None yet.")]

@@ -93,11 +93,7 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
 
 
 def read_run(root: Path, typed: str) -> Run:
-    """One run.
-
-    Args:
-        root: output folder of a run or a pipeline.
-        typed: how the user named it.
+    """The run, or the pipeline's run, in the folder `root`, which the user has typed as `typed`.
 
     Raises:
         UserError: it is neither.

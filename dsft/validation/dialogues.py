@@ -123,11 +123,10 @@ def evaluate_dialogues(
         world, lambda: load_dataset(names, "data", tokenizer, config, show_progress=world.is_main)
     )
     runtime.check_same_everywhere(data.fingerprint, "the rows of --data", "give all machines the same file and model")
-    losses: dict[str, Any] = {"val/loss": None, "val/perplexity": None}
+    note = "vLLM gives no losses; --engine transformers does"
+    losses: dict[str, Any] = {"val/loss": None, "val/perplexity": None, "loss_note": note}
     if isinstance(generator, TransformersGenerator):
         losses = dict(_measure_loss(config, generator, data, world, device))
-    else:
-        losses["loss_note"] = "vLLM gives no losses; --engine transformers does"
     rows = _answer(config, generator, dialogues, world)
     counts = {"rows": len(data), "rows_cut": data.counts.rows_cut, "rows_dropped": data.counts.rows_dropped}
     cut = {"prompts_cut": sum(dialogue.is_cut for dialogue in dialogues)}

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -20,12 +20,11 @@ from dsft.validation.generation import Generator
 from dsft.validation.statistics import wilson_interval
 
 
-@dataclass(frozen=True)
-class Level:
+class Level(NamedTuple):
     """A level to play."""
 
     seed: int
-    level_id: str | None = None
+    level_id: str
 
 
 @dataclass
@@ -156,7 +155,7 @@ def play(config: ValidateConfig, player: Player, levels: Sequence[Level], world:
 def _start(config: ValidateConfig, number: int, level: Level) -> Game:
     environment = make_environment(config)
     state = environment.reset(level.seed)
-    if level.level_id not in (None, environment.level_id):
+    if level.level_id != environment.level_id:
         raise UserError(
             f"--levels {config.levels}: with these flags seed {level.seed} gives another level than the file's; "
             "use the flags of dsft.generate (see generate.json)"
@@ -181,7 +180,7 @@ def _outcome(game: Game) -> Outcome:
     return Outcome(
         episode=game.number,
         seed=game.level.seed,
-        level=game.level.level_id or "",
+        level=game.level.level_id,
         solved=environment.solved,
         moves=environment.steps,
         optimal_length=environment.optimal_length,

@@ -10,7 +10,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.helpers import BIN, ROOT, SAMPLE_TRAIN, SAMPLE_VAL, flags, metrics, run, start_words
+from tests.helpers import BIN, COMMANDS, ROOT, SAMPLE_TRAIN, SAMPLE_VAL, flags, metrics, run, start_words
 
 SMALL = flags(
     model="smollm2-135m", train_files="data/sample_train.parquet", val_files="data/sample_val.parquet",
@@ -42,10 +42,9 @@ def check_speed(line: dict) -> None:
         ["torchrun", "--standalone", "--nproc_per_node", "2", "dsft/train.py", "--backend", "fsdp"],
         ["deepspeed", "--num_accelerators", "2", "dsft/train.py", "--backend", "zero3"],
         ["deepspeed", "dsft/train.py", "--backend", "zero3"],
-        ["python", "-m", "dsft.train", "--backend", "fsdp"],
         ["dsft-train", "--backend", "zero3"],
     ],
-    ids=["torchrun", "deepspeed-2", "deepspeed", "module", "entry-point"],
+    ids=["torchrun", "deepspeed-2", "deepspeed", "entry-point"],
 )
 def test_every_start_trains(start, tiny_model, tmp_path):
     """The embedded model under torchrun, the tiny one otherwise."""
@@ -69,9 +68,26 @@ def test_every_start_trains(start, tiny_model, tmp_path):
 
 
 @pytest.mark.slow
-def test_merge_of_the_embedded_model(tmp_path):
+@pytest.mark.parametrize("command", sorted({*COMMANDS} - {"train", "pipeline"}))
+def test_every_command_runs_as_typed(command, trained, tiny_model, tmp_path):
+    """In a fresh interpreter, as other tests start dsft.train, and test_pipeline.py dsft.pipeline."""
+    words = {
+        "preview": flags(model=tiny_model, train_files=SAMPLE_TRAIN, max_train_rows=4),
+        "merge": flags(checkpoint=trained, output=tmp_path / "merged"),
+        "checkpoint": [trained],
+        "report": [trained, "--output", tmp_path / "report.html"],
+        "generate": flags(env="frozenlake", train_size=2, test_size=1, output_dir=tmp_path),
+        "validate": flags(model="expert", env="frozenlake", episodes=2, output=tmp_path / "report.json"),
+    }[command]
+    done = run([sys.executable, "-m", f"dsft.{command}", *words])
+    assert (done.status, done.err) == (0, "")
+    assert done.out
+
+
+@pytest.mark.slow
+def test_merge_of_the_embedded_model(commands, tmp_path):
     out = tmp_path / "out"
-    done = run([*start_words("fsdp", 1), *SMALL, "--output_dir", out])
+    done = commands.run("dsft.train", [*SMALL, "--output_dir", out])
     assert done.status == 0, done.err
     done = run([BIN / "dsft-merge", "--checkpoint", out])
     assert done.status == 0, done.err
@@ -82,7 +98,7 @@ def test_merge_of_the_embedded_model(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(out / "merged")
     assert "<|im_start|>" in tokenizer.chat_template
     assert (out / "merged" / "generation_config.json").is_file()
-    again = run([BIN / "dsft-merge", "--checkpoint", out])
+    again = commands.run("dsft.merge", ["--checkpoint", out])
     assert again.status == 1
     assert again.errors == [f"error: {out}/merged exists and is not overwritten; choose another --output, or remove it"]
 
@@ -174,7 +190,7 @@ def test_merge_names_an_adapter_that_changes_nothing(merge_errors, trained, tmp_
 
 
 @pytest.mark.slow
-def test_a_config_file_gives_defaults_and_flags_win(tiny_model, tmp_path):
+def test_a_config_file_gives_defaults_and_flags_take_precedence(commands, tiny_model, tmp_path):
     config = tmp_path / "run.yaml"
     values = {
         "model": str(tiny_model),
@@ -185,7 +201,7 @@ def test_a_config_file_gives_defaults_and_flags_win(tiny_model, tmp_path):
     }
     config.write_text(yaml.safe_dump(values))
     words = flags(config=config, lr=1e-4, output_dir=tmp_path / "out", warmup_ratio=0)
-    done = run([*start_words("fsdp", 1), *words])
+    done = commands.run("dsft.train", words)
     assert done.status == 0, done.err
     assert metrics(tmp_path / "out")[0]["train/lr"] == 1e-4
     assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["max_train_rows"] == 6

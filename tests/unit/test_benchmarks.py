@@ -15,6 +15,7 @@ from tests.helpers import ROOT, SAMPLE_TRAIN
 sys.path.insert(0, str(ROOT / "scripts"))
 import bench_gpu
 import bench_throughput as bench
+import compare_backends
 from bench_throughput import Arm
 
 CASE = {
@@ -52,10 +53,9 @@ def test_arms_stand_for_every_fold_and_micro_batch_size():
     assert [str(arm) for arm in arms] == names
 
 
-WRONG_ARMS = ["trl", "dsft:plain", "dsft:fsdp:all", "trl:fsdp:0", "trl:fsdp:x", "", "axolotl:fsdp", "dsft:fsdp@tests"]
-
-
-@pytest.mark.parametrize("text", WRONG_ARMS)
+@pytest.mark.parametrize(
+    "text", ["trl", "dsft:plain", "dsft:fsdp:all", "trl:fsdp:0", "", "axolotl:fsdp", "dsft:fsdp@tests"]
+)
 def test_unknown_arms_are_refused(text):
     with pytest.raises(SystemExit, match="error: --arms"):
         bench.parse_arms(text)
@@ -69,7 +69,6 @@ def test_unknown_arms_are_refused(text):
         ({}, Arm("trl", "plain", "1")),
         ({"train_batch_size": 4}, Arm("dsft", "fsdp", "batch")),
         ({"train_batch_size": 4, "trl_sampling": "batch_rebalance"}, Arm("trl", "fsdp", "1")),
-        ({"epochs": 0}, Arm("trl", "fsdp", "1")),
     ],
 )
 def test_cases_in_which_the_batches_would_differ_are_refused(changes, arm):
@@ -96,7 +95,7 @@ def test_a_loss_that_is_no_number_or_wrong_in_one_repeat_disagrees():
     assert bench.loss_table(results, case())[1] == ["dsft:fsdp:off"]
 
 
-def test_an_epoch_is_the_median_after_the_first_over_all_repeats():
+def test_an_epoch_is_the_median_after_the_first_over_all_repeats_and_the_sum_of_its_steps():
     row = bench.summarize([outcome(9, 4, 6), outcome(8, 5, 100, peak=3.0)], case(), 1000)
     assert row["epoch_seconds"] == 5.5
     assert row["epoch_seconds_range"] == [4, 100]
@@ -105,9 +104,6 @@ def test_an_epoch_is_the_median_after_the_first_over_all_repeats():
     assert row["peak_gib"] == 3.0
     assert row["tokens_per_second"] == pytest.approx(1000 / 5.5)
     assert bench.summarize([outcome(9)], case(epochs=1), 1000)["epoch_seconds"] == 9
-
-
-def test_an_epoch_of_several_steps_is_their_sum():
     row = bench.summarize([outcome(1, 2, 3, 4)], case(train_batch_size=4, epochs=2), 1000)
     assert row["epoch_seconds"] == 7
     assert row["computed_tokens"] == 200
@@ -209,6 +205,19 @@ def test_arms_are_repeated_in_turn_and_other_checkouts_compared(tmp_path, monkey
     (line,) = bench.tree_lines(record["summary"])
     assert line.startswith("dsft:fsdp:off: 0.750 times the epoch seconds, ")
     assert line.endswith(f" of {tmp_path}")
+
+
+@pytest.mark.parametrize(("norm", "status", "text"), [(0.5, 0, "bit for bit equal"), (0.6, 1, "DIFFERENT")])
+def test_two_checkouts_are_compared_step_by_step(monkeypatch, capsys, norm, status, text):
+    def run_arm(arm, flags, output, tree):
+        return [{"step": 1, "train/loss": 2.0, "train/grad_norm": 0.5 if tree == ROOT else norm}]
+
+    monkeypatch.setattr(compare_backends, "run_arm", run_arm)
+    monkeypatch.setattr(sys, "argv", ["compare_backends.py", "--arms", "fsdp:1:auto", "--other_tree", "elsewhere"])
+    with pytest.raises(SystemExit) as ended:
+        compare_backends.main()
+    assert ended.value.code == status
+    assert text in capsys.readouterr().out
 
 
 def test_random_rows_have_the_length_asked_for_and_fold(tokenizer):

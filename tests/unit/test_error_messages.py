@@ -101,6 +101,7 @@ def test_model_with_a_shape_of_another(tiny_model, tmp_path):
     [
         pytest.param("{", id="not JSON"),
         pytest.param("[]", id="not an object"),
+        pytest.param('{"zero_optimization": 3}', id="section is a number"),
         pytest.param('{"zero_optimization": {"sub_group_size": "big"}}', id="refused by DeepSpeed"),
     ],
 )

@@ -33,9 +33,9 @@ def test_a_command_line_of_the_table_gives_its_message(code, words, commands, tm
 
 
 def test_the_tests_that_the_table_names_exist():
-    named = [e.partition("[")[0] for _, e in EXAMPLES if e.split()[0] not in COMMANDS]
-    source = {file: (ROOT / "tests" / file).read_text() for file in {name.partition("::")[0] for name in named}}
-    assert not [n for n in named if f"\ndef {n.partition('::')[2]}(" not in source[n.partition("::")[0]]]
+    files = {str(file.relative_to(ROOT / "tests")): file.read_text() for file in (ROOT / "tests").rglob("test_*.py")}
+    named = [e.partition("[")[0].split("::") for _, e in EXAMPLES if e.split()[0] not in COMMANDS]
+    assert not [f"{file}::{name}" for file, name in named if f"\ndef {name}(" not in files.get(file, "")]
 
 
 def test_every_message_of_the_source_is_in_the_table():

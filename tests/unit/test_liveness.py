@@ -9,7 +9,6 @@ import pytest
 import torch.distributed as dist
 
 from dsft import processes
-from dsft.distributed import liveness
 from dsft.distributed.liveness import Heartbeat, Liveness, Verdict
 from tests.helpers import PRODUCED, ROOT
 
@@ -136,6 +135,9 @@ def test_an_orphan_says_why_it_exits(remedy, on_orphaned, told):
     assert done.stdout == ("saving\n" if "saving" in on_orphaned else "")
 
 
-def test_without_peers_there_is_nothing_to_explain():
-    Liveness(lambda: "").explain()
-    assert liveness.Liveness.current is None
+def test_without_peers_an_error_is_ones_own():
+    watch = Liveness(lambda: "")
+    watch.start()
+    assert Liveness.current is watch
+    watch.close(RuntimeError("it broke"))
+    assert Liveness.current is None

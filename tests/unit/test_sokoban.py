@@ -143,17 +143,15 @@ def test_a_few_larger_levels_have_shortest_plans():
 
 @property_test(120)
 @given(shapes, st.integers(1, 3), seeds, action_lists)
-def test_text_and_legal_actions_agree_with_the_second_simulator_after_every_action(shape, num_boxes, seed, actions):
+def test_the_text_agrees_with_the_second_simulator_after_every_action(shape, num_boxes, seed, actions):
     env = game(dim_x=shape[0], dim_y=shape[1], num_boxes=num_boxes)
     world = Simulator(env.reset(seed))
-    assert env.legal_actions() == world.legal()
     for action in actions:
         if env.over:
             break
         env.step(action)
         world.step(action)
         assert env.observation() == world.text()
-        assert env.legal_actions() == world.legal()
         assert env.solved == world.solved
         assert not env.lost
 
@@ -180,7 +178,8 @@ def test_both_outcomes_are_met_off_the_plan():
         env.reset(seed)
         for n in range(12):
             if not env.over:
-                env.step(env.legal_actions()[(seed + n * n) % len(env.legal_actions())])
+                legal = Simulator(env.observation()).legal()
+                env.step(legal[(seed + n * n) % len(legal)])
         fewest = fewest_moves(env.observation())
         assert len(env.expert_plan()) == (fewest or 0)
         outcomes[fewest is None] += 1
@@ -368,7 +367,6 @@ def test_a_blocked_move_changes_nothing_but_steps(text, action):
     env = game()
     env.load(text)
     plan = env.expert_plan()
-    assert action not in env.legal_actions()
     env.step(action)
     assert env.observation() == text
     assert env.steps == 1
@@ -391,7 +389,7 @@ def test_level_ids_tell_positions_apart():
     env = game()
     env.reset(0)
     first = env.level_id
-    env.step(env.legal_actions()[0])
+    env.step(env.expert_plan()[0])
     assert env.level_id != first
     env.reset(0)
     assert env.level_id == first
