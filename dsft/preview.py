@@ -10,7 +10,7 @@ from dsft.errors import UserError, run_and_report
 
 
 def run(config: PreviewConfig) -> None:
-    """Show it all, then say in one line what training would refuse, if anything."""
+    """Show everything, then end with an error line if training would refuse something."""
 
     def work() -> None:
         from dsft.previewing.preview import make_preview
@@ -18,11 +18,11 @@ def run(config: PreviewConfig) -> None:
 
         preview = make_preview(config)
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="backslashreplace")  # rows may have characters that a terminal does not
+            sys.stdout.reconfigure(errors="backslashreplace")  # rows may have characters that the terminal lacks
         try:
             show(preview, sys.stdout)
             sys.stdout.flush()
-        except BrokenPipeError:  # who reads it, such as head, has seen enough
+        except BrokenPipeError:  # the reader, such as head, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         write_files(preview, config.html, config.json)
         if preview.problem is not None:
