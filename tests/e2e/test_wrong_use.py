@@ -168,7 +168,7 @@ def bad_file(tmp_path: Path, kind: str) -> Path:
         ("empty table", ["no rows in", "bad.parquet", "name files that contain some"]),
         ("empty file", ["bad.parquet is not a valid parquet file", "0 bytes"]),
         ("jsonl", ["rows.jsonl is not a valid parquet file", "convert it"]),
-        ("folder", ["--train_files", "holds no *.parquet file"]),
+        ("folder", ["--train_files", "contains no *.parquet file"]),
         ("null prompt", ["bad.parquet, row 1", "the prompt must be a string or a list", "got null"]),
         ("null response", ["bad.parquet, row 2", "the response must be a string or one", "got null"]),
         ("number", ["bad.parquet, row 0", "the response must be a string or one", "got int 42"]),
@@ -188,7 +188,7 @@ def test_wrong_data(command, tmp_path, out, kind, parts):
         ({"max_length": 2, "truncation": "drop"}, ["no row of", "is left", "raise max_length (2)"]),
         (
             {"max_tokens_per_micro_batch": 10},
-            ["max_tokens_per_micro_batch is 10, but the longest row has 115 tokens; raise it, or let --max_length"],
+            ["max_tokens_per_micro_batch is 10, but the longest row has 115 tokens; raise it, or shorten rows with"],
         ),
     ],
     ids=["column", "val_files", "long row", "all dropped", "small micro-batch"],
@@ -315,8 +315,8 @@ def snapshot(folder: Path) -> dict[str, bytes]:
         ),
         ({"resume_override": "lrr"}, ["resume_override: lrr is not compared on resume (did you mean 'lr'?)"]),
         ({"resume": "never"}, ["contains checkpoint-000001 but --resume is never; choose another --output_dir"]),
-        ({"resume": "/no/such/run"}, ["--resume /no/such/run: no such folder", "name a run's folder"]),
-        ({"resume": str(ROOT / "tests")}, ["tests: the folder holds no complete checkpoint"]),
+        ({"resume": "/no/such/run"}, ["--resume /no/such/run: no such folder", "give a run's folder"]),
+        ({"resume": str(ROOT / "tests")}, ["tests: no complete checkpoint in this folder"]),
     ],
     ids=["other run", "other fold", "one overridden", "no such override", "never", "no folder", "no checkpoint"],
 )
