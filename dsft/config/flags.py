@@ -16,6 +16,7 @@ RANGES: dict[str, Callable[[Any], bool]] = {
     "above 0": lambda value: value > 0,
     "between 0 and 1": lambda value: 0 <= value <= 1,
     "0 or more and below 1": lambda value: 0 <= value < 1,
+    'a number of steps, "epoch", or 0 for never': lambda value: value == "epoch" or value >= 0,
     "above 0 and below 1": lambda value: 0 < value < 1,
 }
 
@@ -31,13 +32,8 @@ def flag(
 ) -> Any:
     """Declare a flag.
 
-    Args:
-        default: the value if the flag is not given.
-        section: starts a group in --help.
-        run_identity: must not change on resume.
-        required: has no default.
-        positional: may also be given without its name; a list takes several values.
-        must_be: one of RANGES; None is always allowed.
+    `section` starts a group in --help. A `run_identity` must not change on resume. A `positional` flag may also be
+    given without its name, a list as several words. `must_be` is one of RANGES; None is always allowed.
     """
     metadata = {"section": section, "run_identity": run_identity, "required": required, "positional": positional}
     metadata["must_be"] = must_be

@@ -84,9 +84,9 @@ class TrainConfig(RowFlags, ModelFlags, CommonFlags):
     """Prepare the run, try a forward and backward pass of the longest micro-batch, report memory and time, and exit."""
     validate_before_training: bool = flag(False)
     """Also compute the validation loss before the first step."""
-    eval_steps: Interval = flag(EVERY_EPOCH)
+    eval_steps: Interval = flag(EVERY_EPOCH, must_be='a number of steps, "epoch", or 0 for never')
     """Validate every N steps, every "epoch", or 0 for never; each checkpoint is validated as well, to find the best."""
-    save_steps: Interval = flag(EVERY_EPOCH)
+    save_steps: Interval = flag(EVERY_EPOCH, must_be='a number of steps, "epoch", or 0 for never')
     """Save a checkpoint every N steps, every "epoch", or 0 for never; the last step is always saved."""
     max_checkpoints: int | None = flag(None, must_be="1 or more")
     """Keep only the newest N checkpoints; best and latest are never deleted."""
@@ -118,10 +118,6 @@ class TrainConfig(RowFlags, ModelFlags, CommonFlags):
             given = [f"--{name}" for name in ("val_files", "max_val_rows") if getattr(self, name) is not None]
             if given:
                 yield f"val_fraction splits --train_files; drop it, or {' and '.join(given)}"
-        for name in ("eval_steps", "save_steps"):
-            value = getattr(self, name)
-            if value != EVERY_EPOCH and value < 0:
-                yield f'{name} must be a number of steps, "epoch", or 0 for never, got {value}'
         if self.lora_rank == 0 and (self.use_dora or self.use_rslora or self.lora_dropout):
             yield "use_dora, use_rslora and lora_dropout need lora_rank above 0, got lora_rank=0"
         if not self.target_modules:
@@ -129,8 +125,7 @@ class TrainConfig(RowFlags, ModelFlags, CommonFlags):
         identity = {*self.run_identity(), "train_files"}
         for name in set(self.resume_override or []) - identity:
             yield f"resume_override: {name} is not compared on resume{did_you_mean(name, identity)}"
-        unknown = [name for name in self.logger if name not in ("console", "wandb", "tensorboard")]
-        if unknown:
+        if unknown := [name for name in self.logger if name not in ("console", "wandb", "tensorboard")]:
             yield f"logger must be any of console, wandb, tensorboard, got {', '.join(unknown)}"
         if self.ds_config is not None and self.backend != "zero3":
             yield f"ds_config is for --backend zero3, got --backend {self.backend}; drop one of them"

@@ -21,12 +21,7 @@ SECTION = dict[str, Any]
 
 
 def build(config_class: type[Config], values: dict[str, Any], problems: Sequence[str] = ()) -> Config:
-    """A checked config from strings or native values.
-
-    Args:
-        config_class: the class whose fields are the flags.
-        values: by flag name.
-        problems: problems found earlier, reported together with those found here.
+    """A checked config from strings or native values by flag name; `problems` found earlier are reported as well.
 
     Raises:
         UserError: a line for each invalid value and each missing required flag; if there are none, a line for each
@@ -117,8 +112,6 @@ def read_value(value: Any, kind: Any) -> Any:
         items = [item for item in value if item != ""]
         if origin is list:
             return [read_value(item, arguments[0]) for item in items]
-        if len(items) != len(arguments):
-            raise ValueError
         return tuple(read_value(item, argument) for item, argument in zip(items, arguments, strict=True))
     if kind is bool:
         text = str(value).lower()
@@ -193,6 +186,4 @@ def default_text(f: "dataclasses.Field[Any]") -> str:
     if f.metadata["required"]:
         return "required"
     default = _default(f)
-    if isinstance(default, dict):
-        return "none"
-    return value_text(default)
+    return "none" if isinstance(default, dict) else value_text(default)

@@ -11,8 +11,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import count, cycle, islice
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 
@@ -23,9 +24,6 @@ from dsft.envs.conversation import Conversation, format_answer, instruction
 from dsft.errors import UserError
 from dsft.files import guard_disk, sync, write_text
 from dsft.processes import HeldInterrupt, end_with_parent
-
-if TYPE_CHECKING:
-    from multiprocessing.connection import Connection
 
 SEEDS_AT_ONCE = 8  # per message of a process
 SECONDS_TO_END = 5  # for a process that was killed
@@ -64,10 +62,7 @@ class Report:
         """For the console."""
         kept, rate = sum(self.levels.values()), self.episodes_solved / self.episodes_played
         return [
-            *(
-                f"{s:<8} {self.levels[s]} levels, {self.rows[s]} rows: {self.output_dir}/{s}.parquet"
-                for s in self.levels
-            ),
+            *(f"{s:<8} {n} levels, {self.rows[s]} rows: {self.output_dir}/{s}.parquet" for s, n in self.levels.items()),
             f"expert   solved {rate:.1%} of {self.episodes_played} episodes, {self.moves / kept:.2f} moves per level "
             f"(shortest {self.optimal_moves / kept:.2f}); {self.repeated_levels} repeated levels skipped",
         ]
@@ -159,7 +154,7 @@ def _played_here(config: GenerateConfig, interrupt: HeldInterrupt) -> Iterator[E
         yield episode
 
 
-def _received(readers: "list[Connection]", interrupt: HeldInterrupt) -> Iterator[Episode]:
+def _received(readers: list[Connection], interrupt: HeldInterrupt) -> Iterator[Episode]:
     for reader in cycle(readers):
         try:
             with interrupt.let_through():
@@ -171,7 +166,7 @@ def _received(readers: "list[Connection]", interrupt: HeldInterrupt) -> Iterator
         yield from chunk
 
 
-def _play_chunks(config: GenerateConfig, number: int, processes: int, writer: "Connection", parent: int) -> None:
+def _play_chunks(config: GenerateConfig, number: int, processes: int, writer: Connection, parent: int) -> None:
     """The body of a process: every n-th chunk, until it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
     end_with_parent(parent, signal.SIGKILL)
