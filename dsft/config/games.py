@@ -140,7 +140,7 @@ class ValidateConfig(PromptFlags, EnvironmentFlags, RowFlags, ModelFlags, Common
         """Raise UserError with every problem that can be seen without model or levels."""
         problems = self.environment_problems() + self.prompt_problems()
         if (self.env is None) == (self.data is None):
-            problems.insert(0, "name either --env (sokoban or frozenlake) or --data (a parquet of dialogues)")
+            problems.insert(0, "give either --env (sokoban or frozenlake) or --data (a parquet file of dialogues)")
         if self.model in SCRIPTED_PLAYERS and self.data is not None and self.env is None:
             problems.append(f"--model {self.model} plays games only; name --env")
         if self.model in SCRIPTED_PLAYERS and self.adapter is not None:
