@@ -10,24 +10,24 @@ from dsft.errors import UserError
 
 @dataclass(kw_only=True)
 class PreviewConfig(TrainConfig):
-    """Show what a training run will see, with the flags of dsft.train: rows, figures, and what is wrong with them."""
+    """Show what a training run will see, with the flags of dsft.train: rows, statistics, and faults."""
 
     output_dir: str = flag("", section="Output")
-    """Not needed: nothing is written there. It may stand here as it does for dsft.train."""
+    """Not needed, as nothing is written there; accepted so that the flags of dsft.train can be reused."""
 
     rows: int = flag(3, section="Preview")
-    """Training rows to show: the first, the longest, then evenly spread over the files."""
+    """Training rows to show: the first, the longest, then evenly spaced ones."""
     row_numbers: list[int] | None = flag(None)
     """Show these training rows instead, counted from 0 over all files together."""
     ranks: int = flag(1)
-    """Ranks that the training would have, for the figures of batches; preview itself is one process."""
+    """Number of ranks that training would have, for micro-batches, memory and time; preview itself is one process."""
     html: str | None = flag(None)
-    """Write everything to this file too, as one page of HTML that needs no other file."""
+    """Also write everything to this file, as one self-contained page of HTML."""
     json: str | None = flag(None)
-    """Write figures and findings to this file too, as JSON."""
+    """Also write statistics and findings to this file, as JSON."""
 
     def check(self) -> None:
-        """Raise UserError with every problem that can be seen without reading data or model."""
+        """Raise UserError with every problem that can be found without reading data or model."""
         problems = []
         try:
             super().check()
@@ -39,8 +39,8 @@ class PreviewConfig(TrainConfig):
         for name in ("html", "json"):
             path = getattr(self, name)
             if path is not None and (not path or Path(path).is_dir()):
-                problems.append(f"{name} must be the name of a file, got '{path}'")
+                problems.append(f"{name} must be a file name, got '{path}'")
         if self.html is not None and self.html == self.json:
-            problems.append(f"html and json name the same file, {self.html}; name two")
+            problems.append(f"html and json are the same file, {self.html}; choose two")
         if problems:
             raise UserError("\n".join(problems))
