@@ -7,6 +7,7 @@ import itertools
 import types
 import typing
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -97,10 +98,8 @@ def read_value(value: Any, kind: Any) -> Any:
             return None
         for choice in arguments:
             if choice is not type(None):
-                try:
+                with suppress(ValueError):
                     return read_value(value, choice)
-                except ValueError:
-                    continue
         raise ValueError
     if origin is Literal:
         if value is False and "off" in arguments:  # YAML reads an unquoted off as False
@@ -126,14 +125,10 @@ def read_value(value: Any, kind: Any) -> Any:
         if text not in ("true", "false", "1", "0"):
             raise ValueError
         return text in ("true", "1")
-    if kind is int:
-        if isinstance(value, bool) or not isinstance(value, (int, str)):
+    if kind in (int, float):
+        if isinstance(value, bool) or not isinstance(value, (int, kind, str)):
             raise ValueError
-        return int(value)
-    if kind is float:
-        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-            raise ValueError
-        number = float(value)
+        number = kind(value)
         if number != number or abs(number) == float("inf"):
             raise ValueError
         return number

@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import traceback
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -113,14 +112,11 @@ def generate(config: GenerateConfig) -> Report:
 def play_expert(environment: Environment, seed: int) -> Episode:
     """The level of a seed, played by the expert until the episode is over."""
     environment.reset(seed)
-    level_id, states, actions, plan = environment.level_id, [], [], deque[str]()
-    while not environment.over:
-        if not plan:
-            plan.extend(environment.expert_plan())
-        if not plan:
-            break
+    level_id, states, actions = environment.level_id, [], []
+    plan: list[str] = []
+    while not environment.over and (plan := plan or environment.expert_plan()):
         states.append(environment.observation())
-        actions.append(plan.popleft())
+        actions.append(plan.pop(0))
         environment.step(actions[-1])
     return Episode(seed, level_id, environment.optimal_length, states, actions, environment.solved)
 
@@ -200,11 +196,9 @@ def _different_levels(
     for episode in episodes:
         report.episodes_played += 1
         report.episodes_solved += episode.solved
-        if not episode.solved:
-            pass
-        elif episode.level_id in seen:
+        if episode.solved and episode.level_id in seen:
             report.repeated_levels += 1
-        else:
+        elif episode.solved:
             seen.add(episode.level_id)
             last = episode.seed
             bar.update()
