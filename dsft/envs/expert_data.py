@@ -160,7 +160,9 @@ def _received(readers: list[Connection], interrupt: HeldInterrupt) -> Iterator[E
             with interrupt.let_through():
                 chunk = reader.recv()
         except (EOFError, OSError) as error:
-            raise UserError("a searching process was killed, perhaps for memory; lower --num_processes") from error
+            raise UserError(
+                "a search process was killed, possibly for lack of memory; lower --num_processes"
+            ) from error
         if isinstance(chunk, Exception):
             raise chunk
         yield from chunk

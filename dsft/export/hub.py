@@ -38,7 +38,8 @@ def push(folder: Path, name: str, *, private: bool) -> str:
         stale = [word for pattern in STALE for word in ("--delete", pattern)]
         later = shlex.join(["hf", "upload", name, str(folder), ".", *(["--private"] if private else []), *stale])
         message = UserError(
-            f"--push_to_hub {name}: {_reason(error, token)}; the merged model is whole in {folder}; to push it: {later}"
+            f"--push_to_hub {name}: {_reason(error, token)}; the merged model is complete in {folder}; "
+            f"to push it: {later}"
         )
         has_leaked = token is not None and token in str(error)  # then not even --debug may show it
         raise message from (None if has_leaked else error)

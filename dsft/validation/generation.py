@@ -53,7 +53,7 @@ def _find_adapter(name: str, *, check: bool) -> Path:
         folder = find_checkpoint(name, "adapter", check=check)
     if not (folder / "adapter_config.json").is_file():
         raise UserError(
-            f"--adapter {name}: {folder} holds no adapter_config.json; name it with --model if it is a model"
+            f"--adapter {name}: {folder} contains no adapter_config.json; name it with --model if it is a model"
         )
     TensorReader(folder, ADAPTER)  # without safetensors PEFT would open a pickle
     return folder
