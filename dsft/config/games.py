@@ -135,7 +135,7 @@ class ValidateConfig(PromptFlags, EnvironmentFlags, RowFlags, ModelFlags, Common
     def problems(self) -> Iterator[str]:
         yield from self.environment_problems(required=False)
         if (self.env is None) == (self.data is None):
-            yield "name either --env (sokoban or frozenlake) or --data (a parquet of dialogues)"
+            yield "give either --env (sokoban or frozenlake) or --data (a parquet file of dialogues)"
         if self.model in SCRIPTED_PLAYERS and self.data is not None and self.env is None:
             yield f"--model {self.model} plays games only; name --env"
         if self.model in SCRIPTED_PLAYERS and self.adapter is not None:
