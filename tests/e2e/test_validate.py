@@ -82,8 +82,8 @@ def test_dialogues_are_evaluated_by_loss_and_form(validate, tiny_model, tmp_path
 
 
 WRONG = {
-    "neither game nor dialogues": ({"env": None}, "name either --env (sokoban or frozenlake) or --data"),
-    "both": ({"data": SAMPLE_VAL}, "name either --env (sokoban or frozenlake) or --data"),
+    "neither game nor dialogues": ({"env": None}, "give either --env (sokoban or frozenlake) or --data"),
+    "both": ({"data": SAMPLE_VAL}, "give either --env (sokoban or frozenlake) or --data"),
     "unknown env": ({"env": "sokobn"}, "env: expected one of sokoban, frozenlake, got 'sokobn'"),
     "impossible size": ({"size": 1}, "--size must be from 2 to 100, got 1"),
     "no model": ({"model": "nowhere/at/all"}, "--model nowhere/at/all: no such folder"),

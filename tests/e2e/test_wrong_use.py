@@ -314,7 +314,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
             ["other flags: seed was 1, is 3; ", "--resume_override seed"],
         ),
         ({"resume_override": "lrr"}, ["resume_override: lrr is not compared on resume (did you mean 'lr'?)"]),
-        ({"resume": "never"}, ["holds checkpoint-000001 and --resume is never; choose another --output_dir"]),
+        ({"resume": "never"}, ["contains checkpoint-000001 but --resume is never; choose another --output_dir"]),
         ({"resume": "/no/such/run"}, ["--resume /no/such/run: no such folder", "name a run's folder"]),
         ({"resume": str(ROOT / "tests")}, ["tests: the folder holds no complete checkpoint"]),
     ],
