@@ -56,8 +56,7 @@ class EnvironmentFlags:
             yield "--env is required: sokoban or frozenlake"
             return
         for game, names in OWN_FLAGS.items():
-            changed = changed_flags(self, names)
-            if changed and self.env != game:
+            if self.env != game and (changed := changed_flags(self, names)):
                 got = f"--env {self.env}" if self.env else "no --env"
                 yield f"{changed} belongs to --env {game}, got {got}; drop one of them"
 

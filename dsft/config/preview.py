@@ -30,8 +30,7 @@ class PreviewConfig(TrainConfig):
         yield from super().problems()
         if any(number < 0 for number in self.row_numbers or []):
             yield f"row_numbers must be 0 or more, got {','.join(map(str, self.row_numbers or []))}"
-        for name in ("html", "json"):
-            path = getattr(self, name)
+        for name, path in (("html", self.html), ("json", self.json)):
             if path is not None and (not path or Path(path).is_dir()):
                 yield f"{name} must be a file name, got '{path}'"
         if self.html is not None and self.html == self.json:

@@ -114,10 +114,9 @@ class TrainConfig(RowFlags, ModelFlags, CommonFlags):
     def problems(self) -> Iterator[str]:
         if not all(0 <= beta < 1 for beta in self.betas):
             yield f"betas must each be 0 or more and below 1, got {self.betas}"
-        if self.val_fraction is not None:
-            given = [f"--{name}" for name in ("val_files", "max_val_rows") if getattr(self, name) is not None]
-            if given:
-                yield f"val_fraction splits --train_files; drop it, or {' and '.join(given)}"
+        given = [f"--{name}" for name in ("val_files", "max_val_rows") if getattr(self, name) is not None]
+        if self.val_fraction is not None and given:
+            yield f"val_fraction splits --train_files; drop it, or {' and '.join(given)}"
         if self.lora_rank == 0 and (self.use_dora or self.use_rslora or self.lora_dropout):
             yield "use_dora, use_rslora and lora_dropout need lora_rank above 0, got lora_rank=0"
         if not self.target_modules:

@@ -224,14 +224,11 @@ def _rows(config: GenerateConfig, system: str, split: str, index: int, episode: 
     whole = Conversation(system, episode.states, answers)
     for turn in range(len(answers)) if config.rows == "turns" else [0]:
         so_far = Conversation(system, episode.states[: turn + 1], answers[:turn])
-        text = (
-            {"prompt": so_far.prompt(config.style, config.history_turns), "response": answers[turn]}
-            if config.rows == "turns"
-            else {"prompt": so_far.messages(), "messages": whole.messages()}
-        )
+        answer = {"response": answers[turn]} if config.rows == "turns" else {"messages": whole.messages()}
         yield {
             "data_source": config.env,
-            **text,
+            "prompt": so_far.prompt(config.style, config.history_turns),
+            **answer,
             "ability": "planning",
             "reward_model": {"style": "rule", "ground_truth": {"plan": episode.actions[turn:]}},
             "extra_info": {"split": split, "index": index, "seed": episode.seed, "turn": turn}
@@ -247,9 +244,8 @@ def _write(path: Path, config: GenerateConfig, rows: Iterator[dict[str, Any]]) -
     messages = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
     prompt = messages if config.style == "messages" else pa.string()
     text = [("response", pa.string())] if config.rows == "turns" else [("messages", messages)]
-    truth = pa.struct([("plan", pa.list_(pa.string()))])
     extra = [("split", pa.string()), *((n, pa.int64()) for n in ("index", "seed", "turn", "optimal_length"))]
-    reward = pa.struct([("style", pa.string()), ("ground_truth", truth)])
+    reward = pa.struct({"style": pa.string(), "ground_truth": pa.struct({"plan": pa.list_(pa.string())})})
     columns = [("data_source", pa.string()), ("prompt", prompt), *text, ("ability", pa.string())]
     columns += [("reward_model", reward), ("extra_info", pa.struct([*extra, ("level", pa.string())]))]
     schema = pa.schema(columns)

@@ -1,13 +1,16 @@
 """FrozenLake: gymnasium's game as text. Expert: the shortest path or, on slippery ice, the optimal policy."""
 
 from collections import deque
+from typing import TYPE_CHECKING
 
 import numpy as np
 from gymnasium.envs.toy_text.frozen_lake import FrozenLakeEnv
 
-from dsft.config import EnvironmentFlags
 from dsft.envs.base import MOVES, Environment
 from dsft.errors import UserError
+
+if TYPE_CHECKING:
+    from dsft.config import EnvironmentFlags
 
 ORDER = ("Left", "Down", "Right", "Up")
 """gymnasium's order of the actions."""
@@ -16,7 +19,7 @@ DISCOUNT = 1 - 1e-6
 """Of the value iteration: among policies that reach the goal equally often, it prefers the shorter way."""
 
 
-def from_flags(flags: EnvironmentFlags) -> "FrozenLake":
+def from_flags(flags: "EnvironmentFlags") -> "FrozenLake":
     """The lake that the flags describe."""
     return FrozenLake(flags.size, flags.p, flags.is_slippery, max_steps=flags.max_steps, max_depth=flags.max_depth)
 

@@ -1,11 +1,14 @@
 """Sokoban: levels made by reverse play from a solved room, solved by a search for the fewest moves."""
 
 import random
+from typing import TYPE_CHECKING
 
-from dsft.config import EnvironmentFlags
 from dsft.envs.base import ACTIONS, Environment
 from dsft.envs.sokoban_solver import reachable, shifts, shortest_plan
 from dsft.errors import UserError
+
+if TYPE_CHECKING:
+    from dsft.config import EnvironmentFlags
 
 SYMBOLS = "#_OXP√S"
 WALL, FLOOR, TARGET, BOX, PLAYER, BOX_ON_TARGET, PLAYER_ON_TARGET = tuple(SYMBOLS)
@@ -19,7 +22,7 @@ ARMS = 0.6
 """Probability that a new floor cell touches only one other: more corridors and pillars, less of an open hall."""
 
 
-def from_flags(flags: EnvironmentFlags) -> "Sokoban":
+def from_flags(flags: "EnvironmentFlags") -> "Sokoban":
     """The game with the settings of the command line."""
     names = ("dim_x", "dim_y", "num_boxes", "search_depth", "max_steps", "max_depth")
     return Sokoban(**{name: getattr(flags, name) for name in names})
@@ -55,7 +58,6 @@ class Sokoban(Environment):
         self.dim_x, self.dim_y = dim_x, dim_y
         self.num_boxes = num_boxes
         self.search_depth = search_depth
-        self._place(dim_x, dim_y, 0, 0, 0, 0)
 
     def _place(self, width: int, height: int, floor: int, targets: int, boxes: int, player: int) -> None:
         self._width, self._height = width, height
