@@ -11,15 +11,9 @@ STALE = ["model*.safetensors", "model.safetensors.index.json"]
 
 
 def push(folder: Path, name: str, *, private: bool) -> str:
-    """Upload a folder with the token that huggingface_hub finds; creates the repository if needed.
+    """Upload a merged model with the token that huggingface_hub finds, and return the repository's URL.
 
-    Args:
-        folder: a merged model.
-        name: owner/name, or a name in the user's own namespace.
-        private: visibility of a new repository; an existing one keeps its own.
-
-    Returns:
-        The repository's URL.
+    The repository is created if needed, `private` or not; an existing one keeps its visibility.
 
     Raises:
         UserError: whatever went wrong, and the command to retry.

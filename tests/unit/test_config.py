@@ -89,9 +89,9 @@ def test_limits_are_accepted(values):
 
 def test_all_invalid_values_are_reported_together():
     assert problems(lr=-1.0, seed=-2, max_length=0) == [
-        "seed must be 0 or more, got -2",
         "max_length must be 1 or more, got 0",
         "lr must be above 0, got -1.0",
+        "seed must be 0 or more, got -2",
     ]
 
 
