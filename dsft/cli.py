@@ -10,19 +10,20 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import fire
 from fire.decorators import SetParseFn
 
 from dsft.config.values import SECTION, Config, build, default_text, meanings, read_yaml, type_text
-from dsft.errors import UserError, did_you_mean, print_error, report_interrupt, wait_for_peers
+from dsft.errors import UserError, did_you_mean, print_error, run_and_report, wait_for_peers
 
 LAUNCHER_FLAGS = {"local_rank"}  # added by the DeepSpeed launcher; LOCAL_RANK has the same value
 
 
-def main(config_class: type[Config], run: Callable[[Config], None], argv: Sequence[str] | None = None) -> None:
+def main(config_class: type[Any], run: Callable[[Any], None], argv: Sequence[str] | None = None) -> None:
     """The body of every command: parse, run, report errors as one line and an exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if "--help" in argv or "-h" in argv:
@@ -34,13 +35,21 @@ def main(config_class: type[Config], run: Callable[[Config], None], argv: Sequen
         wait_for_peers()
         print_error(error)
         sys.exit(1)
-    if not getattr(config, "debug", False):  # before torch is imported, which reads them
+    if not config.debug:  # before torch is imported, which reads them
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         os.environ.setdefault("GLOG_minloglevel", "2")
+    if status := run_and_report(lambda: run(config), debug=config.debug):
+        sys.exit(status)
+
+
+@contextmanager
+def closing_pipe() -> Iterator[None]:
+    """Print within; the reader of a pipe, such as head, may have seen enough."""
     try:
-        run(config)
-    except KeyboardInterrupt:  # while libraries are imported; later the command handles it
-        sys.exit(report_interrupt())
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def parse(config_class: type[Config], argv: Sequence[str]) -> Config:

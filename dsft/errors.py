@@ -51,7 +51,8 @@ def run_and_report(work: Callable[[], Any], *, debug: bool) -> int:
         print_error(error)
         return error.status
     except KeyboardInterrupt:
-        return report_interrupt()
+        print("stopped", file=sys.stderr)
+        return 130  # as a shell does
     except Exception as error:
         if debug:
             raise
@@ -60,12 +61,6 @@ def run_and_report(work: Callable[[], Any], *, debug: bool) -> int:
         print_error(UserError(f"{where}{type(error).__name__}: {reason[:400]} (--debug shows the traceback)"))
         return 1
     return 0
-
-
-def report_interrupt() -> int:
-    """Report Ctrl-C and return the shell's exit status for it."""
-    print("stopped", file=sys.stderr)
-    return 130
 
 
 def wait_for_peers() -> None:

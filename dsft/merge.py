@@ -1,6 +1,6 @@
 """Command line: merge a LoRA checkpoint into its base model."""
 
-from dsft.cli import main as command_line
+from dsft import cli
 from dsft.config import MergeConfig
 
 
@@ -29,7 +29,7 @@ def run(config: MergeConfig) -> None:
 
 def main() -> None:
     """The dsft-merge command."""
-    command_line(MergeConfig, run)
+    cli.main(MergeConfig, run)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,20 @@
 """Command line: generate -> train -> merge the best checkpoint -> validate."""
 
-import sys
-
-from dsft.cli import main as command_line
+from dsft import cli
 from dsft.config import PipelineConfig
-from dsft.errors import run_and_report
 
 
 def run(config: PipelineConfig) -> None:
     """Run the remaining steps and print the table of results."""
+    from dsft.orchestration import Pipeline
 
-    def work() -> None:
-        from dsft.orchestration import Pipeline
-
-        for line in Pipeline(config).run():
-            print(line)
-
-    sys.exit(run_and_report(work, debug=config.debug))
+    for line in Pipeline(config).run():
+        print(line)
 
 
 def main() -> None:
     """The dsft-pipeline command."""
-    command_line(PipelineConfig, run)
+    cli.main(PipelineConfig, run)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,20 @@
 """Command line: report on one or more runs, as HTML and Markdown."""
 
-import sys
-
-from dsft.cli import main as command_line
+from dsft import cli
 from dsft.config import ReportConfig
-from dsft.errors import run_and_report
 
 
 def run(config: ReportConfig) -> None:
     """Write the report and print its paths."""
+    from dsft.reporting.report import write_report
 
-    def work() -> None:
-        from dsft.reporting.report import write_report
-
-        for path in write_report(config):
-            print(f"report   {path}")
-
-    sys.exit(run_and_report(work, debug=config.debug))
+    for path in write_report(config):
+        print(f"report   {path}")
 
 
 def main() -> None:
     """The dsft-report command."""
-    command_line(ReportConfig, run)
+    cli.main(ReportConfig, run)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,22 @@
-"""Text of rows, answers and damaged files, as every terminal, page and file can show it."""
+"""Makes text of rows, answers and damaged files safe to print."""
 
 import unicodedata
 
-TURNS = ("LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI")  # of the direction of writing
+BIDI_CONTROLS = ("LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI")  # bidirectional control characters
 
 
 def visible_text(text: str) -> str:
-    """Text that moves no terminal's cursor and turns no direction: such a character is shown as its code.
-
-    So is what is no character: a surrogate, a byte order mark, and the code points that Unicode has none at.
-    """
+    """Text with control characters, bidirectional controls, surrogates and noncharacters escaped."""
     return "".join(f"\\u{ord(c):04x}" if _is_control(c) else c for c in text)
 
 
 def printable(text: str) -> str:
-    """The same, with lines that end in one way: of answers, which may have been written on any system."""
+    """The same, with Unix line endings; model answers may have any."""
     return visible_text(text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
 def one_line(error: object) -> str:
-    """An error's message as part of a line of ours."""
+    """An error's message, to be part of a longer line."""
     return " ".join(str(error).split()).rstrip(".")
 
 
@@ -29,7 +26,7 @@ def _is_control(character: str) -> bool:
     code = ord(character)
     return (
         unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
-        or unicodedata.bidirectional(character) in TURNS
+        or unicodedata.bidirectional(character) in BIDI_CONTROLS
         or code == 0xFEFF
         or code & 0xFFFE == 0xFFFE
         or 0xFDD0 <= code <= 0xFDEF

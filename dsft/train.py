@@ -7,8 +7,7 @@ if not __package__ and sys.path[0] == str(Path(__file__).resolve().parent):
     # Run by path, Python puts dsft/ itself first: its modules would shadow the standard library's for everyone.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from dsft import processes  # noqa: F401  it takes down the parent, which may be gone when torch has loaded
-from dsft.cli import main as command_line
+from dsft import cli, processes  # noqa: F401  processes records the parent, which may be gone when torch has loaded
 from dsft.config import TrainConfig
 
 
@@ -26,7 +25,7 @@ def run(config: TrainConfig) -> None:
 
 def main() -> None:
     """The dsft-train command."""
-    command_line(TrainConfig, run)
+    cli.main(TrainConfig, run)
 
 
 if __name__ == "__main__":

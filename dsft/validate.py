@@ -1,6 +1,6 @@
 """Command line: evaluate a model in a game, or on dialogues."""
 
-from dsft.cli import main as command_line
+from dsft import cli
 from dsft.config import ValidateConfig
 
 
@@ -19,7 +19,7 @@ def run(config: ValidateConfig) -> None:
 
 def main() -> None:
     """The dsft-validate command."""
-    command_line(ValidateConfig, run)
+    cli.main(ValidateConfig, run)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from tests.helpers import PRODUCED, write_parquet
 
 def _note(error: UserError, *arguments: object) -> None:
     ValueError.__init__(error, *arguments)
-    if sys._getframe(1).f_globals["__name__"].startswith("dsft."):
+    if sys._getframe(1).f_globals.get("__name__", "").startswith("dsft."):
         PRODUCED.add(str(error))
 
 

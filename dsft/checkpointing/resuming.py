@@ -31,7 +31,7 @@ def find_resume(config: TrainConfig, folder: CheckpointFolder, warn: Callable[[s
         latest = folder.latest()
         if latest is not None:
             raise UserError(
-                f"{config.output_dir} holds {latest.name} and --resume is never; choose another --output_dir"
+                f"{config.output_dir} contains {latest.name} but --resume is never; choose another --output_dir"
             )
         return None
     if config.resume == "auto":
@@ -41,7 +41,7 @@ def find_resume(config: TrainConfig, folder: CheckpointFolder, warn: Callable[[s
         latest = folder.latest()
         if latest is not None and found.parent != latest.parent.resolve():
             raise UserError(
-                f"{config.output_dir} holds {latest.name} of its own, and --resume {config.resume} is of another "
+                f"{config.output_dir} contains {latest.name} of its own, and --resume {config.resume} is of another "
                 "folder; leave --resume out to resume from it, or choose another --output_dir"
             )
     if found is not None:
@@ -135,7 +135,7 @@ def find_initial_weights(
         return _whole_model(found, model, config)
     if not config.lora_rank:
         raise UserError(
-            f"--init_from {config.init_from}: {found.name} holds LoRA weights, and --lora_rank is 0; "
+            f"--init_from {config.init_from}: {found.name} contains LoRA weights, but --lora_rank is 0; "
             "name its merged model (python -m dsft.merge), or give the flags of its LoRA"
         )
     adapter = _adapter_config(found, "--init_from")
@@ -179,7 +179,7 @@ def _whole_model(folder: Path, model: str, config: TrainConfig) -> InitialWeight
         changed = [f"{k} {v}" for k, v in shape(folder / "config.json").items() if v != shape(theirs)[k]]
         if changed:
             raise UserError(
-                f"--init_from {config.init_from} is another model than --model {config.model}: {', '.join(changed)}; "
-                "name the model that it comes from"
+                f"--init_from {config.init_from} is not the same model as --model {config.model}: {', '.join(changed)}"
+                "; use the model that it was trained from"
             )
     return InitialWeights(folder, is_adapter=False)

@@ -13,6 +13,3 @@ class CheckpointConfig(CommonFlags):
     """A checkpoint or a run's output folder. The flag name may be left out: python -m dsft.checkpoint PATH."""
     verify: bool = flag(True)
     """Read all files and compare their checksums; the exit status is 1 if one differs."""
-
-    def check(self) -> None:
-        """Nothing can be wrong with these flags before the folder is read."""

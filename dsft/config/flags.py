@@ -4,8 +4,21 @@ The docstring under a field is its help text; --help and docs/flags.md are gener
 A field without a default is a required flag. Nothing in this package imports torch.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
+
+from dsft.errors import UserError
+
+RANGES: dict[str, Callable[[Any], bool]] = {
+    "0 or more": lambda value: value >= 0,
+    "1 or more": lambda value: value >= 1,
+    "above 0": lambda value: value > 0,
+    "between 0 and 1": lambda value: 0 <= value <= 1,
+    "0 or more and below 1": lambda value: 0 <= value < 1,
+    'a number of steps, "epoch", or 0 for never': lambda value: value == "epoch" or value >= 0,
+    "above 0 and below 1": lambda value: 0 < value < 1,
+}
 
 
 def flag(
@@ -15,32 +28,20 @@ def flag(
     run_identity: bool = False,
     required: bool = False,
     positional: bool = False,
+    must_be: str | None = None,
 ) -> Any:
     """Declare a flag.
 
-    Args:
-        default: the value if the flag is not given.
-        section: starts a group in --help.
-        run_identity: must not change on resume.
-        required: has no default.
-        positional: may also be given without its name; a list takes several values.
+    `section` starts a group in --help. A `run_identity` must not change on resume. A `positional` flag may also be
+    given without its name, a list as several words. `must_be` is one of RANGES; None is always allowed.
     """
     metadata = {"section": section, "run_identity": run_identity, "required": required, "positional": positional}
+    metadata["must_be"] = must_be
     if required:
         return field(metadata=metadata)
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
-
-
-def too_small(config: Any, minimum: int, *names: str) -> list[str]:
-    """A problem for each of these flags that is below the minimum; None is allowed."""
-    values = {name: getattr(config, name) for name in names}
-    return [
-        f"{name} must be {minimum} or more, got {value}"
-        for name, value in values.items()
-        if value is not None and value < minimum
-    ]
 
 
 @dataclass(kw_only=True)
@@ -51,6 +52,22 @@ class CommonFlags:
     """YAML file with flag values; flags on the command line take precedence."""
     debug: bool = flag(False)
     """Show tracebacks and the libraries' log messages."""
+
+    def check(self) -> None:
+        """Raise UserError with every problem that can be found before anything is read."""
+        ranged = [(f.name, f.metadata["must_be"], getattr(self, f.name)) for f in fields(self)]
+        problems = [
+            f"{name} must be {must_be}, got {value}"
+            for name, must_be, value in ranged
+            if must_be and value is not None and not RANGES[must_be](value)
+        ]
+        problems += self.problems()
+        if problems:
+            raise UserError("\n".join(problems))
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with the flags, other than a value out of its range."""
+        yield from ()
 
 
 @dataclass(kw_only=True)
@@ -83,7 +100,7 @@ class RowFlags:
     """Keys that lead to the response in a nested response column, outermost first."""
     with_thinking: bool = flag(False, run_identity=True)
     """End the prompt with <think>, so that the response starts inside the thinking block and closes it."""
-    max_length: int = flag(2048, run_identity=True)
+    max_length: int = flag(2048, run_identity=True, must_be="1 or more")
     """Maximum tokens per row, prompt and response together."""
     truncation: Literal["error", "left", "right", "drop"] = flag("error", run_identity=True)
     """Rows over max_length: error stops, left cuts the prompt's start, right cuts the end, drop skips the row."""

@@ -1,12 +1,12 @@
 """Flags of dsft.generate and dsft.validate: environments, prompts, expert data, playing."""
 
 import importlib.util
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from dsft.config.flags import CommonFlags, ModelFlags, RowFlags, flag, too_small
-from dsft.errors import UserError
+from dsft.config.flags import CommonFlags, ModelFlags, RowFlags, flag
 
 OWN_FLAGS = {"sokoban": ("dim_x", "dim_y", "num_boxes", "search_depth"), "frozenlake": ("size", "p", "is_slippery")}
 SCRIPTED_PLAYERS = ("expert", "random")
@@ -19,15 +19,21 @@ ONLY_GAMES = (
 ONLY_DIALOGUES = tuple(f.name for f in fields(RowFlags) if f.name != "with_thinking")
 
 
+def changed_flags(config: Any, names: Iterable[str]) -> str:
+    """Those of the flags whose value is not the default, as typed."""
+    defaults = {f.name: f.default for f in fields(config)}
+    return ", ".join(f"--{name}" for name in names if getattr(config, name) != defaults[name])
+
+
 @dataclass(kw_only=True)
 class EnvironmentFlags:
     """Which game, and how hard."""
 
     env: Literal["sokoban", "frozenlake"] | None = flag(None, section="Environment")
     """The game."""
-    max_steps: int = flag(100)
+    max_steps: int = flag(100, must_be="1 or more")
     """Maximum moves of an episode."""
-    max_depth: int = flag(100)
+    max_depth: int = flag(100, must_be="1 or more")
     """Maximum length of a plan; every level can be solved in this many moves."""
     dim_x: int = flag(6)
     """Sokoban: width of the room, walls included."""
@@ -44,16 +50,15 @@ class EnvironmentFlags:
     is_slippery: bool = flag(False)
     """FrozenLake: two of three moves slip to either side."""
 
-    def environment_problems(self) -> list[str]:
+    def environment_problems(self, *, required: bool) -> Iterator[str]:
         """What is wrong with these flags; the environment itself checks its sizes."""
-        problems = too_small(self, 1, "max_steps", "max_depth")
-        defaults = {f.name: f.default for f in fields(EnvironmentFlags)}
+        if required and not self.env:
+            yield "--env is required: sokoban or frozenlake"
+            return
         for game, names in OWN_FLAGS.items():
-            changed = [f"--{name}" for name in names if getattr(self, name) != defaults[name]]
-            if changed and self.env != game:
+            if self.env != game and (changed := changed_flags(self, names)):
                 got = f"--env {self.env}" if self.env else "no --env"
-                problems.append(f"{', '.join(changed)} belongs to --env {game}, got {got}; drop one of them")
-        return problems
+                yield f"{changed} belongs to --env {game}, got {got}; drop one of them"
 
 
 @dataclass(kw_only=True)
@@ -62,12 +67,8 @@ class PromptFlags:
 
     style: Literal["messages", "chatml", "plain"] = flag("messages", section="Prompt")
     """A prompt is a list of {role, content}, a string in ChatML, or a plain string."""
-    history_turns: int | None = flag(None)
+    history_turns: int | None = flag(None, must_be="0 or more")
     """Keep only the last N moves in a prompt; all by default, 0 for the current position only."""
-
-    def prompt_problems(self) -> list[str]:
-        """What is wrong with these flags."""
-        return too_small(self, 0, "history_turns")
 
 
 @dataclass(kw_only=True)
@@ -76,31 +77,25 @@ class GenerateConfig(PromptFlags, EnvironmentFlags, CommonFlags):
 
     rows: Literal["turns", "episodes"] = flag("turns", section="Rows")
     """turns: a row per move, its history in the prompt; episodes: a row per conversation (--messages_key messages)."""
-    train_size: int = flag(1000)
+    train_size: int = flag(1000, must_be="1 or more")
     """Levels in train.parquet, each solved once."""
-    test_size: int = flag(100)
+    test_size: int = flag(100, must_be="0 or more")
     """Levels in test.parquet; none of them is in train.parquet."""
-    seed: int = flag(100000)
+    seed: int = flag(100000, must_be="0 or more")
     """Seed of the first level; later levels take the following seeds, test before train."""
-    num_processes: int | None = flag(None)
+    num_processes: int | None = flag(None, must_be="1 or more")
     """Processes that search; one per core by default. The files do not depend on it."""
     output_dir: str = flag(required=True, section="Output")
     """Folder of train.parquet, test.parquet and generate.json. The files must not exist."""
 
-    def check(self) -> None:
-        """Raise UserError with every problem that can be seen without making a level."""
-        problems = [] if self.env else ["--env is required: sokoban or frozenlake"]
-        problems += self.environment_problems() if self.env else []
-        problems += self.prompt_problems()
-        problems += too_small(self, 1, "train_size", "num_processes") + too_small(self, 0, "test_size", "seed")
+    def problems(self) -> Iterator[str]:
+        yield from self.environment_problems(required=True)
         if self.rows == "episodes" and self.style != "messages":
-            problems.append(f"--rows episodes needs --style messages, got {self.style}")
+            yield f"--rows episodes needs --style messages, got {self.style}"
         if self.rows == "episodes" and self.history_turns is not None:
-            problems.append("--rows episodes keeps the whole history; drop history_turns")
+            yield "--rows episodes keeps the whole history; drop history_turns"
         if Path(self.output_dir).exists() and not Path(self.output_dir).is_dir():
-            problems.append(f"output_dir {self.output_dir} is a file; name a folder")
-        if problems:
-            raise UserError("\n".join(problems))
+            yield f"output_dir {self.output_dir} is a file; name a folder"
 
 
 @dataclass(kw_only=True)
@@ -113,50 +108,43 @@ class ValidateConfig(PromptFlags, EnvironmentFlags, RowFlags, ModelFlags, Common
     """LoRA adapter: a run's folder (its best checkpoint) or a checkpoint folder."""
     data: str | None = flag(None)
     """Parquet of dialogues, instead of --env: a file, a glob, or a folder."""
-    episodes: int = flag(100)
+    episodes: int = flag(100, must_be="1 or more")
     """Levels to play, or dialogue rows to answer."""
-    seed: int = flag(0)
+    seed: int = flag(0, must_be="0 or more")
     """Seed of the first level; later levels take the following seeds. Also the seed of sampling."""
     levels: str | None = flag(None)
     """Play the levels of this parquet file of dsft.generate, instead of those from --seed on."""
     exclude_levels: list[str] | None = flag(None)
     """Skip the levels of these parquet files of dsft.generate: a file, a list, a glob, or a folder."""
-    max_turns: int | None = flag(None)
+    max_turns: int | None = flag(None, must_be="1 or more")
     """Maximum answers in an episode, valid or not; --max_steps by default."""
-    batch_size: int = flag(16)
+    batch_size: int = flag(16, must_be="1 or more")
     """Episodes or rows per batch on one rank; changes memory and speed."""
-    temperature: float = flag(0.0)
+    temperature: float = flag(0.0, must_be="0 or more")
     """Sampling temperature; 0 is greedy."""
-    max_new_tokens: int = flag(512)
+    max_new_tokens: int = flag(512, must_be="1 or more")
     """Maximum tokens of an answer."""
     engine: Literal["transformers", "vllm"] = flag("transformers")
     """Generation engine; vllm must be installed separately."""
-    transcripts: int = flag(2)
+    transcripts: int = flag(2, must_be="0 or more")
     """Conversations in the report: this many of solved and of failed episodes each."""
     output: str = flag("report.json", section="Output")
     """The report; all episodes or rows go to the same name with .jsonl. Overwritten."""
 
-    def check(self) -> None:
-        """Raise UserError with every problem that can be seen without model or levels."""
-        problems = self.environment_problems() + self.prompt_problems()
+    def problems(self) -> Iterator[str]:
+        yield from self.environment_problems(required=False)
         if (self.env is None) == (self.data is None):
-            problems.insert(0, "name either --env (sokoban or frozenlake) or --data (a parquet of dialogues)")
+            yield "give either --env (sokoban or frozenlake) or --data (a parquet file of dialogues)"
         if self.model in SCRIPTED_PLAYERS and self.data is not None and self.env is None:
-            problems.append(f"--model {self.model} plays games only; name --env")
+            yield f"--model {self.model} plays games only; name --env"
         if self.model in SCRIPTED_PLAYERS and self.adapter is not None:
-            problems.append(f"--model {self.model} has no weights; drop --adapter")
+            yield f"--model {self.model} has no weights; drop --adapter"
         if self.data is not None and self.messages_key is not None:
-            problems.append("--data needs prompt and response columns; it cannot be combined with messages_key")
+            yield "--data needs prompt and response columns; it cannot be combined with messages_key"
         unread = ONLY_DIALOGUES if self.env else ONLY_GAMES if self.data else ()
-        defaults = {f.name: f.default for f in fields(self)}
-        changed = [f"--{name}" for name in unread if getattr(self, name) != defaults[name]]
-        if changed:
-            problems.append(f"{', '.join(changed)} belongs to {'--data' if self.env else '--env'}; drop one of them")
-        problems += too_small(self, 1, "episodes", "batch_size", "max_new_tokens", "max_length", "max_turns")
-        problems += too_small(self, 0, "seed", "temperature", "transcripts")
+        if changed := changed_flags(self, unread):
+            yield f"{changed} belongs to {'--data' if self.env else '--env'}; drop one of them"
         if self.engine == "vllm" and importlib.util.find_spec("vllm") is None:
-            problems.append("--engine vllm needs the package vllm; install it, or drop the flag")
+            yield "--engine vllm needs the package vllm; install it, or drop the flag"
         if Path(self.output).is_dir() or not self.output.endswith(".json"):
-            problems.append(f"output must be a .json file, got {self.output}")
-        if problems:
-            raise UserError("\n".join(problems))
+            yield f"output must be a .json file, got {self.output}"

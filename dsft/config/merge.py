@@ -1,10 +1,11 @@
 """Flags of dsft.merge."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from dsft.config.flags import CommonFlags, flag, too_small
-from dsft.errors import UserError
+from dsft.config.flags import CommonFlags, flag
+from dsft.text import one_line
 
 
 @dataclass(kw_only=True)
@@ -21,7 +22,7 @@ class MergeConfig(CommonFlags):
     """Dtype of the merged weights; auto keeps the base model's. The merge is computed in float32."""
     max_shard_size: str = flag("5GB")
     """Maximum size of a safetensors file."""
-    tolerance: float | None = flag(None)
+    tolerance: float | None = flag(None, must_be="0 or more")
     """Maximum difference of logits, relative to their standard deviation; by default 1e-3 (float32) or 1 (16 bit)."""
     trust_remote_code: bool = flag(False)
     """Run Python code that comes with the base model."""
@@ -32,24 +33,13 @@ class MergeConfig(CommonFlags):
     hub_name: str | None = flag(None)
     """Repository named in the model card, if you upload later; --push_to_hub's by default."""
 
-    def check(self) -> None:
-        """Raise UserError with every problem found without reading the model."""
-        problems = too_small(self, 0, "tolerance")
-        for flag_name in ("push_to_hub", "hub_name"):
-            name = getattr(self, flag_name)
+    def problems(self) -> Iterator[str]:
+        for flag_name, name in (("push_to_hub", self.push_to_hub), ("hub_name", self.hub_name)):
             if name is not None:
-                problems += _name_problems(flag_name, name)
-        if problems:
-            raise UserError("\n".join(problems))
+                from huggingface_hub.errors import HFValidationError
+                from huggingface_hub.utils import validate_repo_id
 
-
-def _name_problems(flag_name: str, name: str) -> list[str]:
-    """Problems that huggingface_hub finds in a repository's name."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        return [f"{flag_name} {name}: {' '.join(str(error).split()).rstrip('.')}; write owner/name, or name"]
-    return []
+                try:
+                    validate_repo_id(name)
+                except HFValidationError as error:
+                    yield f"{flag_name} {name}: {one_line(error)}; write owner/name, or name"

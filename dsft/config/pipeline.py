@@ -1,22 +1,23 @@
 """Flags of dsft.pipeline: its own, those that its steps share, and a section for each step."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from dsft.config.flags import CommonFlags, ModelFlags, flag, too_small
+from dsft.config.flags import CommonFlags, ModelFlags, flag
 from dsft.config.games import SCRIPTED_PLAYERS, EnvironmentFlags, GenerateConfig, PromptFlags, ValidateConfig
 from dsft.config.merge import MergeConfig
 from dsft.config.train import TrainConfig
-from dsft.errors import UserError, did_you_mean
+from dsft.errors import did_you_mean
 
-STEPS = ("generate", "train", "merge", "validate")
 COMMANDS: dict[str, Any] = {
     "generate": GenerateConfig,
     "train": TrainConfig,
     "merge": MergeConfig,
     "validate": ValidateConfig,
 }
+STEPS = tuple(COMMANDS)
 SHARED = {f.name for part in (EnvironmentFlags, PromptFlags, ModelFlags) for f in fields(part)} | {"debug"}
 SET_BY_PIPELINE = {
     "generate": {"output_dir", "config"},
@@ -32,7 +33,7 @@ class PipelineConfig(PromptFlags, EnvironmentFlags, ModelFlags, CommonFlags):
 
     backend: Literal["fsdp", "zero3"] = flag("fsdp", section="Pipeline")
     """Sharding library of the training."""
-    nproc: int = flag(1)
+    nproc: int = flag(1, must_be="1 or more")
     """Ranks of training and of playing with a model."""
     select: Literal["val_loss", "success_rate"] = flag("val_loss")
     """How the best checkpoint is chosen: by validation loss, or by playing the levels of test.parquet with each one."""
@@ -50,24 +51,19 @@ class PipelineConfig(PromptFlags, EnvironmentFlags, ModelFlags, CommonFlags):
     validate: dict[str, Any] = flag({})
     """Flags of dsft.validate: --validate.episodes 100, …"""
 
-    def check(self) -> None:
-        """Raise UserError with every problem, also of the steps' flags, before any step starts."""
-        problems = [] if self.env else ["--env is required: sokoban or frozenlake"]
-        problems += (self.environment_problems() if self.env else []) + self.prompt_problems()
-        problems += too_small(self, 1, "nproc")
+    def problems(self) -> Iterator[str]:
+        yield from self.environment_problems(required=True)
         if self.model in SCRIPTED_PLAYERS:
-            problems.append(f"--model {self.model} plays without weights, so it cannot be trained; name a model")
+            yield f"--model {self.model} plays without weights, so it cannot be trained; name a model"
         if Path(self.output_dir).exists() and not Path(self.output_dir).is_dir():
-            problems.append(f"output_dir {self.output_dir} is a file; name a folder")
+            yield f"output_dir {self.output_dir} is a file; name a folder"
         if self.select == "success_rate" and str(self.generate.get("test_size")) == "0":
-            problems.append("--select success_rate plays the levels of test.parquet, got --generate.test_size 0")
+            yield "--select success_rate plays the levels of test.parquet, got --generate.test_size 0"
         for step in STEPS:
             known = {f.name for f in fields(COMMANDS[step])}
             for name in getattr(self, step):
                 if name not in known:
-                    problems.append(f"unknown flag --{step}.{name}{did_you_mean(name, known)}")
+                    yield f"unknown flag --{step}.{name}{did_you_mean(name, known)}"
                 elif name in SET_BY_PIPELINE[step] or (name in SHARED and step != "merge"):
                     own = f"; give --{name}" if name in {f.name for f in fields(self)} else ""
-                    problems.append(f"--{step}.{name} is set by the pipeline{own}")
-        if problems:
-            raise UserError("\n".join(problems))
+                    yield f"--{step}.{name} is set by the pipeline{own}"

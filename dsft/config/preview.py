@@ -1,46 +1,37 @@
 """Flags of dsft.preview: those of dsft.train, and what to show."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsft.config.flags import flag, too_small
+from dsft.config.flags import flag
 from dsft.config.train import TrainConfig
-from dsft.errors import UserError
 
 
 @dataclass(kw_only=True)
 class PreviewConfig(TrainConfig):
-    """Show what a training run will see, with the flags of dsft.train: rows, figures, and what is wrong with them."""
+    """Show what a training run will see, with the flags of dsft.train: rows, statistics, and faults."""
 
     output_dir: str = flag("", section="Output")
-    """Not needed: nothing is written there. It may stand here as it does for dsft.train."""
+    """Not needed, as nothing is written there; accepted so that the flags of dsft.train can be reused."""
 
-    rows: int = flag(3, section="Preview")
-    """Training rows to show: the first, the longest, then evenly spread over the files."""
+    rows: int = flag(3, section="Preview", must_be="0 or more")
+    """Training rows to show: the first, the longest, then evenly spaced ones."""
     row_numbers: list[int] | None = flag(None)
     """Show these training rows instead, counted from 0 over all files together."""
-    ranks: int = flag(1)
-    """Ranks that the training would have, for the figures of batches; preview itself is one process."""
+    ranks: int = flag(1, must_be="1 or more")
+    """Number of ranks that training would have, for micro-batches, memory and time; preview itself is one process."""
     html: str | None = flag(None)
-    """Write everything to this file too, as one page of HTML that needs no other file."""
+    """Also write everything to this file, as one self-contained page of HTML."""
     json: str | None = flag(None)
-    """Write figures and findings to this file too, as JSON."""
+    """Also write statistics and findings to this file, as JSON."""
 
-    def check(self) -> None:
-        """Raise UserError with every problem that can be seen without reading data or model."""
-        problems = []
-        try:
-            super().check()
-        except UserError as error:
-            problems = str(error).splitlines()
-        problems += too_small(self, 0, "rows") + too_small(self, 1, "ranks")
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
         if any(number < 0 for number in self.row_numbers or []):
-            problems.append(f"row_numbers must be 0 or more, got {','.join(map(str, self.row_numbers or []))}")
-        for name in ("html", "json"):
-            path = getattr(self, name)
+            yield f"row_numbers must be 0 or more, got {','.join(map(str, self.row_numbers or []))}"
+        for name, path in (("html", self.html), ("json", self.json)):
             if path is not None and (not path or Path(path).is_dir()):
-                problems.append(f"{name} must be the name of a file, got '{path}'")
+                yield f"{name} must be a file name, got '{path}'"
         if self.html is not None and self.html == self.json:
-            problems.append(f"html and json name the same file, {self.html}; name two")
-        if problems:
-            raise UserError("\n".join(problems))
+            yield f"html and json are the same file, {self.html}; choose two"

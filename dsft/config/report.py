@@ -1,10 +1,10 @@
 """Flags of dsft.report."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsft.config.flags import CommonFlags, flag, too_small
-from dsft.errors import UserError
+from dsft.config.flags import CommonFlags, flag
 
 HTML = ".html"
 
@@ -17,16 +17,13 @@ class ReportConfig(CommonFlags):
     """Output folders of runs or pipelines. The flag name may be left out: python -m dsft.report OUT OUT2."""
     eval_reports: list[str] | None = flag(None)
     """More reports of dsft.validate (.json); those in the runs' folders are found."""
-    samples: int = flag(3)
+    samples: int = flag(3, must_be="0 or more")
     """Prompts per task whose answers before and after training are shown."""
     output: str | None = flag(None)
     """The HTML file, with the .md next to it; report.html in the first folder by default. Overwritten."""
 
-    def check(self) -> None:
-        """Raise UserError with every problem found before a folder is read."""
-        problems = [] if self.runs else ["--runs is empty; name a run's output folder"]
-        problems += too_small(self, 0, "samples")
+    def problems(self) -> Iterator[str]:
+        if not self.runs:
+            yield "--runs is empty; name a run's output folder"
         if self.output is not None and (Path(self.output).suffix != HTML or Path(self.output).is_dir()):
-            problems.append(f"output must be a {HTML} file, got {self.output}")
-        if problems:
-            raise UserError("\n".join(problems))
+            yield f"output must be a {HTML} file, got {self.output}"

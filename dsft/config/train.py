@@ -1,11 +1,12 @@
 """Flags of dsft.train."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from dsft.config.flags import CommonFlags, ModelFlags, RowFlags, flag, too_small
-from dsft.errors import UserError, did_you_mean
+from dsft.config.flags import CommonFlags, ModelFlags, RowFlags, flag
+from dsft.errors import did_you_mean
 
 EVERY_EPOCH = "epoch"
 Interval = int | Literal["epoch"]
@@ -26,20 +27,20 @@ class TrainConfig(RowFlags, ModelFlags, CommonFlags):
     """Training data: a parquet file, a comma-separated list, a glob, or a folder."""
     val_files: list[str] | None = flag(None)
     """Validation data, in the same form as train_files."""
-    val_fraction: float | None = flag(None, run_identity=True)
+    val_fraction: float | None = flag(None, run_identity=True, must_be="above 0 and below 1")
     """Without val_files: validate on this fraction of the training rows, split off by whole dialogues with the seed."""
     on_leak: Literal["warn", "error", "drop_val", "drop_train", "ignore"] = flag("warn", run_identity=True)
     """Validation rows that are also training rows, or share a dialogue or level with one; drop_… skips that side's."""
-    max_train_rows: int | None = flag(None, run_identity=True)
+    max_train_rows: int | None = flag(None, run_identity=True, must_be="1 or more")
     """Use only the first N training rows."""
-    max_val_rows: int | None = flag(None)
+    max_val_rows: int | None = flag(None, must_be="1 or more")
     """Use only the first N validation rows."""
 
-    lora_rank: int = flag(64, section="LoRA", run_identity=True)
+    lora_rank: int = flag(64, section="LoRA", run_identity=True, must_be="0 or more")
     """LoRA rank; 0 is full fine-tuning."""
-    lora_alpha: float = flag(32.0, run_identity=True)
+    lora_alpha: float = flag(32.0, run_identity=True, must_be="above 0")
     """LoRA scaling: updates are multiplied by lora_alpha / lora_rank."""
-    lora_dropout: float = flag(0.0, run_identity=True)
+    lora_dropout: float = flag(0.0, run_identity=True, must_be="0 or more and below 1")
     """Dropout probability of the LoRA layers' input."""
     target_modules: list[str] = flag(["all-linear"], run_identity=True)
     """Modules to apply LoRA to: all-linear (all linear layers but the head), or names such as q_proj,v_proj."""
@@ -48,31 +49,31 @@ class TrainConfig(RowFlags, ModelFlags, CommonFlags):
     use_dora: bool = flag(False, run_identity=True)
     """Weight-decomposed LoRA (DoRA): train a magnitude per output in addition to the direction."""
 
-    train_batch_size: int = flag(128, section="Optimization", run_identity=True)
+    train_batch_size: int = flag(128, section="Optimization", run_identity=True, must_be="1 or more")
     """Rows per optimizer step over all ranks. The last batch of an epoch may be smaller; no row is dropped."""
-    max_tokens_per_micro_batch: int | None = flag(None)
+    max_tokens_per_micro_batch: int | None = flag(None, must_be="1 or more")
     """Tokens per forward pass and rank; affects memory and speed only. By default chosen from model and memory."""
     fold: Literal["batch", "off"] = flag("batch", run_identity=True)
     """Shared-prefix packing: batch keeps dialogues together and computes shared prefixes once; off shuffles rows."""
-    lr: float = flag(1e-4, run_identity=True)
+    lr: float = flag(1e-4, run_identity=True, must_be="above 0")
     """Peak learning rate (AdamW)."""
     betas: tuple[float, float] = flag((0.9, 0.95), run_identity=True)
     """AdamW's beta1 and beta2."""
-    weight_decay: float = flag(0.01, run_identity=True)
+    weight_decay: float = flag(0.01, run_identity=True, must_be="0 or more")
     """AdamW's weight decay, applied to every trained parameter."""
-    warmup_ratio: float = flag(0.1, run_identity=True)
+    warmup_ratio: float = flag(0.1, run_identity=True, must_be="between 0 and 1")
     """Fraction of all steps used for a linear warmup of the learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = flag("cosine", run_identity=True)
     """Learning rate schedule after the warmup."""
-    min_lr_ratio: float = flag(0.0, run_identity=True)
+    min_lr_ratio: float = flag(0.0, run_identity=True, must_be="between 0 and 1")
     """Final learning rate of the schedule, as a fraction of lr."""
-    clip_grad: float = flag(1.0, run_identity=True)
+    clip_grad: float = flag(1.0, run_identity=True, must_be="0 or more")
     """Maximum global gradient norm; 0 turns clipping off."""
-    total_epochs: int = flag(1, run_identity=True)
+    total_epochs: int = flag(1, run_identity=True, must_be="1 or more")
     """Number of passes over the training rows."""
-    total_training_steps: int | None = flag(None, run_identity=True)
+    total_training_steps: int | None = flag(None, run_identity=True, must_be="1 or more")
     """Number of optimizer steps; overrides total_epochs, and the schedule ends there."""
-    seed: int = flag(1, run_identity=True)
+    seed: int = flag(1, run_identity=True, must_be="0 or more")
     """Seed of the initial LoRA weights, the order of rows, and dropout."""
     deterministic: bool = flag(False)
     """Use deterministic kernels only (slower on CUDA)."""
@@ -83,17 +84,17 @@ class TrainConfig(RowFlags, ModelFlags, CommonFlags):
     """Prepare the run, try a forward and backward pass of the longest micro-batch, report memory and time, and exit."""
     validate_before_training: bool = flag(False)
     """Also compute the validation loss before the first step."""
-    eval_steps: Interval = flag(EVERY_EPOCH)
+    eval_steps: Interval = flag(EVERY_EPOCH, must_be='a number of steps, "epoch", or 0 for never')
     """Validate every N steps, every "epoch", or 0 for never; each checkpoint is validated as well, to find the best."""
-    save_steps: Interval = flag(EVERY_EPOCH)
+    save_steps: Interval = flag(EVERY_EPOCH, must_be='a number of steps, "epoch", or 0 for never')
     """Save a checkpoint every N steps, every "epoch", or 0 for never; the last step is always saved."""
-    max_checkpoints: int | None = flag(None)
+    max_checkpoints: int | None = flag(None, must_be="1 or more")
     """Keep only the newest N checkpoints; best and latest are never deleted."""
-    save_seconds: int | None = flag(None)
+    save_seconds: int | None = flag(None, must_be="1 or more")
     """Also save at the end of a step once this many seconds have passed since the last checkpoint."""
     async_save: bool = flag(False)
     """Write checkpoints in the background during training; needs memory for one more copy of the state."""
-    stop_after_steps: int | None = flag(None)
+    stop_after_steps: int | None = flag(None, must_be="1 or more")
     """Save and exit after step N; the schedule is still that of the whole run, and the same command resumes it."""
     resume: str = flag("auto")
     """auto resumes from the latest checkpoint in output_dir; never refuses to; or the path of a checkpoint."""
@@ -110,50 +111,27 @@ class TrainConfig(RowFlags, ModelFlags, CommonFlags):
     ds_config: str | None = flag(None)
     """DeepSpeed JSON file whose settings override those of ds_configs/zero3.json (zero3 only)."""
 
-    def check(self) -> None:
-        """Raise UserError with all problems that can be found without reading data or model."""
-        problems = too_small(self, 0, "lora_rank", "weight_decay", "clip_grad", "seed")
-        problems += too_small(self, 1, "max_length", "train_batch_size", "max_tokens_per_micro_batch", "total_epochs")
-        problems += too_small(self, 1, "max_train_rows", "max_val_rows", "total_training_steps", "max_checkpoints")
-        problems += too_small(self, 1, "save_seconds", "stop_after_steps")
-        for name in ("lr", "lora_alpha"):
-            if getattr(self, name) <= 0:
-                problems.append(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("warmup_ratio", "min_lr_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                problems.append(f"{name} must be between 0 and 1, got {getattr(self, name)}")
-        if not 0 <= self.lora_dropout < 1:
-            problems.append(f"lora_dropout must be 0 or more and below 1, got {self.lora_dropout}")
+    def problems(self) -> Iterator[str]:
         if not all(0 <= beta < 1 for beta in self.betas):
-            problems.append(f"betas must each be 0 or more and below 1, got {self.betas}")
-        if self.val_fraction is not None:
-            if not 0 < self.val_fraction < 1:
-                problems.append(f"val_fraction must be above 0 and below 1, got {self.val_fraction}")
-            given = [f"--{name}" for name in ("val_files", "max_val_rows") if getattr(self, name) is not None]
-            if given:
-                problems.append(f"val_fraction splits --train_files; drop it, or {' and '.join(given)}")
-        for name in ("eval_steps", "save_steps"):
-            value = getattr(self, name)
-            if value != EVERY_EPOCH and value < 0:
-                problems.append(f'{name} must be a number of steps, "epoch", or 0 for never, got {value}')
+            yield f"betas must each be 0 or more and below 1, got {self.betas}"
+        given = [f"--{name}" for name in ("val_files", "max_val_rows") if getattr(self, name) is not None]
+        if self.val_fraction is not None and given:
+            yield f"val_fraction splits --train_files; drop it, or {' and '.join(given)}"
         if self.lora_rank == 0 and (self.use_dora or self.use_rslora or self.lora_dropout):
-            problems.append("use_dora, use_rslora and lora_dropout need lora_rank above 0, got lora_rank=0")
+            yield "use_dora, use_rslora and lora_dropout need lora_rank above 0, got lora_rank=0"
         if not self.target_modules:
-            problems.append("target_modules is empty; name modules, or all-linear")
+            yield "target_modules is empty; name modules, or all-linear"
         identity = {*self.run_identity(), "train_files"}
         for name in set(self.resume_override or []) - identity:
-            problems.append(f"resume_override: {name} is not compared on resume{did_you_mean(name, identity)}")
-        unknown = [name for name in self.logger if name not in ("console", "wandb", "tensorboard")]
-        if unknown:
-            problems.append(f"logger must be any of console, wandb, tensorboard, got {', '.join(unknown)}")
+            yield f"resume_override: {name} is not compared on resume{did_you_mean(name, identity)}"
+        if unknown := [name for name in self.logger if name not in ("console", "wandb", "tensorboard")]:
+            yield f"logger must be any of console, wandb, tensorboard, got {', '.join(unknown)}"
         if self.ds_config is not None and self.backend != "zero3":
-            problems.append(f"ds_config is for --backend zero3, got --backend {self.backend}; drop one of them")
+            yield f"ds_config is for --backend zero3, got --backend {self.backend}; drop one of them"
         if self.messages_key is not None and self.with_thinking:
-            problems.append("with_thinking needs prompt and response columns; it cannot be combined with messages_key")
+            yield "with_thinking needs prompt and response columns; it cannot be combined with messages_key"
         if Path(self.output_dir).exists() and not Path(self.output_dir).is_dir():
-            problems.append(f"output_dir {self.output_dir} is a file; name a folder")
-        if problems:
-            raise UserError("\n".join(problems))
+            yield f"output_dir {self.output_dir} is a file; name a folder"
 
     def run_identity(self) -> dict[str, Any]:
         """The values that define the run: with others, a resume would be a different run."""

@@ -7,6 +7,7 @@ import itertools
 import types
 import typing
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -20,12 +21,7 @@ SECTION = dict[str, Any]
 
 
 def build(config_class: type[Config], values: dict[str, Any], problems: Sequence[str] = ()) -> Config:
-    """A checked config from strings or native values.
-
-    Args:
-        config_class: the class whose fields are the flags.
-        values: by flag name.
-        problems: problems found earlier, reported together with those found here.
+    """A checked config from strings or native values by flag name; `problems` found earlier are reported as well.
 
     Raises:
         UserError: a line for each invalid value and each missing required flag; if there are none, a line for each
@@ -97,10 +93,8 @@ def read_value(value: Any, kind: Any) -> Any:
             return None
         for choice in arguments:
             if choice is not type(None):
-                try:
+                with suppress(ValueError):
                     return read_value(value, choice)
-                except ValueError:
-                    continue
         raise ValueError
     if origin is Literal:
         if value is False and "off" in arguments:  # YAML reads an unquoted off as False
@@ -118,22 +112,16 @@ def read_value(value: Any, kind: Any) -> Any:
         items = [item for item in value if item != ""]
         if origin is list:
             return [read_value(item, arguments[0]) for item in items]
-        if len(items) != len(arguments):
-            raise ValueError
         return tuple(read_value(item, argument) for item, argument in zip(items, arguments, strict=True))
     if kind is bool:
         text = str(value).lower()
         if text not in ("true", "false", "1", "0"):
             raise ValueError
         return text in ("true", "1")
-    if kind is int:
-        if isinstance(value, bool) or not isinstance(value, (int, str)):
+    if kind in (int, float):
+        if isinstance(value, bool) or not isinstance(value, (int, kind, str)):
             raise ValueError
-        return int(value)
-    if kind is float:
-        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-            raise ValueError
-        number = float(value)
+        number = kind(value)
         if number != number or abs(number) == float("inf"):
             raise ValueError
         return number
@@ -198,6 +186,4 @@ def default_text(f: "dataclasses.Field[Any]") -> str:
     if f.metadata["required"]:
         return "required"
     default = _default(f)
-    if isinstance(default, dict):
-        return "none"
-    return value_text(default)
+    return "none" if isinstance(default, dict) else value_text(default)

@@ -36,7 +36,7 @@ TICK = 1.0
 DEAD_AFTER_TICKS = 3  # if the peer exited normally, its launcher has ended this rank by then
 STOPPED_AFTER_TICKS = 20
 SILENT_AFTER_TICKS = 45  # a machine without heartbeats
-SILENT_AFTER_TICKS_IF_FAILED = 5  # the same once a collective or the connection to the store has failed
+SILENT_IF_FAILED_TICKS = 5  # the same once a collective or the connection to the store has failed
 AGREE_TICKS = 3  # for ranks to agree on the reason
 ORPHANED_TICKS = 600  # for a run to save and exit after its launcher has died
 LOST = {
@@ -78,8 +78,7 @@ class Heartbeat:
         self._store, self._machine, self._tick, self._is_host = store, machine, tick, is_host
         self._silent, self._first, self._proposal = dict.fromkeys(machines, 0), machines[0], ""
         self.is_broken = False
-        self.verdict: Verdict | None = None
-        """The first one that any rank has published."""
+        self.verdict: Verdict | None = None  # the first one that any rank has published
         threading.Thread(target=self._run, name="dsft heartbeat", daemon=True).start()
 
     @staticmethod
@@ -141,8 +140,7 @@ class Liveness:
         self._launcher = processes.Launcher()
         self._rank = 0
         self._peers: list[Peer] = []
-        self._processes: dict[int, psutil.Process] = {}
-        """Those of the other ranks on this machine."""
+        self._processes: dict[int, psutil.Process] = {}  # of the other ranks on this machine
         self._heartbeat: Heartbeat | None = None
         self._since: Counter[tuple[int, str]] = (
             Counter()
@@ -181,10 +179,7 @@ class Liveness:
             self._thread.start()
 
     def close(self, error: BaseException | None = None) -> None:
-        """Stop watching. If a peer is lost, that is the reason of an `error`, and this does not return.
-
-        Otherwise this rank prints the error, and the others are told to say nothing about its end.
-        """
+        """Stop watching. Does not return if a lost peer is the reason of an `error`; else this rank alone prints it."""
         reports = isinstance(error, Exception) and not getattr(error, "is_agreed", False)
         if self._heartbeat is not None and reports and not isinstance(error, UserError):
             self._explain()
@@ -231,8 +226,7 @@ class Liveness:
         self._look_at_processes()
         silent = heartbeat.silent()
         self._is_suspicious = bool(self._gone()) or any(ticks > 1 for ticks in silent.values())
-        has_failed = self._collective_failed or heartbeat.is_broken
-        limit = SILENT_AFTER_TICKS_IF_FAILED if has_failed else SILENT_AFTER_TICKS
+        limit = SILENT_IF_FAILED_TICKS if self._collective_failed or heartbeat.is_broken else SILENT_AFTER_TICKS
         for machine, ticks in silent.items():
             if ticks >= limit:
                 lost = [peer for peer in self._peers if peer.machine == machine]
@@ -242,8 +236,8 @@ class Liveness:
         if self._orphaned_ticks:
             self._orphaned_ticks += 1
             if self._orphaned_ticks > ORPHANED_TICKS:
-                minutes = f"{ORPHANED_TICKS * self._tick / 60:.0f} minutes"
-                self._end(Verdict(f"the launcher has died, and the run did not stop within {minutes}"))
+                minutes = ORPHANED_TICKS * self._tick / 60
+                self._end(Verdict(f"the launcher has died, and the run did not stop within {minutes:.0f} minutes"))
         elif self._launcher.has_died():
             self._orphaned_ticks = 1
             if self.on_orphaned is None:

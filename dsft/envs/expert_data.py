@@ -6,14 +6,14 @@ import os
 import signal
 import sys
 import traceback
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import count, cycle, islice
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 
@@ -24,9 +24,6 @@ from dsft.envs.conversation import Conversation, format_answer, instruction
 from dsft.errors import UserError
 from dsft.files import guard_disk, sync, write_text
 from dsft.processes import HeldInterrupt, end_with_parent
-
-if TYPE_CHECKING:
-    from multiprocessing.connection import Connection
 
 SEEDS_AT_ONCE = 8  # per message of a process
 SECONDS_TO_END = 5  # for a process that was killed
@@ -65,10 +62,7 @@ class Report:
         """For the console."""
         kept, rate = sum(self.levels.values()), self.episodes_solved / self.episodes_played
         return [
-            *(
-                f"{s:<8} {self.levels[s]} levels, {self.rows[s]} rows: {self.output_dir}/{s}.parquet"
-                for s in self.levels
-            ),
+            *(f"{s:<8} {n} levels, {self.rows[s]} rows: {self.output_dir}/{s}.parquet" for s, n in self.levels.items()),
             f"expert   solved {rate:.1%} of {self.episodes_played} episodes, {self.moves / kept:.2f} moves per level "
             f"(shortest {self.optimal_moves / kept:.2f}); {self.repeated_levels} repeated levels skipped",
         ]
@@ -113,14 +107,11 @@ def generate(config: GenerateConfig) -> Report:
 def play_expert(environment: Environment, seed: int) -> Episode:
     """The level of a seed, played by the expert until the episode is over."""
     environment.reset(seed)
-    level_id, states, actions, plan = environment.level_id, [], [], deque[str]()
-    while not environment.over:
-        if not plan:
-            plan.extend(environment.expert_plan())
-        if not plan:
-            break
+    level_id, states, actions = environment.level_id, [], []
+    plan: list[str] = []
+    while not environment.over and (plan := plan or environment.expert_plan()):
         states.append(environment.observation())
-        actions.append(plan.popleft())
+        actions.append(plan.pop(0))
         environment.step(actions[-1])
     return Episode(seed, level_id, environment.optimal_length, states, actions, environment.solved)
 
@@ -163,19 +154,21 @@ def _played_here(config: GenerateConfig, interrupt: HeldInterrupt) -> Iterator[E
         yield episode
 
 
-def _received(readers: "list[Connection]", interrupt: HeldInterrupt) -> Iterator[Episode]:
+def _received(readers: list[Connection], interrupt: HeldInterrupt) -> Iterator[Episode]:
     for reader in cycle(readers):
         try:
             with interrupt.let_through():
                 chunk = reader.recv()
         except (EOFError, OSError) as error:
-            raise UserError("a searching process was killed, perhaps for memory; lower --num_processes") from error
+            raise UserError(
+                "a search process was killed, possibly for lack of memory; lower --num_processes"
+            ) from error
         if isinstance(chunk, Exception):
             raise chunk
         yield from chunk
 
 
-def _play_chunks(config: GenerateConfig, number: int, processes: int, writer: "Connection", parent: int) -> None:
+def _play_chunks(config: GenerateConfig, number: int, processes: int, writer: Connection, parent: int) -> None:
     """The body of a process: every n-th chunk, until it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
     end_with_parent(parent, signal.SIGKILL)
@@ -198,11 +191,9 @@ def _different_levels(
     for episode in episodes:
         report.episodes_played += 1
         report.episodes_solved += episode.solved
-        if not episode.solved:
-            pass
-        elif episode.level_id in seen:
+        if episode.solved and episode.level_id in seen:
             report.repeated_levels += 1
-        else:
+        elif episode.solved:
             seen.add(episode.level_id)
             last = episode.seed
             bar.update()
@@ -233,14 +224,11 @@ def _rows(config: GenerateConfig, system: str, split: str, index: int, episode: 
     whole = Conversation(system, episode.states, answers)
     for turn in range(len(answers)) if config.rows == "turns" else [0]:
         so_far = Conversation(system, episode.states[: turn + 1], answers[:turn])
-        text = (
-            {"prompt": so_far.prompt(config.style, config.history_turns), "response": answers[turn]}
-            if config.rows == "turns"
-            else {"prompt": so_far.messages(), "messages": whole.messages()}
-        )
+        answer = {"response": answers[turn]} if config.rows == "turns" else {"messages": whole.messages()}
         yield {
             "data_source": config.env,
-            **text,
+            "prompt": so_far.prompt(config.style, config.history_turns),
+            **answer,
             "ability": "planning",
             "reward_model": {"style": "rule", "ground_truth": {"plan": episode.actions[turn:]}},
             "extra_info": {"split": split, "index": index, "seed": episode.seed, "turn": turn}
@@ -256,9 +244,8 @@ def _write(path: Path, config: GenerateConfig, rows: Iterator[dict[str, Any]]) -
     messages = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
     prompt = messages if config.style == "messages" else pa.string()
     text = [("response", pa.string())] if config.rows == "turns" else [("messages", messages)]
-    truth = pa.struct([("plan", pa.list_(pa.string()))])
     extra = [("split", pa.string()), *((n, pa.int64()) for n in ("index", "seed", "turn", "optimal_length"))]
-    reward = pa.struct([("style", pa.string()), ("ground_truth", truth)])
+    reward = pa.struct({"style": pa.string(), "ground_truth": pa.struct({"plan": pa.list_(pa.string())})})
     columns = [("data_source", pa.string()), ("prompt", prompt), *text, ("ability", pa.string())]
     columns += [("reward_model", reward), ("extra_info", pa.struct([*extra, ("level", pa.string())]))]
     schema = pa.schema(columns)

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from gymnasium.envs.toy_text.frozen_lake import FrozenLakeEnv
 
-from dsft.envs.base import ACTIONS, MOVES, Environment
+from dsft.envs.base import MOVES, Environment
 from dsft.errors import UserError
 
 if TYPE_CHECKING:
     from dsft.config import EnvironmentFlags
 
-NUMBERS = {"Left": 0, "Down": 1, "Right": 2, "Up": 3}
-"""gymnasium's numbers of the actions."""
+ORDER = ("Left", "Down", "Right", "Up")
+"""gymnasium's order of the actions."""
 ATTEMPTS = 1000
 DISCOUNT = 1 - 1e-6
 """Of the value iteration: among policies that reach the goal equally often, it prefers the shorter way."""
@@ -37,16 +37,7 @@ class FrozenLake(Environment):
     )
 
     def __init__(self, size: int, p: float, is_slippery: bool, *, max_steps: int, max_depth: int) -> None:
-        """Args:
-        size: width and height in tiles.
-        p: probability that a tile is ice.
-        is_slippery: whether moves may go sideways.
-        max_steps: actions in an episode.
-        max_depth: longest shortest path of a level.
-
-        Raises:
-            UserError: the settings allow no level.
-        """
+        """The settings are those of EnvironmentFlags; UserError if they allow no level."""
         super().__init__(max_steps=max_steps, max_depth=max_depth)
         problems = []
         if not 2 <= size <= 100:
@@ -90,12 +81,11 @@ class FrozenLake(Environment):
         return length
 
     def _move(self, action: str) -> None:
-        self._lake.step(NUMBERS[action])
+        self._lake.step(ORDER.index(action))
 
     @property
     def _position(self) -> tuple[int, int]:
-        row, column = divmod(int(self._lake.s), self.size)
-        return row, column
+        return divmod(int(self._lake.s), self.size)
 
     @property
     def solved(self) -> bool:
@@ -125,30 +115,22 @@ class FrozenLake(Environment):
             return path if len(path) <= self.max_depth else []
         if self._policy is None:
             self._policy = _optimal_policy(self._lake, self.max_steps)
-        number = self._policy[self.max_steps - self.steps, self._lake.s]
-        return [next(action for action in ACTIONS if NUMBERS[action] == number)]
+        return [ORDER[self._policy[self.max_steps - self.steps, self._lake.s]]]
 
 
 def _shortest_path(holes: list[list[bool]], start: tuple[int, int]) -> list[str]:
     """Breadth-first search from `start` to the last tile; empty where there is no way."""
     size = len(holes)
-    came_from: dict[tuple[int, int], tuple[tuple[int, int], str] | None] = {start: None}
+    paths: dict[tuple[int, int], list[str]] = {start: []}
     queue = deque([start])
-    while queue:
+    while queue and (size - 1, size - 1) not in paths:
         here = queue.popleft()
-        if here == (size - 1, size - 1):
-            break
         for action, (down, right) in MOVES.items():
             row, column = here[0] + down, here[1] + right
-            if 0 <= row < size and 0 <= column < size and not holes[row][column] and (row, column) not in came_from:
-                came_from[row, column] = (here, action)
+            if 0 <= row < size and 0 <= column < size and not holes[row][column] and (row, column) not in paths:
+                paths[row, column] = [*paths[here], action]
                 queue.append((row, column))
-    path = []
-    step = came_from.get((size - 1, size - 1))
-    while step is not None:
-        path.append(step[1])
-        step = came_from[step[0]]
-    return path[::-1]
+    return paths.get((size - 1, size - 1), [])
 
 
 def _optimal_policy(lake: FrozenLakeEnv, horizon: int) -> np.ndarray:
@@ -156,7 +138,7 @@ def _optimal_policy(lake: FrozenLakeEnv, horizon: int) -> np.ndarray:
 
     Puterman, Markov Decision Processes, 1994, section 4.5.
     """
-    states, actions = len(lake.P), len(ACTIONS)
+    states, actions = len(lake.P), len(ORDER)
     outcomes = max(len(o) for by_action in lake.P.values() for o in by_action.values())
     weight = np.zeros((states, actions, outcomes))
     following = np.zeros((states, actions, outcomes), np.int64)

@@ -46,17 +46,7 @@ class Sokoban(Environment):
     def __init__(
         self, *, dim_x: int, dim_y: int, num_boxes: int, search_depth: int, max_steps: int, max_depth: int
     ) -> None:
-        """Args:
-        dim_x: columns of the board, the surrounding wall included.
-        dim_y: rows of the board, the surrounding wall included.
-        num_boxes: boxes, and targets.
-        search_depth: approximate moves of reverse play.
-        max_steps: actions after which an episode is over, solved or not.
-        max_depth: the longest shortest plan, in moves, that a level may need.
-
-        Raises:
-            UserError: a setting is out of bounds.
-        """
+        """The settings are those of EnvironmentFlags; UserError if one is out of bounds."""
         super().__init__(max_steps=max_steps, max_depth=max_depth)
         bounds = [("dim_x", dim_x, SMALLEST), ("dim_y", dim_y, SMALLEST), ("search_depth", search_depth, 1)]
         bounds += [("max_steps", max_steps, 1), ("max_depth", max_depth, 1)]
@@ -68,43 +58,12 @@ class Sokoban(Environment):
         self.dim_x, self.dim_y = dim_x, dim_y
         self.num_boxes = num_boxes
         self.search_depth = search_depth
-        self._place(dim_x, dim_y, 0, 0, 0, 0)
 
     def _place(self, width: int, height: int, floor: int, targets: int, boxes: int, player: int) -> None:
         self._width, self._height = width, height
         self._floor, self._targets, self._boxes, self._player = floor, targets, boxes, player
         self._shifts = dict(zip(ACTIONS, shifts(width), strict=True))
         self._plan: list[str] | None = None
-
-    def load(self, text: str) -> None:
-        """Set the position of an observation, of any size and number of boxes, as `reset` would.
-
-        `optimal_length` is 0 if no plan of at most `max_depth` moves exists.
-
-        Raises:
-            ValueError: the text is not a position.
-        """
-        rows = [line.split() for line in text.strip().splitlines()]
-        if not rows or len({len(row) for row in rows}) > 1:
-            raise ValueError("the rows of a position must be equally long")
-        symbols = [symbol for row in rows for symbol in row]
-        if unknown := set(symbols) - {*SYMBOLS}:
-            raise ValueError(f"a position has no symbol {min(unknown)!r}")
-        if {*rows[0], *rows[-1], *(row[0] for row in rows), *(row[-1] for row in rows)} != {WALL}:
-            raise ValueError("a wall must surround a position")
-
-        def cells(*wanted: str) -> int:
-            return sum(1 << i for i, symbol in enumerate(symbols) if symbol in wanted)
-
-        boxes, player = cells(BOX, BOX_ON_TARGET), cells(PLAYER, PLAYER_ON_TARGET)
-        targets = cells(TARGET, BOX_ON_TARGET, PLAYER_ON_TARGET)
-        if player.bit_count() != 1:
-            raise ValueError(f"a position has one player, not {player.bit_count()}")
-        if not boxes or boxes.bit_count() != targets.bit_count():
-            raise ValueError(f"{boxes.bit_count()} boxes for {targets.bit_count()} targets: not as many, or none")
-        self._place(len(rows[0]), len(rows), cells(*SYMBOLS) & ~cells(WALL), targets, boxes, player)
-        self.steps = 0
-        self.optimal_length = len(self.expert_plan())
 
     def _make_level(self, seed: int) -> int:
         for attempt in range(ATTEMPTS):

@@ -11,15 +11,9 @@ STALE = ["model*.safetensors", "model.safetensors.index.json"]
 
 
 def push(folder: Path, name: str, *, private: bool) -> str:
-    """Upload a folder with the token that huggingface_hub finds; creates the repository if needed.
+    """Upload a merged model with the token that huggingface_hub finds, and return the repository's URL.
 
-    Args:
-        folder: a merged model.
-        name: owner/name, or a name in the user's own namespace.
-        private: visibility of a new repository; an existing one keeps its own.
-
-    Returns:
-        The repository's URL.
+    The repository is created if needed, `private` or not; an existing one keeps its visibility.
 
     Raises:
         UserError: whatever went wrong, and the command to retry.
@@ -44,7 +38,8 @@ def push(folder: Path, name: str, *, private: bool) -> str:
         stale = [word for pattern in STALE for word in ("--delete", pattern)]
         later = shlex.join(["hf", "upload", name, str(folder), ".", *(["--private"] if private else []), *stale])
         message = UserError(
-            f"--push_to_hub {name}: {_reason(error, token)}; the merged model is whole in {folder}; to push it: {later}"
+            f"--push_to_hub {name}: {_reason(error, token)}; the merged model is complete in {folder}; "
+            f"to push it: {later}"
         )
         has_leaked = token is not None and token in str(error)  # then not even --debug may show it
         raise message from (None if has_leaked else error)

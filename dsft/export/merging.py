@@ -97,7 +97,9 @@ def merge(config: MergeConfig) -> MergeReport:
     except Exception as error:
         if isinstance(error, UserError) or not is_refusal(error):
             raise
-        raise UserError(f"cannot write {output}: {reason(error)}; make room, or choose another --output") from error
+        raise UserError(
+            f"cannot write {output}: {reason(error)}; free some space, or choose another --output"
+        ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return MergeReport(output, checkpoint, len(targets), largest, relative, tolerance)
@@ -120,13 +122,13 @@ def _compare(
 def _base_of(checkpoint: Path) -> str:
     config = checkpoint / "adapter_config.json"
     if not config.is_file():
-        raise UserError(f"{checkpoint} holds no adapter; a fully fine-tuned model needs no merge, use it as it is")
+        raise UserError(f"{checkpoint} contains no adapter; a fully fine-tuned model needs no merge, use it as it is")
     try:
         name = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (ValueError, KeyError) as error:
         raise UserError(f"{config} is damaged ({error}); choose another checkpoint") from error
     if not name:
-        raise UserError(f"{config} names no base model; name it with --base")
+        raise UserError(f"{config} names no base model; set it with --base")
     return name
 
 
@@ -172,7 +174,7 @@ def _check_weights(reloaded: nn.Module, merged: nn.Module, original: nn.Module, 
     for name, weight in merged.state_dict().items():
         if not torch.equal(written[name], weight):
             raise UserError(
-                f"{name} reads back other than it was written; the disk may be damaged, choose another --output"
+                f"{name} was not read back as it was written; the disk may be damaged, choose another --output"
             )
         same = torch.equal(weight, before[name].to(weight.dtype))
         if same and name in targets:

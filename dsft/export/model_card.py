@@ -37,13 +37,8 @@ COMMAND = "The training command; absolute paths are shortened to their last name
 def model_card(checkpoint: Path, base_name: str, base_path: str, *, name: str, place: str, dtype: str) -> ModelCard:
     """The card of a LoRA checkpoint merged into its base. It says less if the checkpoint's own files say less.
 
-    Args:
-        checkpoint: that was merged.
-        base_name: of the base, as the adapter names it.
-        base_path: the base's local folder, or its name on the Hub.
-        name: of the merged model.
-        place: what from_pretrained takes to load it.
-        dtype: of the merged weights.
+    The adapter calls the base `base_name`; `base_path` is its local folder, or its name on the Hub. The merged model
+    is called `name`, and from_pretrained loads it from `place`.
     """
     base, licence = _lineage(base_name, base_path)
     flags, state, command = _origin(checkpoint)
@@ -152,8 +147,7 @@ def _licence_words(licence: dict[str, Any]) -> str:
 
 def _origin(checkpoint: Path) -> tuple[dict[str, Any], TrainerState | None, str | None]:
     """Public flags, state and command of the run; an adapter that is not a checkpoint of dsft has none."""
-    flags: dict[str, Any] = {}
-    state = command = None
+    flags, state, command = {}, None, None
     with suppress(UserError):
         flags = _public(read_flags(checkpoint))
     with suppress(UserError):

@@ -12,12 +12,11 @@ from dsft.dataset.leaks import Leaks, separate
 from dsft.dataset.readers import find_files, read_columns
 from dsft.dataset.tokens import TokenDataset, load_dataset, row_segments
 from dsft.errors import UserError
-from dsft.previewing.row_checks import Finding, Scan
+from dsft.previewing.row_checks import Finding, Scan, excerpt
 from dsft.previewing.template_checks import ChatTemplate
 
 NO_LIMIT = 2**31 - 1
 MAX_COMPARED = 100  # rows whose prompts are tokenized again, as for generation
-HEAD, TAIL = 40, 25  # characters of an example's text
 NO_LEAK = "no validation row shares its text, prompt, dialogue or level with a training row"
 
 
@@ -30,7 +29,7 @@ class LoadedSet:
     whole: before truncation; None where they cannot be read
     data: as trained on; None where training would refuse them
     segments: of the sampled rows, by their number
-    errors: why there is no `whole` or no `data`
+    error: why there is no `whole` or no `data`
     """
 
     label: str
@@ -38,7 +37,7 @@ class LoadedSet:
     whole: TokenDataset | None = None
     data: TokenDataset | None = None
     segments: dict[int, list[Segment]] = field(default_factory=dict)
-    errors: list[str] = field(default_factory=list)
+    error: str = ""
 
     @property
     def side(self) -> "Side | None":
@@ -62,7 +61,7 @@ def load_set(config: PreviewConfig, flag: str, chat_format: ChatFormat, template
         try:
             return load_dataset(names, flag, chat_format.tokenizer, flags, max_rows=max_rows, show_progress=True)
         except UserError as error:
-            loaded.errors.append(str(error))
+            loaded.error = loaded.error or str(error)
             return None
 
     files = find_files(names, flag)
@@ -82,16 +81,12 @@ def load_set(config: PreviewConfig, flag: str, chat_format: ChatFormat, template
                     loaded.segments[scan.rows] = make()
                 scan.see(values, cell, make if loaded.whole is None else None)
     except UserError as error:
-        loaded.errors.append(str(error))
+        loaded.error = loaded.error or str(error)
     return loaded
 
 
 class Side(NamedTuple):
-    """The rows that train, or those that validate.
-
-    data: as token ids
-    lengths: tokens of these rows and of those that truncation drops, before it, int64 [rows]
-    """
+    """Rows that train or validate, and their lengths before truncation, with those that it drops (int64 [rows])."""
 
     data: TokenDataset
     lengths: np.ndarray
@@ -99,9 +94,8 @@ class Side(NamedTuple):
 
 @dataclass
 class SeparatedSets:
-    """The rows of a run.
+    """The rows of a run; None where there are none, or training would refuse them.
 
-    train, val: None where there are none, or training would refuse them
     findings: what leaks, or what was done about it
     left_out: which rows of --train_files do not train, bool [rows]; None where all do
     """
@@ -117,8 +111,7 @@ def separate_sets(
 ) -> SeparatedSets:
     """Separate the rows as training does by --val_fraction and --on_leak.
 
-    Where training would refuse some rows for another reason, such as their length, the whole rows are searched for
-    leaks instead.
+    Where training would refuse rows for another reason, such as their length, the whole rows are searched for leaks.
     """
     sets = SeparatedSets(train.side, val.side if val else None)
     is_usable = sets.train is not None and (val is None or sets.val is not None)
@@ -171,11 +164,10 @@ def leak_findings(
         reported = np.union1d(reported, matches.val)
         first = int(np.argmax(new))
         val_row, train_row = int(matches.val[first]), int(matches.train[first])
-        shared = f"{matches.distinct:,} {name}{'s' if matches.distinct > 1 else ''}"
-        relation = {
-            "row": "are copies of training rows",
-            "prompt": "have the prompt of a training row",
-        }.get(name, f"share {shared} with training rows")
+        shared = f"share {matches.distinct:,} {name}{'s' if matches.distinct > 1 else ''} with training rows"
+        relation = {"row": "are copies of training rows", "prompt": "have the prompt of a training row"}.get(
+            name, shared
+        )
         text = (
             f"{len(matches):,} of {len(val):,} validation rows {relation}, e.g. {val.place(val_row)} and "
             f"{train.place(train_row)}, {_question(val, val_row, chat_format)}; "
@@ -191,5 +183,5 @@ def _question(data: TokenDataset, row: int, chat_format: ChatFormat) -> str:
     turns = np.flatnonzero(tokens == chat_format.end_of_turn)
     if len(turns):
         tokens = tokens[turns[-2] + 1 if len(turns) > 1 else 0 : turns[-1]]
-    text = " ".join(str(chat_format.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)).split())
-    return repr(text if len(text) <= HEAD + TAIL else f"{text[:HEAD].rstrip()} … {text[-TAIL:].lstrip()}")
+    text = str(chat_format.tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
+    return excerpt(" ".join(text.split()))

@@ -1,6 +1,7 @@
 """All that dsft.preview shows: rows, statistics, needs, and findings."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -84,8 +85,7 @@ def make_preview(config: PreviewConfig) -> Preview:
         preview.findings.append(Finding("refused", "run", str(error)))
     preview.rows = list(_rows(train, sets, config, tokenizer))
     preview.findings += template_findings(template, train.scan, chat_format, _stops(path))
-    if train.whole is not None:
-        whole = train.whole
+    if (whole := train.whole) is not None:
         rows = [(whole.place(row), segments, *whole[row]) for row, segments in train.segments.items()]
         preview.findings.append(start_finding(template, chat_format, rows))
     for loaded in (train, val):
@@ -98,12 +98,10 @@ def make_preview(config: PreviewConfig) -> Preview:
 def _stops(path: str) -> list[int] | None:
     """The tokens at which the model's own configuration ends generation."""
     for read in (GenerationConfig.from_pretrained, AutoConfig.from_pretrained):
-        try:
+        with suppress(OSError, ValueError, KeyError):
             stops = getattr(read(path), "eos_token_id", None)
-        except (OSError, ValueError, KeyError):
-            continue
-        if stops is not None:
-            return [stops] if isinstance(stops, int) else list(stops)
+            if stops is not None:
+                return [stops] if isinstance(stops, int) else list(stops)
     return None
 
 
@@ -169,7 +167,7 @@ def _data_findings(loaded: LoadedSet, config: PreviewConfig) -> list[Finding]:
     if loaded.whole is not None:
         found = duplicates_finding(loaded.whole), truncation_finding(loaded.whole, config)
         findings += filter(None, found)
-    if not any(finding.kind == "refused" for finding in findings):  # which names the same fault with its count
-        findings += [Finding("refused", "load", error) for error in loaded.errors[:1]]
+    if loaded.error and not any(finding.kind == "refused" for finding in findings):  # it has the same with its count
+        findings.append(Finding("refused", "load", loaded.error))
     findings = findings or [Finding("ok", "rows", f"no fault found in {loaded.scan.rows:,} rows")]
     return [replace(finding, name=loaded.label + finding.name) for finding in findings]

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TextIO
@@ -24,16 +25,20 @@ STYLES = {"ok": "green", "warning": "yellow", "refused": "bold red"}
 BAR = 40  # characters of the histogram's longest bar
 
 
-def statistics_lines(preview: Preview) -> Iterator[tuple[str, str]]:
-    """Name and text of the statistics, in the order in which they are shown; the lines of a group share a name."""
+def statistics_lines(preview: Preview) -> Iterator[str]:
+    """The statistics, aligned; of a group only the first line is named."""
+    for name, group in groupby(_named_lines(preview), key=lambda line: line[0]):
+        for index, (_, text) in enumerate(group):
+            yield f"{'' if index else name:<9} {text}"
+
+
+def _named_lines(preview: Preview) -> Iterator[tuple[str, str]]:
     for name, of in (("train", preview.train), ("val", preview.val)):
         if of is not None:
             yield from ((name, text) for text in _set_lines(of))
     if preview.folding is not None:
-        used = preview.folding.used
-        because = f", because {preview.folding.why}" if preview.folding.why else ""
-        choice = f"training uses {used}{because}" if used != "off" else f"training uses neither: {preview.folding.why}"
-        yield "fold", f"{_fold_text(preview.folding)}; {choice}"
+        used, why = preview.folding.used.replace("off", "neither"), preview.folding.why
+        yield "fold", f"{_fold_text(preview.folding)}; training uses {used}{why and f' ({why})'}"
     if preview.val_folding is not None:
         yield "fold", f"validation: {_fold_text(preview.val_folding)}"
     if preview.batches is not None:
@@ -41,6 +46,9 @@ def statistics_lines(preview: Preview) -> Iterator[tuple[str, str]]:
     if preview.needs is not None:
         yield "memory", f"{preview.needs.memory_text()}; {preview.needs.computes}"
         yield "time", preview.needs.time_text()
+    if preview.train is not None:
+        yield "lengths", "tokens per row before truncation"
+        yield from (("lengths", bar) for bar in histogram_lines(preview.train.lengths))
 
 
 def _set_lines(of: SetStatistics) -> Iterator[str]:
@@ -97,17 +105,12 @@ def _print(preview: Preview, console: Console) -> None:
         console.print(Text(_head(row), style="bold"))
         console.print(coloured(row) if console.is_terminal else Text(plain_text(row)))
         console.print()
-    for name, group in groupby(statistics_lines(preview), key=lambda line: line[0]):
-        for index, (_, text) in enumerate(group):
-            console.print(Text(visible_text(f"{'' if index else name:<9} {text}")))
-    if preview.train is not None:
-        console.print(Text(f"{'lengths':<9} tokens per row before truncation"))
-        for bar in histogram_lines(preview.train.lengths):
-            console.print(Text(f"{'':<9} {bar}"))
+    for line in statistics_lines(preview):
+        console.print(Text(visible_text(line)))
     console.print()
     for finding in preview.findings:
-        line = Text(f"{finding.kind:<9} ", style=STYLES[finding.kind])
-        console.print(line.append(_one_line(f"{finding.name}: {finding.text}"), style="not bold default"))
+        kind = Text(f"{finding.kind:<9} ", style=STYLES[finding.kind])
+        console.print(kind.append(_one_line(f"{finding.name}: {finding.text}"), style="not bold default"))
 
 
 def _one_line(text: str) -> str:
@@ -142,21 +145,16 @@ def write_files(preview: Preview, html: str | None, json: str | None) -> None:
     """
     for name, make in ((html, as_page), (json, as_json)):
         if name is not None:
-            _write(Path(name).expanduser(), make(preview))
-
-
-def _write(path: Path, text: str) -> None:
-    guard_disk(lambda: write_text(path, text), path)
+            path = Path(name).expanduser()
+            guard_disk(partial(write_text, path, make(preview)), path)
 
 
 def as_json(preview: Preview) -> str:
     """Statistics and findings, without the rows' text."""
     values: dict[str, Any] = {"version": dsft.__version__, "refused": preview.problem is not None}
     for name in ("train", "val", "batches", "folding", "val_folding"):
-        value = getattr(preview, name)
-        values[name] = None if value is None else asdict(value)
-    needs = preview.needs
-    values["needs"] = None if needs is None else {"computes": needs.computes, **needs.as_dict()}
+        values[name] = asdict(value) if (value := getattr(preview, name)) is not None else None
+    values["needs"] = preview.needs and {"computes": preview.needs.computes, **preview.needs.as_dict()}
     values["findings"] = [asdict(finding) for finding in preview.findings]
     return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
@@ -167,14 +165,10 @@ def as_page(preview: Preview) -> str:
         heading(2, "Findings"),
         table(("result", "check", "finding"), [(f.kind, f.name, f.text) for f in preview.findings]),
         heading(2, "Statistics"),
-        table(("of", "value"), list(statistics_lines(preview))),
+        fenced("\n".join(statistics_lines(preview))),
+        heading(2, "Rows"),
+        paragraph("Targets have a coloured background; special tokens are bold."),
     ]
-    if preview.train is not None:
-        blocks += [
-            heading(2, "Tokens per row, before truncation"),
-            fenced("\n".join(histogram_lines(preview.train.lengths))),
-        ]
-    blocks += [heading(2, "Rows"), paragraph("Targets have a coloured background; special tokens are bold.")]
     for row in preview.rows:
         spans = [(span.text, span.is_target, span.is_special) for span in row.spans]
         blocks += [heading(3, _head(row)), marked(spans)]

@@ -85,12 +85,12 @@ class Row:
         return self.response[0] if is_single else self.response
 
     @cached_property
-    def answers(self) -> list[str | None]:
-        """The texts that are learned; None for a response that is not text."""
+    def answers(self) -> list[str]:
+        """The texts that are learned; none for a response that is not text."""
         if self.is_conversation:
-            return list(self.assistant_turns)
+            return self.assistant_turns
         text = self.message.get("content") if isinstance(self.message, dict) else self.message
-        return [text if isinstance(text, str) else None]
+        return [text] if isinstance(text, str) else []
 
 
 def answer_text(answer: str) -> str:
@@ -98,9 +98,9 @@ def answer_text(answer: str) -> str:
     return HIDDEN.sub("", answer).strip()
 
 
-def thinks(text: str | None) -> bool:
+def thinks(text: str) -> bool:
     """Whether a text has thinking."""
-    return text is not None and (THINK in text or END_THINK in text)
+    return THINK in text or END_THINK in text
 
 
 def rows_of(count: int, total: int) -> str:
@@ -108,16 +108,17 @@ def rows_of(count: int, total: int) -> str:
     return f"all {total:,} rows" if count == total > 1 else f"{count:,} of {total:,} rows"
 
 
+def excerpt(text: str, limit: int = 60) -> str:
+    """A text in quotes, without its middle where it is longer than the limit."""
+    half = limit // 2
+    return repr(text if len(text) <= limit else f"{text[:half].rstrip()} … {text[-half:].lstrip()}")
+
+
 class RowCheck:
     """Counts the rows that have one fault."""
 
     def __init__(self, name: str, has: Callable[[Row], bool], message: str = "", *, refused: bool = False) -> None:
-        """Args:
-        name: of the fault.
-        has: whether a row has it.
-        message: what is wrong and how to fix it, with {rows}, {example} and what `details` returns to be filled in.
-        refused: whether training refuses a row for this fault.
-        """
+        """`message` gets {rows}, {example} and `details`; `refused` is whether training refuses such rows."""
         self.name, self.has, self.message, self.explains_refusal = name, has, message, refused
         self.count = 0
         self.example: Cell | None = None
@@ -139,7 +140,10 @@ class RowCheck:
         """The result over all rows; None where none has the fault."""
         if not self.count:
             return None
-        text = self.message.format(rows=rows_of(self.count, total), example=self.example, **self.details())
+        text = self.message
+        values = {"rows": rows_of(self.count, total), "example": str(self.example), **self.details()}
+        for name, value in values.items():  # str.format would trip over the braces of a column's name
+            text = text.replace(f"{{{name}}}", value)
         return Finding("refused" if self.is_refused else "warning", self.name, text)
 
 
@@ -152,14 +156,12 @@ class SwappedColumns(RowCheck):
 
     def __init__(self, flags: RowFlags, user_header: str) -> None:
         """`user_header` is what the template puts before a user turn."""
-        message = (
-            "{rows} have what looks like a prompt in the response column, e.g. {example}; "
-            f"try --prompt_key {flags.response_key} --response_key {flags.prompt_key}"
-        )
+        message = "{rows} have what looks like a prompt in the response column, e.g. {example}; try "
+        message += f"--prompt_key {flags.response_key} --response_key {flags.prompt_key}"
         super().__init__("swapped columns", self._is_swapped, message, refused=True)
-        self._by_name = _is_named(flags.prompt_key, RESPONSE_NAMES, PROMPT_NAMES) and _is_named(
-            flags.response_key, PROMPT_NAMES, RESPONSE_NAMES
-        )
+        keys = ((flags.prompt_key, RESPONSE_NAMES, PROMPT_NAMES), (flags.response_key, PROMPT_NAMES, RESPONSE_NAMES))
+        words = [({*re.split(r"[^a-z]+", key.lower())}, likely, unlikely) for key, likely, unlikely in keys]
+        self._by_name = all(found & likely and not found & unlikely for found, likely, unlikely in words)
         self._header = user_header.strip()
         self._previous: tuple[Any, Any] = ("", "")
 
@@ -181,11 +183,6 @@ class SwappedColumns(RowCheck):
             or (END_THINK in prompt and END_THINK not in response)
             or (_continues(previous[1], response) and not _continues(previous[0], prompt))
         )
-
-
-def _is_named(column: str, likely: set[str], unlikely: set[str]) -> bool:
-    words = {*re.split(r"[^a-z]+", column.lower())}
-    return bool(words & likely) and not words & unlikely
 
 
 def _continues(before: Any, after: str) -> bool:
@@ -230,10 +227,9 @@ class ThinkingInAnswers(RowCheck):
         self._first: Cell | None = None
 
     def _lacks_thinking(self, row: Row) -> bool:
-        [answer, *_] = row.answers or [None]
-        if row.is_conversation or answer is None or not answer_text(answer):
+        if row.is_conversation or not any(map(answer_text, row.answers)):
             return False
-        if thinks(answer):
+        if thinks(row.answers[0]):
             self._thinking += 1
             return False
         self._without += 1
@@ -254,9 +250,9 @@ class ThinkingInAnswers(RowCheck):
 
 
 def _is_empty(row: Row) -> bool:
-    if row.answers == [None]:
-        return row.response is None  # another value that is not text is another fault
-    return any(answer is not None and not answer_text(answer) for answer in row.answers)
+    if not row.answers:
+        return row.response is None and not row.is_conversation  # another value that is not text is another fault
+    return not all(map(answer_text, row.answers))
 
 
 def _lost_history(row: Row) -> bool:
@@ -271,7 +267,7 @@ class Scan:
         """`template` is the chat template's source, `user_header` what it puts before a user turn."""
         unclosed = RowCheck(
             "unclosed thinking",
-            lambda row: any(answer is not None and END_THINK not in answer for answer in row.answers),
+            lambda row: any(END_THINK not in answer for answer in row.answers),
             "{rows} never close the <think> of --with_thinking, e.g. {example}; drop the flag, or fix them",
         )
         self._checks = [
@@ -297,8 +293,10 @@ class Scan:
             unclosed if flags.with_thinking else ThinkingInAnswers(),
             RowCheck(
                 "end-of-turn in answers",
-                lambda row: any(end_of_turn in answer for answer in row.answers if answer is not None),
-                f"{{rows}} have {end_of_turn} in the answer, e.g. {{example}}; remove it, it is appended automatically",
+                lambda row: any(end_of_turn in answer for answer in row.answers),
+                "{rows} have "
+                + end_of_turn
+                + " in the answer, e.g. {example}; remove it, it is appended automatically",
             ),
         ]
         # No faults by themselves; what they mean depends on the template.
@@ -306,19 +304,12 @@ class Scan:
             "", lambda row: any(map(thinks, row.assistant_turns[: -1 if row.is_conversation else None]))
         )
         self.no_system_turn = RowCheck("", lambda row: bool(row.turns) and row.turns[0][0] != "system")
-        self.rows = 0
         self._flags = flags
-        self._refused = 0
+        self.rows = self._refused = 0
         self._first_refusal = ""
 
     def see(self, values: tuple, cell: Cell, make: Callable[[], object] | None = None) -> None:
-        """Look at the next row.
-
-        Args:
-            values: of the columns.
-            cell: where the row is.
-            make: what training does with the row, where training is known to refuse a row.
-        """
+        """Look at the next row, and at what `make` says if training is known to refuse some row."""
         self.rows += 1
         found: list[RowCheck] = []
         try:
@@ -329,10 +320,9 @@ class Scan:
             self.history_thinks.see(row)
             self.no_system_turn.see(row)
             found = [check for check in self._checks if check.see(row)]
-        if make is None:
-            return
         try:
-            make()
+            if make is not None:
+                make()
         except UserError as error:
             cause = next((check for check in found if check.explains_refusal), None)
             if cause is not None:

@@ -11,10 +11,10 @@ from dsft.config.flags import RowFlags
 from dsft.dataset.readers import Cell
 from dsft.dataset.tokens import Counts, count_targets, truncate_row
 from dsft.errors import UserError
+from dsft.previewing.row_checks import excerpt
 from dsft.text import visible_text
 
 OPEN, CLOSE = "⟦", "⟧"
-MAX_CUT = 120  # characters of what truncation cuts that are shown
 
 
 @dataclass(frozen=True)
@@ -44,30 +44,20 @@ class RowView:
     targets: int
     cut: str = ""
 
-    @property
-    def learned(self) -> str:
-        """The text of the targets."""
-        return "".join(span.text for span in self.spans if span.is_target)
-
 
 def choose_rows(lengths: np.ndarray, count: int, numbers: Sequence[int] | None = None) -> list[int]:
-    """Which rows to show: the first, the longest, then evenly spaced ones.
-
-    Args:
-        lengths: tokens of each row, int64 [rows].
-        count: how many.
-        numbers: these rows instead.
+    """`numbers`, else so many of the rows (lengths int64 [rows]): the first, the longest, then evenly spaced ones.
 
     Raises:
         UserError: a number beyond the last row.
     """
     rows = len(lengths)
     if numbers is not None:
-        if max(numbers, default=0) >= rows:
-            beyond = next(number for number in numbers if number >= rows)
-            raise UserError(
-                f"--row_numbers {beyond}: there are {rows:,} training rows; use numbers from 0 to {rows - 1}"
-            )
+        for number in numbers:
+            if number >= rows:
+                raise UserError(
+                    f"--row_numbers {number}: there are {rows:,} training rows; use numbers from 0 to {rows - 1}"
+                )
         return list(dict.fromkeys(numbers))
     spaced = [step * rows // max(1, count - 1) for step in range(1, count - 1)]
     picks = [0, int(np.argmax(lengths)), *spaced, rows - 1, *range(min(rows, count))]
@@ -75,40 +65,24 @@ def choose_rows(lengths: np.ndarray, count: int, numbers: Sequence[int] | None =
 
 
 def view_row(
-    number: int,
-    cell: Cell,
-    row: tuple[np.ndarray, np.ndarray],
-    tokenizer: PreTrainedTokenizerBase,
-    data_format: RowFlags,
+    number: int, cell: Cell, row: tuple[np.ndarray, np.ndarray], tokenizer: PreTrainedTokenizerBase, flags: RowFlags
 ) -> RowView:
-    """A row, truncated as in training.
-
-    Args:
-        number: of the row.
-        cell: where it is.
-        row: token ids int32 [length] and is-target bool [length], before truncation.
-        tokenizer: of the model.
-        data_format: length and truncation.
-    """
+    """A row of token ids (int32 [length]) and is-target (bool [length]), truncated as in training."""
     tokens, is_target = row
-    cut = ""
+    limit, cut = f"exceed max_length {flags.max_length:,}", ""
     try:
-        kept = truncate_row(tokens, is_target, cell, data_format, Counts())
+        kept = truncate_row(tokens, is_target, cell, flags, Counts())
     except UserError:
-        kept, cut = row, f"refused: {len(tokens):,} tokens exceed max_length {data_format.max_length:,}"
+        kept, cut = row, f"refused: {len(tokens):,} tokens {limit}"
     if kept is None:
-        reason = f"exceed max_length {data_format.max_length:,}"
-        if data_format.truncation != "drop":
-            reason = "leave no target within max_length"
+        reason = limit if flags.truncation == "drop" else "leave no target within max_length"
         kept, cut = row, f"dropped: {len(tokens):,} tokens {reason}"
     lost = len(tokens) - len(kept[0])
     if lost:
         gone, where = tokens[-lost:], f"end, including {int(is_target[-lost:].sum()):,} targets,"
-        if data_format.truncation == "left":
+        if flags.truncation == "left":
             gone, where = tokens[:lost], "start of the prompt"
-        text = _decode(tokenizer, gone)
-        text = text if len(text) <= MAX_CUT else f"{text[: MAX_CUT // 2]} … {text[-MAX_CUT // 2 :]}"
-        cut = f"{lost:,} tokens at the {where} are cut: {text!r}"
+        cut = f"{lost:,} tokens at the {where} are cut: {excerpt(_decode(tokenizer, gone), limit=120)}"
     return RowView(number, str(cell), make_spans(*kept, tokenizer), len(kept[0]), count_targets(kept[1]), cut)
 
 

@@ -1,7 +1,7 @@
 """Statistics of a set of rows as training would take them: lengths, padding, folding, steps."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
@@ -57,30 +57,18 @@ class SetStatistics:
 
 
 def set_statistics(data: TokenDataset, whole_lengths: np.ndarray, config: TrainConfig) -> SetStatistics:
-    """The statistics of a set.
-
-    Args:
-        data: the rows as trained on.
-        whole_lengths: tokens of every row before truncation, int64 [rows].
-        config: the flags.
-    """
+    """Of rows as trained on, and the tokens of every row before truncation, int64 [rows]."""
     lengths, counts = data.lengths, data.counts
     batches = order_rows(data, replace(config, fold="off")).epoch(0)
     padded = sum(len(batch) * int(lengths[batch].max()) for batch in batches)
     return SetStatistics(
-        rows=len(data),
-        tokens=counts.tokens,
-        targets=counts.targets,
+        **asdict(counts),
         target_share=counts.targets / counts.tokens,
         shortest=int(lengths.min()),
         longest=int(lengths.max()),
         mean=float(lengths.mean()),
         median=float(np.median(lengths)),
         lengths=histogram(whole_lengths),
-        rows_cut=counts.rows_cut,
-        tokens_cut=counts.tokens_cut,
-        rows_dropped=counts.rows_dropped,
-        tokens_dropped=counts.tokens_dropped,
         duplicates=len(data) - len(np.unique(data.row_hash)),
         padding=1 - counts.tokens / padded,
         padding_to_max_length=1 - counts.tokens / (len(data) * config.max_length),
@@ -138,13 +126,7 @@ class Batches:
 def batches_and_folding(
     data: TokenDataset, order: GlobalBatches, plan: RunPlan, total_steps: int
 ) -> tuple[Batches, Folding]:
-    """What the steps of a training run consist of.
-
-    Args:
-        data: the rows as trained on.
-        order: of these rows.
-        plan: of the run.
-        total_steps: of the run.
+    """What the steps of a run consist of, from the rows as trained on and their order.
 
     Raises:
         UserError: a row is longer than the token budget.

@@ -7,10 +7,9 @@ import jinja2
 import numpy as np
 
 from dsft.dataset.chat_format import THINK, ChatFormat, Segment
-from dsft.previewing.row_checks import END_THINK, Finding, Scan, rows_of
+from dsft.previewing.row_checks import END_THINK, Finding, Scan, excerpt, rows_of
 
 QUESTION, ANSWER, NEXT, SYSTEM, THOUGHT = "probequestion", "probeanswer", "probenext", "probesystem", "probethought"
-MAX_EXCERPT = 60  # characters of a template's text in a message
 TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError)
 
 
@@ -64,7 +63,7 @@ def inspect_template(chat_format: ChatFormat) -> ChatTemplate:
         return ChatTemplate(source, end, error=" ".join(str(error).split()))
     strips_thinking, rewrites = THOUGHT not in thinking, None
     starts_answers = history.startswith(trained)
-    if not starts_answers and _common_prefix(trained, history) < len(asked):
+    if not history.startswith(trained[: len(asked)]):
         rewrites, starts_answers = _difference(trained, history), True
     elif starts_answers and not strips_thinking:
         rewrites = _difference(trained.replace(ANSWER, thought + ANSWER), thinking)
@@ -86,17 +85,9 @@ def inspect_template(chat_format: ChatFormat) -> ChatTemplate:
 
 def _difference(before: str, after: str) -> str | None:
     """Where a text stops being a prefix of another; None where it is one."""
-    same = _common_prefix(before, after)
-    return None if same == len(before) else f"{_excerpt(before[same:])} becomes {_excerpt(after[same:])}"
-
-
-def _common_prefix(first: str, second: str) -> int:
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
-
-
-def _excerpt(text: str) -> str:
-    return repr(text if len(text) <= MAX_EXCERPT else text[: MAX_EXCERPT - 1] + "…")
+    pairs = enumerate(zip(before, after, strict=False))
+    same = next((i for i, (a, b) in pairs if a != b), min(len(before), len(after)))
+    return None if same == len(before) else f"{excerpt(before[same:])} becomes {excerpt(after[same:])}"
 
 
 def _default_system(without: str, given: str) -> str:
@@ -111,13 +102,10 @@ def _default_system(without: str, given: str) -> str:
 def template_findings(
     template: ChatTemplate, scan: Scan, chat_format: ChatFormat, stops: Sequence[int] | None
 ) -> list[Finding]:
-    """One finding on histories, one on the end of a turn.
+    """One on histories, one on the end of a turn.
 
-    Args:
-        template: as inspected.
-        scan: of the training rows.
-        chat_format: of the run.
-        stops: tokens at which generation_config.json or config.json ends generation; None where neither names one.
+    `scan` is of the training rows; `stops` are the tokens at which generation_config.json or config.json ends
+    generation, None where neither names one.
     """
     if not template.source:
         first = Finding("ok", "template", "none: prompt and response are concatenated as they are")
@@ -149,7 +137,7 @@ def _history_finding(template: ChatTemplate, scan: Scan) -> Finding:
         text += "; thinking is stripped from earlier turns, but the rows have none there"
     if template.default_system and no_system.count:
         rows = rows_of(no_system.count, scan.rows)
-        text += f"; {rows} have no system turn and get the template's: {_excerpt(template.default_system)}"
+        text += f"; {rows} have no system turn and get the template's: {excerpt(template.default_system)}"
     return Finding("ok", name, text)
 
 
@@ -181,12 +169,7 @@ def start_finding(
     """Whether generation starts exactly where the targets begin.
 
     The prompt of every answer is tokenized in one piece, as dsft.validate does, and compared with the tokens before the
-    answer's targets in the row.
-
-    Args:
-        template: as inspected.
-        chat_format: of the run.
-        rows: for each row its place, its segments, and its untruncated tokens and targets.
+    answer's targets. A row is its place, its segments, and its untruncated tokens and targets.
     """
     compared = different = 0
     example = ""

@@ -25,8 +25,6 @@ class EvalReport:
 
     model: the fine-tuned model, its base model, expert, random, or a model's name
     run: the name of the run it belongs to; None if it belongs to every run
-    path: of the file
-    values: its content
     """
 
     model: str
@@ -48,9 +46,7 @@ class EvalReport:
         """All episodes or answered rows, from the .jsonl next to the report; none if it cannot be read."""
         try:
             text = self.path.with_suffix(".jsonl").read_text(encoding="utf-8")
-            rows = [
-                json.loads(line) for line in text.split("\n") if line
-            ]  # splitlines would cut at U+2028 in an answer
+            rows = [json.loads(line) for line in text.split("\n") if line]  # splitlines would also cut at U+2028
         except (OSError, ValueError):
             return []
         return [row for row in rows if isinstance(row, dict)]

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -150,11 +151,8 @@ def _metrics_line(line: bytes) -> dict[str, float] | None:
 
 def _names(roots: Sequence[Path]) -> list[str]:
     """The shortest ends of the paths that tell them apart."""
-    for length in range(1, 1 + max(len(root.parts) for root in roots)):
-        names = ["/".join(root.parts[-length:]) for root in roots]
-        if len(set(names)) == len(names):
-            break
-    return names
+    ends = (["/".join(root.parts[-length:]) for root in roots] for length in count(1))
+    return next(names for names in ends if len(set(names)) == len(names))
 
 
 # What a report says of it

@@ -5,9 +5,8 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -27,6 +26,7 @@ from dsft.validation.statistics import wilson_interval
 UNTAGGED = r"(?:(?!</?(?:think|answer)>).)*"
 FORM = re.compile(rf"\s*<think>{UNTAGGED}</think>\s*<answer>{UNTAGGED}</answer>\s*", re.DOTALL)
 BLOCK = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
+KINDS = {frozenset({"Question"}): "question", frozenset({"Diagnosis", "Recommendation"}): "diagnosis"}
 LABEL = re.compile(r"\b(Question|Diagnosis|Recommendation):")
 
 
@@ -35,12 +35,12 @@ class Answer:
     """What an answer's text is.
 
     in_form: thinking, then an answer, each in its tags, and nothing else but whitespace
-    kind: of its only answer block, in form or not; None if it is neither of the two, or there is not exactly one block
+    kind: of its only answer block, in form or not, by KINDS; None if it is neither, or there is not exactly one block
     question: the question it asks
     """
 
     in_form: bool
-    kind: Literal["question", "diagnosis"] | None
+    kind: str | None
     question: str | None = None
 
 
@@ -48,14 +48,10 @@ def classify_answer(text: str, *, with_thinking: bool = False) -> Answer:
     """What an answer is; `with_thinking` means that the prompt already ended in <think>."""
     if with_thinking:
         text = THINK + text
-    in_form = FORM.fullmatch(text) is not None
     blocks = BLOCK.findall(text)
-    if len(blocks) != 1:
-        return Answer(in_form, None)
-    parts = _parts(blocks[0])
-    if list(parts) == ["Question"]:
-        return Answer(in_form, "question", parts["Question"])
-    return Answer(in_form, "diagnosis" if sorted(parts) == ["Diagnosis", "Recommendation"] else None)
+    parts = _parts(blocks[0]) if len(blocks) == 1 else {}
+    kind = KINDS.get(frozenset(parts))
+    return Answer(FORM.fullmatch(text) is not None, kind, parts["Question"] if kind == "question" else None)
 
 
 def _parts(content: str) -> dict[str, str]:
@@ -106,12 +102,11 @@ def summarize_answers(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def evaluate_dialogues(
-    config: ValidateConfig, generator: Generator, world: runtime.World, device: torch.device
+    config: ValidateConfig, generator: Generator, world: runtime.World
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Evaluate on the rows of --data, on every rank: the loss on all of them, answers to the first --episodes.
+    """The report on the rows of --data, and the answered rows in file order; on every rank.
 
-    Returns:
-        The report and the answered rows in file order.
+    The loss is that of all rows, the answers are those to the first --episodes.
 
     Raises:
         UserError: invalid files or rows, on the rank that reports it; PeerFailedError on the others.
@@ -126,7 +121,7 @@ def evaluate_dialogues(
     note = "vLLM gives no losses; --engine transformers does"
     losses: dict[str, Any] = {"val/loss": None, "val/perplexity": None, "loss_note": note}
     if isinstance(generator, TransformersGenerator):
-        losses = dict(_measure_loss(config, generator, data, world, device))
+        losses = dict(_measure_loss(config, generator, data, world))
     rows = _answer(config, generator, dialogues, world)
     counts = {"rows": len(data), "rows_cut": data.counts.rows_cut, "rows_dropped": data.counts.rows_dropped}
     cut = {"prompts_cut": sum(dialogue.is_cut for dialogue in dialogues)}
@@ -172,14 +167,10 @@ def _read_dialogues(
 
 
 def _measure_loss(
-    config: ValidateConfig,
-    generator: TransformersGenerator,
-    data: TokenDataset,
-    world: runtime.World,
-    device: torch.device,
+    config: ValidateConfig, generator: TransformersGenerator, data: TokenDataset, world: runtime.World
 ) -> dict[str, float]:
     """The same figure as the Trainer's."""
-    model = generator.model
+    model, device = generator.model, generator.device
     [free] = runtime.min_over_ranks([free_memory(device, world)], device)
     plan = RunPlan.of_model(
         model, model.dtype, device, ranks=world.size, free=free, longest=int(data.lengths.max()), trees=False

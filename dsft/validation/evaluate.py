@@ -23,10 +23,7 @@ NOT_SETTINGS = ("config", "debug", "output", "transcripts")
 
 
 def validate(config: ValidateConfig) -> list[str]:
-    """Evaluate a model and write the report.
-
-    Returns:
-        Lines for the console, on rank 0; none on the others.
+    """Evaluate a model, write the report, and return lines for the console: on rank 0, none on the others.
 
     Raises:
         UserError: bad input, or a disk that refuses the report.
@@ -62,7 +59,7 @@ def _evaluate_dialogues(config: ValidateConfig, world: runtime.World, device: to
     from dsft.validation.dialogues import evaluate_dialogues
 
     generator = runtime.together(lambda: load_generator(config, device))
-    return evaluate_dialogues(config, generator, world, device)
+    return evaluate_dialogues(config, generator, world)
 
 
 def _write(config: ValidateConfig, summary: dict[str, Any], rows: list[dict[str, Any]], seconds: float) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from dsft.checkpointing.folder import ADAPTER, find_checkpoint, is_checkpoint
@@ -52,7 +53,7 @@ def _find_adapter(name: str, *, check: bool) -> Path:
         folder = find_checkpoint(name, "adapter", check=check)
     if not (folder / "adapter_config.json").is_file():
         raise UserError(
-            f"--adapter {name}: {folder} holds no adapter_config.json; name it with --model if it is a model"
+            f"--adapter {name}: {folder} contains no adapter_config.json; name it with --model if it is a model"
         )
     TensorReader(folder, ADAPTER)  # without safetensors PEFT would open a pickle
     return folder
@@ -62,9 +63,6 @@ class TransformersGenerator:
     """transformers' generate: left padding, key-value cache, stop at end-of-turn."""
 
     def __init__(self, config: ValidateConfig, path: str, adapter: Path | None, device: torch.device) -> None:
-        """Raises:
-        UserError: the model or the adapter cannot be loaded.
-        """
         trust = config.trust_remote_code
         self.tokenizer = tokenizer = load_tokenizer(path, trust_remote_code=trust)
         self.device = device
@@ -84,15 +82,14 @@ class TransformersGenerator:
                 ) from error
         self.model: Any = model.to(device).eval()
         end = ChatFormat(tokenizer).end_of_turn
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
         own = self.model.generation_config.eos_token_id
         ends = {end, *([own] if isinstance(own, int) else own or [])}
-        self._pad = pad
+        self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
         self._positions = getattr(self.model.config, "max_position_embeddings", None) or math.inf
         self._options: dict[str, Any] = {
             "max_new_tokens": config.max_new_tokens,
             "eos_token_id": sorted(ends),
-            "pad_token_id": pad,
+            "pad_token_id": self._pad,
             "do_sample": config.temperature > 0,
             "use_cache": True,
             # Instead of the model's own sampling settings.
@@ -104,21 +101,16 @@ class TransformersGenerator:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Sequence[int]]) -> list[str]:
-        """An answer for each prompt of token ids, without its end-of-turn token."""
         longest = max(len(prompt) for prompt in prompts)
         if longest + self._options["max_new_tokens"] > self._positions:
             raise UserError(
                 f"a prompt has {longest} tokens, which with --max_new_tokens {self._options['max_new_tokens']} is more "
                 f"than the model's {self._positions} positions; lower it, --history_turns, --max_turns or --max_length"
             )
-        ids = torch.full((len(prompts), longest), self._pad, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-            mask[row, longest - len(prompt) :] = 1
-        tokens = self.model.generate(
-            input_ids=ids.to(self.device), attention_mask=mask.to(self.device), **self._options
-        )
+        rows = [torch.tensor(prompt, device=self.device) for prompt in prompts]
+        ids = pad_sequence(rows, batch_first=True, padding_value=self._pad, padding_side="left")
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+        tokens = self.model.generate(input_ids=ids, attention_mask=mask, **self._options)
         return self.tokenizer.batch_decode(tokens[:, longest:], skip_special_tokens=True)
 
 
@@ -131,10 +123,11 @@ class VllmGenerator:
 
         self.tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
         lora: dict[str, Any] = {}
+        self._request = None
         if adapter is not None:
             rank = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["r"]
             lora = {"enable_lora": True, "max_lora_rank": rank}
-        self._request = LoRARequest("adapter", 1, str(adapter)) if adapter is not None else None
+            self._request = LoRARequest("adapter", 1, str(adapter))
         self._engine = LLM(
             model=path, dtype=config.dtype, trust_remote_code=config.trust_remote_code, seed=config.seed, **lora
         )
@@ -145,7 +138,6 @@ class VllmGenerator:
         )
 
     def __call__(self, prompts: Sequence[Sequence[int]]) -> list[str]:
-        """An answer for each prompt of token ids, without its end-of-turn token."""
         requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         results = self._engine.generate(requests, self._sampling, lora_request=self._request, use_tqdm=False)
         return [result.outputs[0].text for result in results]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import count, islice
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -102,10 +102,8 @@ def choose_levels(config: ValidateConfig) -> list[Level]:
                 f"--levels {config.levels} has {len(levels)} levels to play, --episodes is {config.episodes}; lower it"
             )
         return levels[: config.episodes]
-    environment, levels, last = make_environment(config), [], config.seed
-    for seed in count(config.seed):
-        if len(levels) == config.episodes:
-            break
+    environment, levels, last, seed = make_environment(config), [], config.seed, config.seed
+    while len(levels) < config.episodes:
         environment.reset(seed)
         if environment.level_id not in excluded:
             excluded.add(environment.level_id)
@@ -116,6 +114,7 @@ def choose_levels(config: ValidateConfig) -> list[Level]:
                 f"only {len(levels)} different levels were found that are not excluded, --episodes is "
                 f"{config.episodes}; lower it, or make the levels of --env {config.env} larger"
             )
+        seed += 1
     return levels
 
 

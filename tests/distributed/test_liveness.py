@@ -310,7 +310,7 @@ def test_a_rank_killed_on_another_machine(start_machines):
 def test_an_error_on_another_machine_is_the_only_line(start_machines):
     run = start_machines(1, 2)
     run.end(touch("crash-2"))
-    assert run.errors == ["error: rank 2: RuntimeError: it broke (--debug shows where)"]
+    assert run.errors == ["error: rank 2: RuntimeError: it broke (--debug shows the traceback)"]
     assert run.statuses() == [1, 1]
 
 

@@ -127,7 +127,7 @@ def test_both_of_a_runs_checkpoints_are_damaged(out):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ([], "--checkpoint is required: One checkpoint, or a run's output folder."),
+        ([], "--checkpoint is required: A checkpoint or a run's output folder."),
         (["/no/such"], "/no/such: no such folder; give a checkpoint, or a run's output folder"),
         ([ROOT / "docs"], "docs is neither a checkpoint nor a run of dsft; choose another folder"),
         ([ROOT / "README.md"], "README.md: no such folder"),

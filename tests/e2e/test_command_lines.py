@@ -147,7 +147,7 @@ def merge_errors(commands):
 
 def test_merge_refuses_a_folder_without_checkpoints(merge_errors, tmp_path):
     (error,) = merge_errors("--checkpoint", tmp_path)
-    assert "holds no complete checkpoint" in error
+    assert "no complete checkpoint in this folder" in error
 
 
 @pytest.mark.slow

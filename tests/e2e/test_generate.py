@@ -425,7 +425,7 @@ def test_a_killed_searching_process_ends_the_run_with_one_line(tmp_path, which):
     children[which].kill()
     done = ended(process, children)
     assert done.status == 1
-    assert done.errors == ["error: a searching process was killed, perhaps for memory; lower --num_processes"]
+    assert done.errors == ["error: a search process was killed, possibly for lack of memory; lower --num_processes"]
     assert "Traceback" not in done.err
     assert names(tmp_path) == []
 

@@ -69,7 +69,7 @@ def test_the_last_lines_are_the_table_and_the_report_holds_it(whole):
     assert re.search(r"\| expert +\| 100\.0% \(61\.0% to 100\.0%\) +\| 0\.00 +\| 0\.0% +\|", done.out)
     report = (output / "report.md").read_text(encoding="utf-8")
     assert "\n".join(table) in report
-    assert "## One level that the fine-tuned model failed (seed" in report
+    assert "### A level that the fine-tuned model failed (seed" in report
     assert "<svg" in (output / "report.html").read_text(encoding="utf-8")
     assert "\n".join(table) in (output / "merged" / "README.md").read_text(encoding="utf-8")
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((output / "validate").glob("*.json"))]

@@ -82,8 +82,8 @@ def test_dialogues_are_evaluated_by_loss_and_form(validate, tiny_model, tmp_path
 
 
 WRONG = {
-    "neither game nor dialogues": ({"env": None}, "name either --env (sokoban or frozenlake) or --data"),
-    "both": ({"data": SAMPLE_VAL}, "name either --env (sokoban or frozenlake) or --data"),
+    "neither game nor dialogues": ({"env": None}, "give either --env (sokoban or frozenlake) or --data"),
+    "both": ({"data": SAMPLE_VAL}, "give either --env (sokoban or frozenlake) or --data"),
     "unknown env": ({"env": "sokobn"}, "env: expected one of sokoban, frozenlake, got 'sokobn'"),
     "impossible size": ({"size": 1}, "--size must be from 2 to 100, got 1"),
     "no model": ({"model": "nowhere/at/all"}, "--model nowhere/at/all: no such folder"),
@@ -142,7 +142,7 @@ def test_a_level_file_of_another_game_ends_all_ranks(validate, tmp_path):
     launcher = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2", "-m", "dsft.validate"]
     done = validate(tmp_path / "r.json", *launcher, model="random", env="frozenlake", levels=levels, episodes=4)
     assert done.status != 0
-    assert "makes another level than the file's" in "\n".join(done.errors)
+    assert "gives another level than the file's" in "\n".join(done.errors)
     assert done.seconds < 60
 
 

@@ -85,30 +85,32 @@ def test_help_lists_every_flag_with_type_default_and_meaning():
     assert "  --debug  (bool; False)" in lines
 
 
-def test_help_wins_over_wrong_flags(capsys):
+def test_help_takes_precedence_over_wrong_flags(capsys):
     cli.main(MergeConfig, lambda config: pytest.fail("must not run"), ["--bogus", "1", "--help"])
     assert "--checkpoint  (str; required)" in capsys.readouterr().out
 
 
-def test_an_unknown_flag_names_the_closest_one():
+def test_unknown_flag_suggests_the_closest_one():
     expected = "unknown flag --lora_rnak (did you mean 'lora_rank'?); --help lists all flags"
     assert problems(*NEEDED, "--lora_rnak", "8") == [expected]
 
 
-def test_an_unknown_flag_like_nothing_gets_no_suggestion():
+def test_unknown_flag_without_a_similar_one_gets_no_suggestion():
     assert problems(*NEEDED, "--xyzzy=8") == ["unknown flag --xyzzy; --help lists all flags"]
 
 
 @pytest.mark.parametrize("flag", ["--nothing", "--nomodel", "--nolr"])
-def test_no_before_something_that_is_no_switch_is_an_unknown_flag(flag):
-    [told] = problems(*NEEDED, flag)
-    assert told.startswith(f"unknown flag {flag}")
+def test_no_prefix_is_for_bool_flags_only(flag):
+    [reported] = problems(*NEEDED, flag)
+    assert reported.startswith(f"unknown flag {flag}")
 
 
-def test_all_that_cannot_be_read_is_told_at_once(tmp_path):
+def test_all_problems_are_reported_together(tmp_path):
     (tmp_path / "c.yaml").write_text("lora_rankk: 3\nmax_length: null\n")
-    told = problems("--bogus", "1", "--lr=fast", "--output_dir", "--seed", "1.5", "--config", str(tmp_path / "c.yaml"))
-    assert told == [
+    reported = problems(
+        "--bogus", "1", "--lr=fast", "--output_dir", "--seed", "1.5", "--config", str(tmp_path / "c.yaml")
+    )
+    assert reported == [
         "--output_dir needs a value (str)",
         "unknown flag --bogus; --help lists all flags",
         f"{tmp_path}/c.yaml: unknown flag 'lora_rankk' (did you mean 'lora_rank'?)",
@@ -120,32 +122,32 @@ def test_all_that_cannot_be_read_is_told_at_once(tmp_path):
     ]
 
 
-def test_a_word_that_belongs_to_no_flag_is_named():
+def test_unexpected_argument():
     assert problems(*NEEDED, "--debug", "False", "stray") == [
         "unexpected argument 'stray'; write flags as --name value"
     ]
 
 
 @pytest.mark.parametrize("word", ["-", "--"])
-def test_fires_own_separators_mean_nothing(word):
+def test_fires_separators_have_no_meaning(word):
     assert f"unexpected argument '{word}'; write flags as --name value" in problems(*NEEDED, word, "--interactive")
 
 
 @pytest.mark.parametrize("rest", [["--lr"], ["--lr", "--debug"], ["-lr"]])
-def test_a_flag_that_is_no_switch_needs_a_value(rest):
+def test_only_bool_flags_need_no_value(rest):
     assert problems(*NEEDED, *rest) == ["--lr needs a value (float)"]
 
 
 @pytest.mark.parametrize("word", ["--local_rank=0", "--local-rank=3"])
-def test_the_launchers_local_rank_is_accepted(word):
+def test_local_rank_of_the_launcher_is_accepted(word):
     assert parse(TrainConfig, [word, *NEEDED]).model == "m"
 
 
-def test_a_value_may_read_local_rank():
+def test_local_rank_as_a_value():
     assert parse(TrainConfig, [*NEEDED, "--experiment_name", "local_rank"]).experiment_name == "local_rank"
 
 
-def test_dashes_and_underscores_and_equals_signs_are_alike():
+def test_dashes_underscores_and_equals_signs():
     words = ["--model=m", "--train-files", "t", "--output-dir=o=1", "--max-length=7"]
     config = parse(TrainConfig, words)
     assert (config.max_length, config.output_dir) == (7, "o=1")
@@ -166,11 +168,11 @@ def test_dashes_and_underscores_and_equals_signs_are_alike():
         (["--debug", "--nodebug"], False),
     ],
 )
-def test_every_form_of_a_switch(words, expected):
+def test_every_form_of_a_bool_flag(words, expected):
     assert parse(TrainConfig, [*NEEDED, *words]).debug is expected
 
 
-def test_a_switch_takes_no_other_word():
+def test_invalid_bool():
     assert problems(*NEEDED, "--debug", "maybe") == ["debug: expected bool, got 'maybe'"]
 
 
@@ -191,32 +193,32 @@ def test_lists(text, expected):
 
 
 @pytest.mark.parametrize("text", ["0.8,0.9", "(0.8, 0.9)", "[0.8,0.9]"])
-def test_betas_are_two_numbers(text):
+def test_betas_are_two_floats(text):
     assert parse(TrainConfig, [*NEEDED, "--betas", text]).betas == (0.8, 0.9)
 
 
 @pytest.mark.parametrize("text", ["0.8", "0.8,0.9,0.99", "a,b", ""])
-def test_other_betas_are_refused(text):
+def test_invalid_betas(text):
     assert problems(*NEEDED, f"--betas={text}") == [f"betas: expected 2 floats, got {text!r}"]
 
 
-def test_none_empties_an_optional_flag_and_is_a_word_elsewhere():
+def test_none_for_optional_flags_and_as_a_str():
     words = ["--model", "None", "--train_files", "t", "--output_dir", "o", "--max_train_rows", "None"]
     config = parse(TrainConfig, [*words, "--val_files=None"])
     assert (config.model, config.max_train_rows, config.val_files) == ("None", None, None)
 
 
-def test_intervals_are_numbers_or_epoch():
+def test_intervals_are_ints_or_epoch():
     config = parse(TrainConfig, [*NEEDED, "--eval_steps", "5", "--save_steps", "epoch"])
     assert (config.eval_steps, config.save_steps) == (5, "epoch")
     expected = "eval_steps: expected int or \"epoch\", got 'often'"
     assert problems(*NEEDED, "--eval_steps", "often") == [expected]
 
 
-def test_a_choice_names_its_choices():
-    told = "backend: expected one of fsdp, zero3, got"
-    assert problems(*NEEDED, "--backend", "zero2") == [f"{told} 'zero2' (did you mean 'zero3'?)"]
-    assert problems(*NEEDED, "--backend", "ddp") == [f"{told} 'ddp'"]
+def test_invalid_choice_lists_the_choices():
+    reported = "backend: expected one of fsdp, zero3, got"
+    assert problems(*NEEDED, "--backend", "zero2") == [f"{reported} 'zero2' (did you mean 'zero3'?)"]
+    assert problems(*NEEDED, "--backend", "ddp") == [f"{reported} 'ddp'"]
     assert problems(*NEEDED, "--fold", "bacth") == [
         "fold: expected one of batch, off, got 'bacth' (did you mean 'batch'?)"
     ]
@@ -237,26 +239,26 @@ def test_a_choice_names_its_choices():
         (["--gradient_checkpointing", "auto"], "auto"),
     ],
 )
-def test_a_switch_with_a_third_position(words, expected):
+def test_bool_flag_with_a_third_value(words, expected):
     assert parse(TrainConfig, [*NEEDED, *words]).gradient_checkpointing == expected
 
 
 @pytest.mark.parametrize("text", ["fold: off", "fold: 'off'", "fold: no", "fold: OFF"])
-def test_yaml_reads_a_bare_off_as_false_and_it_means_off_all_the_same(tmp_path, text):
+def test_unquoted_off_in_yaml_is_off(tmp_path, text):
     (tmp_path / "c.yaml").write_text(text)
     assert parse(TrainConfig, [*NEEDED, "--config", str(tmp_path / "c.yaml")]).fold == "off"
 
 
-def test_negative_numbers_are_values():
+def test_negative_number_is_a_value():
     assert problems(*NEEDED, "--lr", "-1e-4") == ["lr must be above 0, got -0.0001"]
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999"])
-def test_numbers_are_finite(text):
+def test_floats_are_finite(text):
     assert problems(*NEEDED, f"--lr={text}") == [f"lr: expected float, got '{text}'"]
 
 
-def test_flags_win_over_the_yaml_file(tmp_path):
+def test_flags_take_precedence_over_the_yaml_file(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("model: from-file\ntrain_files: [a, b]\nlr: 1e-3\nbetas: [0.5, 0.6]\nseed: 9\ndebug: true\n")
     config = parse(TrainConfig, ["--config", str(file), "--output_dir", "o", "--seed", "4", "--nodebug"])
@@ -264,7 +266,7 @@ def test_flags_win_over_the_yaml_file(tmp_path):
     assert (config.seed, config.debug) == (4, False)
 
 
-def test_an_empty_yaml_file_changes_nothing(tmp_path):
+def test_empty_yaml_file(tmp_path):
     (tmp_path / "c.yaml").write_text("# nothing\n")
     assert parse(TrainConfig, [*NEEDED, "--config", str(tmp_path / "c.yaml")]).lr == 1e-4
 
@@ -282,18 +284,18 @@ def test_bad_yaml_file(tmp_path, text, message):
     file = tmp_path / "c.yaml"
     if text is not None:
         file.write_text(text)
-    [told] = problems(*NEEDED, "--config", str(file))
-    assert told.startswith(f"--config {file} {message}")
+    [reported] = problems(*NEEDED, "--config", str(file))
+    assert reported.startswith(f"--config {file} {message}")
 
 
 @pytest.mark.parametrize("native", [None, [1], {"a": 1}, True, 1.5])
-def test_a_native_value_of_another_kind_is_no_whole_number(native):
+def test_native_value_that_is_not_an_int(native):
     with pytest.raises(ValueError, match=r"^$"):
         read_value(native, int)
 
 
 @pytest.mark.parametrize("native", [None, [1], {"a": 1}, True])
-def test_a_native_value_of_another_kind_is_no_number(native):
+def test_native_value_that_is_not_a_float(native):
     with pytest.raises(ValueError, match=r"^$"):
         read_value(native, float)
 
@@ -305,7 +307,7 @@ items = st.text("abcxyz_./-*?09", min_size=1)
 
 @PROPERTY
 @given(st.integers(-(10**12), 10**12), finite, st.booleans(), words, st.lists(items), st.tuples(finite, finite))
-def test_text_reads_back_as_the_value_that_it_shows(whole, number, switch, word, several, pair):
+def test_values_survive_a_round_trip_through_str(whole, number, switch, word, several, pair):
     assert read_value(str(whole), int) == whole
     assert read_value(str(number), float) == number
     assert read_value(str(switch), bool) is switch
@@ -344,20 +346,20 @@ def configs(draw):
 
 @PROPERTY
 @given(configs())
-def test_a_config_written_as_yaml_reads_back_equal(tmp_path_factory, config):
+def test_config_survives_a_round_trip_through_yaml(tmp_path_factory, config):
     file = tmp_path_factory.getbasetemp() / "round_trip.yaml"
     file.write_text(as_yaml(config), encoding="utf-8")
     again = parse(TrainConfig, ["--config", str(file)])
     assert dataclasses.replace(again, config=None) == config
 
 
-def test_yaml_lists_the_flags_in_their_order():
+def test_yaml_has_the_flags_in_order():
     config = parse(TrainConfig, NEEDED)
     names = [line.split(":")[0] for line in as_yaml(config).splitlines() if line[0] not in " -"]
     assert names == [f.name for f in dataclasses.fields(TrainConfig)]
 
 
-def test_a_bad_command_line_prints_its_lines_and_exits_with_one(capsys):
+def test_invalid_command_line_exits_with_status_1(capsys):
     with pytest.raises(SystemExit) as exited:
         cli.main(TrainConfig, lambda config: pytest.fail("must not run"), ["--model", "m", "--train_files", "t"])
     assert exited.value.code == 1
@@ -365,27 +367,27 @@ def test_a_bad_command_line_prints_its_lines_and_exits_with_one(capsys):
     assert capsys.readouterr().err == f"error: --output_dir is required: {meaning}\n"
 
 
-def test_a_good_command_line_runs_with_its_config():
+def test_valid_command_line_runs_with_its_config():
     ran = []
     cli.main(TrainConfig, ran.append, [*NEEDED, "--seed=3"])
     assert [config.seed for config in ran] == [3]
 
 
 @pytest.mark.parametrize("config_class", [TrainConfig, MergeConfig])
-def test_every_flag_has_a_meaning_of_one_line(config_class):
+def test_every_flag_has_a_help_text_of_one_line(config_class):
     meaning = values.meanings(config_class)
     assert list(meaning) == list(typing.get_type_hints(config_class))
     assert all(text.strip() and "\n" not in text for text in meaning.values())
 
 
-def test_no_flags_at_all_name_those_that_are_required():
+def test_no_flags_at_all_lists_the_required_ones():
     assert [line.split()[0] for line in problems()] == ["--model", "--train_files", "--output_dir"]
 
 
 PIPELINE = ["--env", "sokoban", "--model", "m", "--output_dir", "out"]
 
 
-def test_flags_of_a_section_come_from_yaml_and_the_command_line_wins_flag_by_flag(tmp_path):
+def test_section_flags_on_the_command_line_take_precedence_over_yaml(tmp_path):
     (tmp_path / "c.yaml").write_text("train:\n  lr: 1.0e-3\n  lora_rank: 8\nvalidate:\n  episodes: 7\n")
     read = parse(
         PipelineConfig, [*PIPELINE, "--config", str(tmp_path / "c.yaml"), "--train.lr", "2e-3", "--merge.base=b"]
@@ -394,7 +396,7 @@ def test_flags_of_a_section_come_from_yaml_and_the_command_line_wins_flag_by_fla
     assert (read.merge, read.generate) == ({"base": "b"}, {})
 
 
-def test_wrong_flags_of_sections_are_told_at_once(tmp_path):
+def test_wrong_section_flags_are_reported_together(tmp_path):
     (tmp_path / "c.yaml").write_text("train: 3\n")
     assert problems(*PIPELINE, "--config", str(tmp_path / "c.yaml"), config_class=PipelineConfig) == [
         "train: expected flags, got 3"
@@ -411,12 +413,12 @@ def test_wrong_flags_of_sections_are_told_at_once(tmp_path):
     "config_class",
     [TrainConfig, MergeConfig, CheckpointConfig, ReportConfig, GenerateConfig, ValidateConfig, PipelineConfig],
 )
-def test_every_flag_has_a_meaning_wherever_it_is_declared(config_class):
+def test_inherited_flags_have_help_texts(config_class):
     meanings = values.meanings(config_class)
     assert all(meanings[f.name].strip() for f in dataclasses.fields(config_class))
 
 
-def test_a_config_as_words_reads_back_to_itself():
+def test_config_survives_a_round_trip_through_the_command_line():
     config = TrainConfig(model="m", train_files=["a", "b"], output_dir="o", lr=3e-4, use_dora=True, eval_steps=7)
     assert parse(TrainConfig, values.as_words(config)) == config
     assert values.as_words(TrainConfig(model="m", train_files=["a"], output_dir="o")) == [
@@ -434,25 +436,25 @@ def test_a_config_as_words_reads_back_to_itself():
         ["--noverify", "--checkpoint=out"],
     ],
 )
-def test_a_word_without_a_flag_is_the_flag_that_takes_one(words):
+def test_positional_argument(words):
     config = parse(CheckpointConfig, words)
     assert config.checkpoint == "out"
     assert config.verify == (len(words) == 1 or words[0] == "--checkpoint")
 
 
 @pytest.mark.parametrize("words", [["a", "b"], ["--checkpoint", "a", "b"], ["b", "--checkpoint", "a"]])
-def test_a_word_too_many_is_named(words):
+def test_second_positional_argument_is_unexpected(words):
     assert problems(*words, config_class=CheckpointConfig) == ["unexpected argument 'b'; write flags as --name value"]
 
 
-def test_a_flag_that_takes_a_word_is_required_like_any_other():
-    [told] = problems(config_class=CheckpointConfig)
-    assert told.startswith("--checkpoint is required: ")
-    assert "python -m dsft.checkpoint PATH" in told
+def test_positional_argument_is_required():
+    [reported] = problems(config_class=CheckpointConfig)
+    assert reported.startswith("--checkpoint is required: ")
+    assert "python -m dsft.checkpoint PATH" in reported
     assert "python -m dsft.checkpoint PATH" in cli.help_text(CheckpointConfig)
 
 
-def test_several_words_without_a_flag_are_a_list():
+def test_several_positional_arguments_are_a_list():
     assert parse(ReportConfig, ["a", "b,c", "--samples", "1"]).runs == ["a", "b,c"]
     assert parse(ReportConfig, ["--runs", "a,b"]).runs == ["a", "b"]
     assert problems("a", "--runs", "b", config_class=ReportConfig) == [

@@ -66,7 +66,7 @@ def test_the_defaults_are_accepted():
         ),
     ],
 )
-def test_each_bad_value_is_told_with_the_value_and_what_it_may_be(values, message):
+def test_invalid_value(values, message):
     assert problems(**values) == [message]
 
 
@@ -83,19 +83,19 @@ def test_each_bad_value_is_told_with_the_value_and_what_it_may_be(values, messag
         {"backend": "zero3", "ds_config": "x.json"},
     ],
 )
-def test_values_at_the_edge_are_accepted(values):
+def test_limits_are_accepted(values):
     config(**values).check()
 
 
-def test_all_problems_are_told_at_once():
+def test_all_invalid_values_are_reported_together():
     assert problems(lr=-1.0, seed=-2, max_length=0) == [
-        "seed must be 0 or more, got -2",
         "max_length must be 1 or more, got 0",
         "lr must be above 0, got -1.0",
+        "seed must be 0 or more, got -2",
     ]
 
 
-def test_an_output_dir_that_is_a_file_is_refused(tmp_path):
+def test_output_dir_that_is_a_file(tmp_path):
     (tmp_path / "f").touch()
     assert problems(output_dir=str(tmp_path / "f")) == [f"output_dir {tmp_path}/f is a file; name a folder"]
 
@@ -105,7 +105,7 @@ def test_lists_are_not_shared_between_configs():
     assert config().target_modules == ["all-linear"]
 
 
-def test_what_defines_a_run_is_all_that_changes_its_numbers():
+def test_run_identity_is_everything_that_changes_the_numbers():
     identity = config(seed=7).run_identity()
     assert identity["seed"] == 7
     free = {"backend", "dtype", "max_tokens_per_micro_batch", "output_dir", "resume", "eval_steps"}
@@ -113,7 +113,7 @@ def test_what_defines_a_run_is_all_that_changes_its_numbers():
     assert {"model", "lr", "train_batch_size", "fold", "max_length", "schedule", "lora_rank"} <= set(identity)
 
 
-def test_what_on_leak_says_defines_no_run_and_what_it_drops_from_training_does():
+def test_on_leak_changes_the_run_only_by_what_it_drops_from_training():
     same = [("warn", "error"), (None, "warn"), ("drop_val", "ignore"), ("drop_train", "drop_train")]
     assert all(TrainConfig.is_same_run("on_leak", *pair) for pair in same)
     other = [("warn", "drop_train"), (None, "drop_train"), ("drop_train", "drop_val")]
@@ -122,7 +122,7 @@ def test_what_on_leak_says_defines_no_run_and_what_it_drops_from_training_does()
     assert {"on_leak", "val_fraction"} <= set(config().run_identity())
 
 
-def test_a_negative_tolerance_of_the_merge_is_refused():
+def test_negative_tolerance():
     with pytest.raises(UserError, match=r"^tolerance must be 0 or more, got -1.0$"):
         MergeConfig(checkpoint="c", tolerance=-1.0).check()
 
@@ -147,7 +147,7 @@ def test_a_negative_tolerance_of_the_merge_is_refused():
         ("data", {"transcripts": 0}, "--transcripts belongs to --env; drop one of them"),
     ],
 )
-def test_validate_refuses_what_only_its_other_mode_reads(mode, values, message):
+def test_validate_rejects_flags_of_its_other_mode(mode, values, message):
     modes = {"env": {"env": "frozenlake"}, "data": {"data": "d.parquet"}}
     with pytest.raises(UserError) as caught:
         ValidateConfig(model="m", **modes[mode], **values).check()
@@ -158,11 +158,11 @@ def test_validate_refuses_what_only_its_other_mode_reads(mode, values, message):
 
 
 @pytest.mark.parametrize("values", [{"env": "sokoban"}, {"data": "d.parquet"}])
-def test_validate_accepts_what_both_modes_read(values):
+def test_validate_accepts_flags_of_both_modes(values):
     shared = {"with_thinking": True, "episodes": 3, "seed": 1, "temperature": 0.5, "max_new_tokens": 9}
     ValidateConfig(model="m", **values, **shared).check()
 
 
-def test_a_spelling_suggestion_needs_a_close_name():
+def test_suggestion_needs_a_similar_name():
     assert did_you_mean("promt", ["response", "prompt"]) == " (did you mean 'prompt'?)"
     assert did_you_mean("zzz", ["response", "prompt"]) == ""

@@ -309,7 +309,7 @@ ROWS = [
 def test_rows_are_answered_in_batches_of_like_length_and_reported_in_file_order(tokenizer, tmp_path):
     file = write_parquet(tmp_path / "rows.parquet", ROWS)
     generator = Scripted(tokenizer, SCRIPT)
-    report, rows = evaluate_dialogues(config(file, episodes=5, batch_size=2), generator, ALONE, CPU)
+    report, rows = evaluate_dialogues(config(file, episodes=5, batch_size=2), generator, ALONE)
     assert [row["row"] for row in rows] == [0, 1, 2, 3, 4]
     assert [row["answer"] for row in rows] == list(SCRIPT.values())
     assert [row["in_form"] for row in rows] == [True, True, True, False, False]
@@ -327,7 +327,7 @@ def test_rows_are_answered_in_batches_of_like_length_and_reported_in_file_order(
 
 def test_what_gives_no_losses_says_so(tokenizer, tmp_path):
     file = write_parquet(tmp_path / "rows.parquet", ROWS)
-    report, _ = evaluate_dialogues(config(file, episodes=1), Scripted(tokenizer, SCRIPT), ALONE, CPU)
+    report, _ = evaluate_dialogues(config(file, episodes=1), Scripted(tokenizer, SCRIPT), ALONE)
     assert (report["val/loss"], report["val/perplexity"]) == (None, None)
     assert report["loss_note"] == "vLLM gives no losses; --engine transformers does"
 
@@ -338,10 +338,10 @@ def test_prompts_are_those_of_training_and_end_in_think_with_thinking(tokenizer,
     continued = Scripted(tokenizer, {"alpha": ASKED.removeprefix("<think>")})
     keys = {"prompt_key": "extra_info", "prompt_dict_keys": ["prompt"]}
     keys |= {"response_key": "extra_info", "response_dict_keys": ["response"]}
-    report, _ = evaluate_dialogues(config(file, with_thinking=True, **keys), continued, ALONE, CPU)
+    report, _ = evaluate_dialogues(config(file, with_thinking=True, **keys), continued, ALONE)
     assert continued.batches[0][0].endswith("<|im_start|>user\nalpha<|im_end|>\n<|im_start|>assistant\n<think>")
     assert report["well_formed_rate"] == 1.0
-    report, _ = evaluate_dialogues(config(file, **keys), continued, ALONE, CPU)
+    report, _ = evaluate_dialogues(config(file, **keys), continued, ALONE)
     assert continued.batches[1][0].endswith("<|im_start|>assistant\n")
     assert report["form_rate"] == 0.0
 
@@ -351,7 +351,7 @@ def test_a_prompt_that_leaves_no_room_for_an_answer_loses_its_front(tokenizer, t
     file = write_parquet(tmp_path / "rows.parquet", [dialogue("alpha"), dialogue("delta " * 100 + "gamma")])
     generator = Scripted(tokenizer, {"gamma": TOLD, "alpha": ASKED})
     limits = {"max_length": 120, "max_new_tokens": 80, "truncation": truncation}
-    report, rows = evaluate_dialogues(config(file, batch_size=1, **limits), generator, ALONE, CPU)
+    report, rows = evaluate_dialogues(config(file, batch_size=1, **limits), generator, ALONE)
     assert report["prompts_cut"] == 1
     assert [row["prompt_tokens"] for row in rows] == [len(tokenizer(generator.batches[1][0])["input_ids"]), 40]
     assert generator.batches[0][0].endswith(" gamma<|im_end|>\n<|im_start|>assistant\n")
@@ -364,7 +364,7 @@ def test_a_prompt_that_leaves_no_room_for_an_answer_loses_its_front(tokenizer, t
 def test_a_prompt_that_leaves_no_room_is_an_error_where_truncation_is_one(tokenizer, tmp_path):
     file = write_parquet(tmp_path / "rows.parquet", [dialogue("alpha"), dialogue("delta " * 100)])
     limits = {"max_length": 150, "max_new_tokens": 80}
-    told = message(evaluate_dialogues, config(file, **limits), Scripted(tokenizer, SCRIPT), ALONE, CPU)
+    told = message(evaluate_dialogues, config(file, **limits), Scripted(tokenizer, SCRIPT), ALONE)
     assert told.startswith(f"{file}, row 1 has a prompt of 1")
     assert " tokens, --max_length 150 leaves 70 with --max_new_tokens 80; raise --max_length, or choose" in told
     assert told.endswith("--truncation left")
@@ -373,7 +373,7 @@ def test_a_prompt_that_leaves_no_room_is_an_error_where_truncation_is_one(tokeni
 def test_an_answer_as_long_as_a_row_is_refused(tokenizer, tmp_path):
     file = write_parquet(tmp_path / "rows.parquet", ROWS)
     limits = {"max_length": 64, "max_new_tokens": 64}
-    told = message(evaluate_dialogues, config(file, **limits), Scripted(tokenizer, SCRIPT), ALONE, CPU)
+    told = message(evaluate_dialogues, config(file, **limits), Scripted(tokenizer, SCRIPT), ALONE)
     assert told == (
         "--max_length 64 leaves no tokens for a prompt with --max_new_tokens 64; raise the first or lower the second"
     )
@@ -394,7 +394,7 @@ def test_errors_name_the_flag_or_the_file_and_the_row(tokenizer, tmp_path, rows,
     file = tmp_path / "rows.parquet"
     if rows:
         write_parquet(file, rows)
-    told = message(evaluate_dialogues, config(file, **values), Scripted(tokenizer, SCRIPT), ALONE, CPU)
+    told = message(evaluate_dialogues, config(file, **values), Scripted(tokenizer, SCRIPT), ALONE)
     assert told.startswith(start.format(file=file))
 
 
@@ -403,7 +403,7 @@ def test_errors_name_the_flag_or_the_file_and_the_row(tokenizer, tmp_path, rows,
 
 def evaluate(file, **values):
     made = config(file, **values)
-    return evaluate_dialogues(made, load_generator(made, CPU), ALONE, CPU)
+    return evaluate_dialogues(made, load_generator(made, CPU), ALONE)
 
 
 def test_answers_in_batches_are_those_given_one_by_one(tiny_model, uneven_rows):
@@ -417,7 +417,7 @@ def test_answers_in_batches_are_those_given_one_by_one(tiny_model, uneven_rows):
 def test_the_loss_is_that_of_full_logits(tiny_model, tokenizer, uneven_rows):
     made = config(uneven_rows, model=str(tiny_model), max_new_tokens=1)
     generator = load_generator(made, CPU)
-    report, _ = evaluate_dialogues(made, generator, ALONE, CPU)
+    report, _ = evaluate_dialogues(made, generator, ALONE)
     total, count = 0.0, 0
     for row in pq.read_table(uneven_rows).to_pylist():
         chat = [{"role": "user", "content": row["prompt"]}]
@@ -435,7 +435,7 @@ def test_a_loss_that_is_no_number_ends_the_run(tiny_model, uneven_rows):
     made = config(uneven_rows, model=str(tiny_model))
     generator = load_generator(made, CPU)
     generator.model.model.norm.weight.data.fill_(math.nan)
-    told = message(evaluate_dialogues, made, generator, ALONE, CPU)
+    told = message(evaluate_dialogues, made, generator, ALONE)
     assert told == f"the loss on --data {uneven_rows} is nan; check the model's weights"
 
 
@@ -473,7 +473,7 @@ def work():
     device = runtime.pick_device(world)
     runtime.start_process_group(world, device)
     generator = runtime.together(lambda: load_generator(config, device))
-    results = evaluate_dialogues(config, generator, world, device)
+    results = evaluate_dialogues(config, generator, world)
     print(json.dumps(results), file=open(f"{sys.argv[2]}.{world.rank}", "w"))
 
 runtime.run_to_exit(work, debug=False)

@@ -6,12 +6,12 @@ from dsft.errors import did_you_mean, did_you_mean_path
 from tests.helpers import message, write_parquet
 
 
-@pytest.mark.parametrize(("name", "told"), [("promt", " (did you mean 'prompt'?)"), ("xyz", ""), ("", "")])
-def test_the_closest_name_or_none(name, told):
-    assert did_you_mean(name, ["prompt", "response"]) == told
+@pytest.mark.parametrize(("name", "reported"), [("promt", " (did you mean 'prompt'?)"), ("xyz", ""), ("", "")])
+def test_closest_name_or_none(name, reported):
+    assert did_you_mean(name, ["prompt", "response"]) == reported
 
 
-def test_a_path_is_compared_by_its_last_name_alone(tmp_path):
+def test_paths_are_compared_by_their_last_part(tmp_path):
     """The folder's own long name would make all paths in it alike."""
     for name in ("merged", "checkpoint-000100"):
         (tmp_path / name).mkdir()
@@ -23,27 +23,27 @@ def test_a_path_is_compared_by_its_last_name_alone(tmp_path):
     assert did_you_mean_path("smolm2-135m", ["smollm2-135m"]) == " (did you mean 'smollm2-135m'?)"
 
 
-def test_a_key_within_a_column_and_a_file(tmp_path):
+def test_suggested_key_and_file(tmp_path):
     from dsft.dataset.readers import Cell, find_files, walk
 
     assert "no key 'txt' (did you mean 'text'?) at this depth (keys: text)" in message(
         walk, {"text": "a"}, ["txt"], Cell("f", 0), "prompt"
     )
     write_parquet(tmp_path / "train.parquet", [{"prompt": "a"}])
-    told = message(find_files, [str(tmp_path / "trian.parquet")], "train_files")
-    assert told.endswith(f"no such file (did you mean '{tmp_path}/train.parquet'?)")
+    reported = message(find_files, [str(tmp_path / "trian.parquet")], "train_files")
+    assert reported.endswith(f"no such file (did you mean '{tmp_path}/train.parquet'?)")
 
 
-def test_a_runs_folder_in_place_of_the_model_in_it(tmp_path):
+def test_suggested_model_inside_a_run_folder(tmp_path):
     from dsft.model.source import resolve_model
 
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "config.json").write_text("{}")
-    told = message(resolve_model, str(tmp_path))
-    assert told.endswith(f"so it is not a model (did you mean '{tmp_path}/merged'?); name one that is")
+    reported = message(resolve_model, str(tmp_path))
+    assert reported.endswith(f"so it is not a model (did you mean '{tmp_path}/merged'?); name one that is")
 
 
-def test_a_folder_whose_name_looks_like_one_of_the_hub(tmp_path, monkeypatch):
+def test_suggested_folder_for_a_name_like_one_of_the_hub(tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     from dsft.model.source import load_tokenizer, resolve_model
@@ -55,7 +55,7 @@ def test_a_folder_whose_name_looks_like_one_of_the_hub(tmp_path, monkeypatch):
     assert message(load_tokenizer, "out/mergd", trust_remote_code=False).endswith("(did you mean 'out/merged'?)")
 
 
-def test_a_config_file_and_a_checkpoint(tmp_path):
+def test_suggested_config_file_and_checkpoint(tmp_path):
     from dsft import cli
     from dsft.checkpointing.folder import find_checkpoint
     from dsft.config import TrainConfig

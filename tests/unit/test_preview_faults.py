@@ -472,7 +472,7 @@ def test_what_an_answer_says(text, left):
 
 @pytest.mark.parametrize(
     ("response", "answers"),
-    [("a", ["a"]), ({"content": "a"}, ["a"]), ([{"content": "a"}], ["a"]), ([], [None]), (None, [None]), (3, [None])],
+    [("a", ["a"]), ({"content": "a"}, ["a"]), ([{"content": "a"}], ["a"]), ([], []), (None, []), (3, [])],
 )
 def test_the_answers_of_a_row(response, answers):
     assert Row(Cell("f", 0), "p", response).answers == answers

@@ -83,7 +83,7 @@ def test_each_kind_has_a_line_with_rows_that_no_line_before_has(look, tmp_path, 
 def test_a_long_question_is_told_without_its_middle(look, tmp_path):
     row = turns("so long " * 20, 1)
     [(_, _, text)] = told(look([*TRAIN, *row], row), tmp_path)
-    assert ", 'user so long so long so long so long so … so long so long so long 0'; " in text
+    assert ", 'user so long so long so long s … long so long so long so long 0'; " in text
 
 
 @pytest.mark.parametrize(

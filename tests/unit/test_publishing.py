@@ -94,7 +94,7 @@ def test_a_failure_is_one_line_that_says_how_to_push_later(hub, model, what, mor
     assert hub.repositories == {}
     assert contents(model) == before
     later = (
-        f"; the merged model is whole in {model}; to push it: hf upload me/tuned {model} . --private "
+        f"; the merged model is complete in {model}; to push it: hf upload me/tuned {model} . --private "
         "--delete 'model*.safetensors' --delete model.safetensors.index.json"
     )
     [line] = [line for line in done.stderr.splitlines() if "to push it" in line]
@@ -110,7 +110,7 @@ def test_a_failure_is_one_line_that_says_how_to_push_later(hub, model, what, mor
 def test_metadata_that_the_hub_refuses(hub, model):
     (model / "README.md").write_text("---\nlicence: mit\n---\n")
     done = push(hub, model)
-    assert 'Invalid metadata in README.md. - "license" is required; the merged model is whole in' in done.stderr
+    assert 'Invalid metadata in README.md. - "license" is required; the merged model is complete in' in done.stderr
 
 
 def test_the_command_for_later_works(hub, model):

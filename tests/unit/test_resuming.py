@@ -95,7 +95,7 @@ def test_never_refuses_a_used_folder_and_takes_a_new_one(out, tmp_path):
     train(out, 1)
     assert (
         refusal(out, resume="never")
-        == f"{out} holds checkpoint-000001 and --resume is never; choose another --output_dir"
+        == f"{out} contains checkpoint-000001 but --resume is never; choose another --output_dir"
     )
     assert resumed(tmp_path / "new", resume="never") is None
 
@@ -161,7 +161,7 @@ def test_a_checkpoint_of_another_folder_is_never_mixed_with_a_runs_own(out, tmp_
     before = contents(out)
     told = refusal(out, resume=str(theirs))
     assert told == (
-        f"{out} holds checkpoint-000003 of its own, and --resume {theirs} is of another folder; "
+        f"{out} contains checkpoint-000003 of its own, and --resume {theirs} is of another folder; "
         "leave --resume out to resume from it, or choose another --output_dir"
     )
     assert {n: c for n, c in contents(out).items() if n != ".lock"} == before
@@ -269,7 +269,7 @@ def test_an_adapter_starts_lora_of_its_own_shape(out):
     assert "were trained with --lora_alpha 32.0 --use_dora False" in message(
         initial, saved, lora_alpha=1.0, use_dora=True
     )
-    assert "holds LoRA weights, and --lora_rank is 0" in message(initial, saved, lora_rank=0)
+    assert "contains LoRA weights, but --lora_rank is 0" in message(initial, saved, lora_rank=0)
 
 
 @pytest.mark.parametrize("base", ["m", "/the/folder/of/m"])
@@ -307,7 +307,7 @@ def test_a_model_of_another_program_starts_a_run(tmp_path):
     assert (found.folder, found.is_adapter) == (tmp_path / "theirs", False)
     assert initial(tmp_path / "theirs", "hub/name").folder == tmp_path / "theirs"
     told = message(initial, tmp_path / "theirs", tmp_path / "other")
-    assert told.endswith("is another model than --model m: vocab_size 9; name the model that it comes from")
+    assert told.endswith("is not the same model as --model m: vocab_size 9; use the model that it was trained from")
 
 
 def test_a_checkpoint_of_full_fine_tuning_is_verified_first(out):
