@@ -20,6 +20,7 @@ import psutil
 PARENT = os.getppid()
 """Who started this process; os.getppid() is another once it has died. Import early: loading torch takes seconds."""
 LAUNCHER_VARIABLES = {"TORCHELASTIC_RUN_ID", "CROSS_SIZE"}  # torchrun's; DeepSpeed's launcher on each machine
+COMPACT_HEAP = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 NAMES = "(train|merge|generate|validate|pipeline|checkpoint|preview|report)"
 COMMAND = rf"dsft[.-]{NAMES}|(.*/)?dsft/{NAMES}\.py"
@@ -40,6 +41,20 @@ def end_with_parent(parent: int, number: int = signal.SIGTERM) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:  # it died before we asked
         os.kill(os.getpid(), number)
+
+
+def restart_with_compact_heap() -> None:
+    """Restart this command, before it loads torch, with a malloc that merges small blocks as soon as they are freed.
+
+    glibc caches them otherwise, also the gaps between tensors, and a tensor freed beside a cached gap leaves a hole
+    too short for the next one of its size. The setting is read only when a process starts. Nothing happens on a machine
+    with a GPU, or if the user has set GLIBC_TUNABLES. See docs/preflight.md.
+    """
+    is_script = hasattr(sys.modules["__main__"], "__file__")  # else its text came from standard input
+    wanted = is_script and "torch" not in sys.modules and not Path("/dev/nvidiactl").exists()
+    if wanted and sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = COMPACT_HEAP
+        os.execv(sys.executable, sys.orig_argv)
 
 
 def this_machine() -> str:

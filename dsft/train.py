@@ -7,12 +7,13 @@ if not __package__ and sys.path[0] == str(Path(__file__).resolve().parent):
     # Run by path, Python puts dsft/ itself first: its modules would shadow the standard library's for everyone.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from dsft import cli, processes  # noqa: F401  processes records the parent, which may be gone when torch has loaded
+from dsft import cli, processes
 from dsft.config import TrainConfig
 
 
 def run(config: TrainConfig) -> None:
     """Train; torch is imported only here, when the flags are known to be good."""
+    processes.restart_with_compact_heap()
     from dsft.distributed import runtime
 
     def work() -> None:

@@ -75,7 +75,8 @@ class Zero3Backend(Backend):
             loading=compute * (count + 2 * largest),
         )
         if options.cpu_offload and not on_cpu:
-            held = replace(held, weights=compute * persistent, masters=0.0, moments=0.0, step=0.0)
+            on_gpu = 4 * zero.reduce_bucket_size
+            held = replace(held, weights=compute * persistent, masters=0.0, gradients=on_gpu, moments=0.0, step=0.0)
         return held
 
     def setup(self) -> None:

@@ -8,7 +8,7 @@ estimate, because the heap of a process is larger than the tensors in it.
 
 import copy
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,8 +25,8 @@ from dsft.planning.activations import ActivationMemory
 from dsft.planning.trace import trace_activations
 from dsft.units import GIB
 
-HEAP_SPREAD = 2.5
-"""Times the bytes of its tensors that the heap takes at most."""
+HEAP_SPREAD = 2  # on CPU, times the bytes of its tensors that the heap takes at most; see docs/preflight.md
+FIRST_PASS = 0.33 * GIB  # on CPU, what imports, code pages and workspaces add to the process up to its first pass
 TOO_HIGH = 0.6  # by this share at most a prediction exceeds the measured peak, see docs/benchmarks.md
 LOOKED_AT = 8  # steps of an epoch whose micro-batches are made to find the longest
 REACHED = {("cpu", torch.float32): 0.59, ("cpu", torch.bfloat16): 0.37, ("cuda", torch.bfloat16): 0.43}
@@ -133,6 +133,8 @@ def predict(bare: Any, setting: Setting, batch: MicroBatch, *, process: ProcessM
         small, large = trace_activations(model, batch, setting.options, setting.checkpointed_layers)
         traced = True
     heap = HEAP_SPREAD * small
+    if setting.options.device.type == "cpu":
+        process = replace(process, now=process.now + FIRST_PASS)
     copied = checkpoint_bytes(trained) / setting.ranks if setting.copies_state else 0.0
     return Prediction(process, held, large + heap, heap, copied, tokens, traced)
 
