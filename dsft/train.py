@@ -7,7 +7,7 @@ if not __package__ and sys.path[0] == str(Path(__file__).resolve().parent):
     # Run by path, Python puts dsft/ itself first: its modules would shadow the standard library's for everyone.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from dsft import cli, processes
+from dsft import cli, processes  # processes records the parent, which may be gone when torch has loaded
 from dsft.config import TrainConfig
 
 

@@ -93,7 +93,7 @@ SMALL |= {
         "json": "{out}.json", "work_dir": "{out}",
     },
     "scripts/bench_kernels.py": {"tokens": "30"},
-    "scripts/bench_memory.py": {"model": "{model}", "lengths": "100", "rows": "1", "repeats": "1"},
+    "scripts/bench_memory.py": {"model": "{model}", "lengths": "100", "rows": "1"},
     "scripts/bench_prediction.py": {"model": "{model}", "cases": "fsdp:1:lora:float32:100", "json": "{out}.json"},
     "scripts/bench_throughput.py": {
         "model": "{model}", "train_files": str(SAMPLE_TRAIN), "rows": "4", "epochs": "1", "ranks": "1",
