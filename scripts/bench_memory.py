@@ -68,10 +68,7 @@ def main() -> None:
             env = os.environ | {"GLIBC_TUNABLES": COMPACT_HEAP if setting == "compact" else ""}
             done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, env=env)
             cell = json.loads(done.stdout.splitlines()[-1])
-            print(
-                f"| {options.rows} x {length} | {setting} | {cell['peak_gib']:.2f} | {cell['seconds']:.2f} |",
-                flush=True,
-            )
+            print(f"| {options.rows} x {length} | {setting} | {cell['peak_gib']:.2f} | {cell['seconds']:.2f} |")
 
 
 if __name__ == "__main__":

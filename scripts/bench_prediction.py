@@ -67,12 +67,8 @@ def run(case: str, model: str, folder: Path) -> dict:
         model = str(folder / "model")
     batch = MICRO_BATCHES * ROWS * int(ranks)
     write_rows(rows, next((int(word) for word in more if word.isdecimal()), batch * STEPS), int(length))
-    if ranks == "1":
-        start = [sys.executable, "-m", "dsft.train"]
-    elif backend == "fsdp":
-        start = [BIN / "torchrun", "--standalone", "--nproc_per_node", ranks, "dsft/train.py"]
-    else:
-        start = [BIN / "deepspeed", "--num_accelerators", ranks, "dsft/train.py"]
+    launcher = [BIN / "torchrun", "--standalone", "--nproc_per_node", ranks]
+    start = [sys.executable, "-m", "dsft.train"] if ranks == "1" else [*launcher, "dsft/train.py"]
     flags = {
         "backend": backend, "model": model, "train_files": rows, "output_dir": out, "dtype": dtype,
         "lora_rank": 16 if kind == "lora" else 0, "train_batch_size": batch, "fold": "off", "save_steps": 0,
