@@ -1,4 +1,4 @@
-"""Memory that will run out, or has: one line with settings that would fit."""
+"""Memory that will run out, or has: one line with settings to try."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,19 +14,12 @@ from dsft.units import gib
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "Cannot allocate memory", "bad_alloc", "not enough memory")
 
 
-def fitting_text(remedies: list[str]) -> str:
-    """Settings that would fit, in words."""
-    if not remedies:
-        return "no setting known to dsft would fit; use a smaller model, or a machine with more memory"
-    return f"these would fit by prediction: {'; or '.join(remedies)}"
-
-
 def refuse(needs: Needs) -> None:
     """Raise UserError if a run would run out of memory even where the prediction is too high by its stated error."""
     if needs.memory.peak / (1 + TOO_HIGH) > needs.available:
         raise UserError(
             f"the run needs {gib(needs.memory.peak)} per rank by prediction, and {gib(needs.available)} are available; "
-            + fitting_text(needs.remedies)
+            f"try {', '.join(needs.remedies)}"
         )
 
 
@@ -43,7 +36,7 @@ def out_of_memory(config: TrainConfig, remedies: Callable[[], list[str]]) -> Ite
 
     Args:
         config: the flags.
-        remedies: settings that would fit, where some are known by then.
+        remedies: flags to try, where some are known by then.
     """
     try:
         yield
@@ -52,13 +45,10 @@ def out_of_memory(config: TrainConfig, remedies: Callable[[], list[str]]) -> Ite
     except Exception as error:
         if config.debug or not is_out_of_memory(error):
             raise
-        if known := remedies():
-            remedy = fitting_text(known)
-        else:
-            smaller = ["a lower --max_tokens_per_micro_batch"]
-            smaller += ["--gradient_checkpointing True"] if config.gradient_checkpointing is not True else []
-            smaller += ["--dtype bfloat16"] if config.dtype != "bfloat16" else []
-            smaller += ["--lora_rank 16"] if not config.lora_rank else []
-            remedy = f"try {', '.join([*smaller, 'more ranks'])}"
+        smaller = ["a lower --max_tokens_per_micro_batch"]
+        smaller += ["--gradient_checkpointing True"] if config.gradient_checkpointing is not True else []
+        smaller += ["--dtype bfloat16"] if config.dtype != "bfloat16" else []
+        smaller += ["--lora_rank 16"] if not config.lora_rank else []
+        remedy = ", ".join(remedies() or [*smaller, "more ranks"])
         reason = " ".join(str(error).split())[:160]
-        raise UserError(f"out of memory ({type(error).__name__}: {reason}); {remedy}") from error
+        raise UserError(f"out of memory ({type(error).__name__}: {reason}); try {remedy}") from error

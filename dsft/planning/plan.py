@@ -179,7 +179,7 @@ class Needs:
     computes: backend, dtype and device
     memory: peak of that rank and what it consists of
     available: bytes that a rank may have
-    remedies: flags with which the run would fit, where it does not
+    remedies: flags that lower the peak, where it is too high
     step_flops: floating-point operations of a step on all ranks, mean of an epoch
     step_seconds: mean of an epoch
     steps_per_epoch: of the first epoch

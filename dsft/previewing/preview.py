@@ -19,7 +19,6 @@ from dsft.model.flops import measure_matmul
 from dsft.model.source import ModelSource, load_tokenizer
 from dsft.planning.activations import free_memory
 from dsft.planning.disk import disk_warning
-from dsft.planning.out_of_memory import fitting_text
 from dsft.planning.plan import Memory, Needs, backend_options, order_rows, plan_run, predict_needs
 from dsft.previewing.loading import LoadedSet, SeparatedSets, load_set, separate_sets
 from dsft.previewing.row_checks import Finding, duplicates_finding, truncation_finding
@@ -137,7 +136,7 @@ def needs_findings(needs: Needs, trained: int, config: PreviewConfig) -> list[Fi
     found = []
     if not needs.fits:
         text = f"a rank needs {gib(needs.memory.peak)} by prediction, and {gib(needs.available)} are available"
-        found.append(Finding("warning", "memory", f"{text}; {fitting_text(needs.remedies)}"))
+        found.append(Finding("warning", "memory", f"{text}; try {', '.join(needs.remedies)}"))
     if config.output_dir:
         folder = Path(config.output_dir).expanduser().absolute()
         existing = next(parent for parent in (folder, *folder.parents) if parent.is_dir())

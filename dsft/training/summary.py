@@ -7,7 +7,6 @@ import torch
 from dsft.checkpointing.folder import CheckpointFolder
 from dsft.checkpointing.state import TrainerState
 from dsft.config import TrainConfig
-from dsft.planning.out_of_memory import fitting_text
 from dsft.planning.plan import Needs, RunPlan
 from dsft.training.data import RunData
 
@@ -50,7 +49,7 @@ def start_lines(
         ("memory", needs.memory_text()),
     ]
     if not needs.fits:
-        block.append(("", f"this is more than is available; {fitting_text(needs.remedies)}"))
+        block.append(("", f"this is more than is available; try {', '.join(needs.remedies)}"))
     block.append(("time", needs.time_text(needs.total_steps - state.step)))
     if resumed is not None:
         ahead = f"resuming at step {state.step + 1}" if state.step < needs.total_steps else "already complete"
