@@ -25,8 +25,8 @@ from dsft.planning.activations import ActivationMemory
 from dsft.planning.trace import trace_activations
 from dsft.units import GIB
 
-HEAP_SPREAD = 2  # on CPU, times the bytes of its tensors that the heap takes at most; see docs/preflight.md
-FIRST_PASS = 0.33 * GIB  # on CPU, what imports, code pages and workspaces add to the process up to its first pass
+HEAP_SPREAD = 2.5  # on CPU, times the bytes of its tensors that the heap takes at most; see docs/preflight.md
+FIRST_PASS = 0.25 * GIB  # on CPU, what imports, code pages and workspaces add to the process up to its first pass
 TOO_HIGH = 0.6  # by this share at most a prediction exceeds the measured peak, see docs/benchmarks.md
 LOOKED_AT = 8  # steps of an epoch whose micro-batches are made to find the longest
 REACHED = {("cpu", torch.float32): 0.59, ("cpu", torch.bfloat16): 0.37, ("cuda", torch.bfloat16): 0.43}
