@@ -85,8 +85,7 @@ class Trainer:
             runtime.silence_libraries()
         runtime.set_threads(world)
         self.device = runtime.pick_device(world)
-        if self.device.type == "cpu":
-            runtime.return_freed_memory()
+        runtime.return_freed_memory()
         runtime.start_process_group(world, self.device)
         self.liveness.meet()
         runtime.check_same_everywhere(as_yaml(config), "the flags", "start all ranks alike")
