@@ -5,7 +5,8 @@ from dsft.config import CheckpointConfig
 from dsft.errors import UserError
 
 
-def run(config: CheckpointConfig) -> None:
+@cli.command(CheckpointConfig)
+def main(config: CheckpointConfig) -> None:
     """Print the contents, then what is wrong, if anything."""
     from dsft.checkpointing.inspection import inspect
 
@@ -14,11 +15,6 @@ def run(config: CheckpointConfig) -> None:
         print("\n".join(report.lines))
     if report.problem is not None:
         raise UserError(report.problem)
-
-
-def main() -> None:
-    """The dsft-checkpoint command."""
-    cli.main(CheckpointConfig, run)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import fire
@@ -40,6 +41,15 @@ def main(config_class: type[Any], run: Callable[[Any], None], argv: Sequence[str
         os.environ.setdefault("GLOG_minloglevel", "2")
     if status := run_and_report(lambda: run(config), debug=config.debug):
         sys.exit(status)
+
+
+def command(config_class: type[Any]) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
+    """Turn a function of a config into a command, which reads the config from the command line."""
+
+    def decorate(run: Callable[[Any], None]) -> Callable[[], None]:
+        return wraps(run)(lambda: main(config_class, run))
+
+    return decorate
 
 
 @contextmanager

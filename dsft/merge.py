@@ -4,7 +4,8 @@ from dsft import cli
 from dsft.config import MergeConfig
 
 
-def run(config: MergeConfig) -> None:
+@cli.command(MergeConfig)
+def main(config: MergeConfig) -> None:
     """Merge, print the verification, and upload the result if asked to."""
     from dsft.distributed import runtime
 
@@ -25,11 +26,6 @@ def run(config: MergeConfig) -> None:
             print(f"pushed   {push(report.output, config.push_to_hub, private=config.hub_private)}")
 
     runtime.run_to_exit(work, debug=config.debug)
-
-
-def main() -> None:
-    """The dsft-merge command."""
-    cli.main(MergeConfig, run)
 
 
 if __name__ == "__main__":

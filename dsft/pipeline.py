@@ -4,17 +4,13 @@ from dsft import cli
 from dsft.config import PipelineConfig
 
 
-def run(config: PipelineConfig) -> None:
+@cli.command(PipelineConfig)
+def main(config: PipelineConfig) -> None:
     """Run the remaining steps and print the table of results."""
     from dsft.orchestration import Pipeline
 
     for line in Pipeline(config).run():
         print(line)
-
-
-def main() -> None:
-    """The dsft-pipeline command."""
-    cli.main(PipelineConfig, run)
 
 
 if __name__ == "__main__":

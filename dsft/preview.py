@@ -8,7 +8,8 @@ from dsft.config import PreviewConfig
 from dsft.errors import UserError
 
 
-def run(config: PreviewConfig) -> None:
+@cli.command(PreviewConfig)
+def main(config: PreviewConfig) -> None:
     """Show everything, then end with an error line if training would refuse something."""
     from dsft.previewing.preview import make_preview
     from dsft.previewing.render import show, write_files
@@ -21,11 +22,6 @@ def run(config: PreviewConfig) -> None:
     write_files(preview, config.html, config.json)
     if preview.problem is not None:
         raise UserError(preview.problem)
-
-
-def main() -> None:
-    """The dsft-preview command."""
-    cli.main(PreviewConfig, run)
 
 
 if __name__ == "__main__":

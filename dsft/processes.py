@@ -31,9 +31,7 @@ SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 def end_with_parent(parent: int, number: int = signal.SIGTERM) -> None:
     """Ask the kernel to send this process a signal when its parent dies. Linux only; elsewhere nothing happens.
 
-    Args:
-        parent: the parent's process id, which it has taken down before the start.
-        number: the signal.
+    `parent` is the parent's process id, which it has taken down before the start.
     """
     if sys.platform != "linux":
         return

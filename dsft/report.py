@@ -4,17 +4,13 @@ from dsft import cli
 from dsft.config import ReportConfig
 
 
-def run(config: ReportConfig) -> None:
+@cli.command(ReportConfig)
+def main(config: ReportConfig) -> None:
     """Write the report and print its paths."""
     from dsft.reporting.report import write_report
 
     for path in write_report(config):
         print(f"report   {path}")
-
-
-def main() -> None:
-    """The dsft-report command."""
-    cli.main(ReportConfig, run)
 
 
 if __name__ == "__main__":

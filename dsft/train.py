@@ -11,7 +11,8 @@ from dsft import cli, processes  # processes records the parent, which may be go
 from dsft.config import TrainConfig
 
 
-def run(config: TrainConfig) -> None:
+@cli.command(TrainConfig)
+def main(config: TrainConfig) -> None:
     """Train; torch is imported only here, when the flags are known to be good."""
     processes.restart_with_compact_heap()
     from dsft.distributed import runtime
@@ -22,11 +23,6 @@ def run(config: TrainConfig) -> None:
         Trainer(config).train()
 
     runtime.run_to_exit(work, debug=config.debug)
-
-
-def main() -> None:
-    """The dsft-train command."""
-    cli.main(TrainConfig, run)
 
 
 if __name__ == "__main__":

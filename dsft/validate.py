@@ -4,7 +4,8 @@ from dsft import cli
 from dsft.config import ValidateConfig
 
 
-def run(config: ValidateConfig) -> None:
+@cli.command(ValidateConfig)
+def main(config: ValidateConfig) -> None:
     """Validate and print the figures."""
     from dsft.distributed import runtime
 
@@ -15,11 +16,6 @@ def run(config: ValidateConfig) -> None:
             print(line)
 
     runtime.run_to_exit(work, debug=config.debug)
-
-
-def main() -> None:
-    """The dsft-validate command."""
-    cli.main(ValidateConfig, run)
 
 
 if __name__ == "__main__":

@@ -148,9 +148,7 @@ class CheckpointFolder:
     def commit(self, step: int, sums: dict[str, str]) -> Path:
         """Rename the folder that `begin` created, whose files are flushed to disk, and mark it COMPLETE.
 
-        Args:
-            step: of the checkpoint.
-            sums: SHA-256 in hexadecimal digits by file name.
+        `sums` are SHA-256 in hexadecimal digits by file name.
         """
         target, unfinished = self.path(step), self.unfinished(step)
         sync(unfinished)

@@ -25,12 +25,7 @@ class DamagedError(UserError):
 
 
 def mark_complete(folder: Path, sums: dict[str, str]) -> None:
-    """Write COMPLETE.
-
-    Args:
-        folder: of the checkpoint.
-        sums: SHA-256 in hexadecimal digits by file name, trainer_state.json among them.
-    """
+    """Write COMPLETE; `sums` are SHA-256 in hexadecimal digits by file name, trainer_state.json among them."""
     names = sorted(sums, key=lambda name: (name == STATE, name))  # last, so that a truncated list lacks it
     write_text(folder / COMPLETE, "".join(f"{sums[name]}  {name}\n" for name in names))
 
@@ -71,7 +66,6 @@ def damages(checkpoint: Path, *, compare: bool = True) -> Iterator[DamagedError]
     """Everything that is wrong with a checkpoint; what needs no reading of its files comes first.
 
     Args:
-        checkpoint: its folder.
         compare: read the files and compare their checksums.
 
     Raises:

@@ -10,7 +10,6 @@ def resolve_model(name: str, *, check: bool = True) -> str:
     """What from_pretrained takes for --model; see `dsft.model.source.resolve_model`.
 
     Args:
-        name: value of the flag.
         check: where it is a checkpoint of full fine-tuning, compare its checksums; see `find_checkpoint`.
 
     Raises:

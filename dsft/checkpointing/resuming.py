@@ -111,7 +111,6 @@ def find_initial_weights(
     """What the run starts from beside --model.
 
     Args:
-        config: the flags.
         model: folder or Hub name of --model.
         resumed: the checkpoint that the run goes on from. It has the weights of its own; --init_from is needed only
             where it names the model under LoRA.

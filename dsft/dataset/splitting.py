@@ -16,12 +16,7 @@ SEARCHED = 1000  # the last so many rows are chosen to meet the target exactly; 
 
 
 def rows_to_split_off(data: "TokenDataset", fraction: float, seed: int) -> np.ndarray:
-    """The rows that validate: int64 [rows], ascending.
-
-    Args:
-        data: what is split.
-        fraction: share of the rows that validate, between 0 and 1; met as nearly as whole dialogues allow.
-        seed: of the draw.
+    """The rows that validate: int64 [rows], ascending; as near to `fraction` of them as whole dialogues allow.
 
     Raises:
         UserError: all rows are of one dialogue.

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from dsft.errors import UserError
+from dsft.text import one_line
 
 STALE = ["model*.safetensors", "model.safetensors.index.json"]
 """Weights of an earlier merge: next to several new files, a single old one would be loaded instead."""
@@ -53,7 +54,7 @@ def _reason(error: Exception, token: str | None) -> str:
     if token is None:
         return "there is no token; log in with hf auth login, or set HF_TOKEN"
     status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
-    text = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+    text = one_line(error)[:300] or type(error).__name__
     if token in text or isinstance(error, UnicodeError):
         return "the token cannot be sent as it is; log in again with hf auth login, or set HF_TOKEN"
     if status == 401:

@@ -21,6 +21,7 @@ from dsft.errors import UserError
 from dsft.export.model_card import model_card, name_of
 from dsft.files import is_refusal, make_readable, reason
 from dsft.model.source import ModelSource, load_tokenizer
+from dsft.text import one_line
 
 FLOAT32_TOLERANCE = 1e-3  # measured: 1e-5 on the embedded model
 # Rounding weights to 16 bits: 0.06 to 0.41 in runs of the embedded model. The float32 sum is verified separately.
@@ -153,7 +154,7 @@ def _with_adapter(base: Any, checkpoint: Path, base_name: str) -> PeftModel:
     try:
         return PeftModel.from_pretrained(base.float(), str(checkpoint)).eval()
     except (RuntimeError, ValueError, KeyError) as error:
-        why = " ".join(str(error).split())[:300]
+        why = one_line(error)[:300]
         raise UserError(
             f"the adapter of {checkpoint} does not fit {base_name}: {why}; choose another --base"
         ) from error

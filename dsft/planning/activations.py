@@ -89,10 +89,8 @@ def fit_micro_batches(
     """The layers to checkpoint, and the tokens of a micro-batch.
 
     Args:
-        memory: of the model.
         free: bytes.
         longest: tokens of the longest row.
-        device: that computes.
         checkpointing: the flag --gradient_checkpointing.
         budget: the flag --max_tokens_per_micro_batch.
     """

@@ -10,15 +10,9 @@ from dsft.units import gib
 
 
 def checkpoints_kept(total_steps: int, steps: int, save_steps: int | str, most: int | None) -> int:
-    """The most checkpoints that lie on the disk at once.
+    """The most checkpoints on disk at once: with --max_checkpoints `most`, also the best and the one being written.
 
-    With --max_checkpoints the newest, the best, and the one that is being written.
-
-    Args:
-        total_steps: of the run.
-        steps: of an epoch.
-        save_steps: the flag.
-        most: the flag --max_checkpoints.
+    `steps` are those of an epoch.
     """
     every = steps if isinstance(save_steps, str) else save_steps
     count = -(-total_steps // every) if every else 1
@@ -26,14 +20,7 @@ def checkpoints_kept(total_steps: int, steps: int, save_steps: int | str, most: 
 
 
 def disk_warning(config: TrainConfig, trained: int, needs: Needs, folder: Path) -> str | None:
-    """A line where the checkpoints of a run will not fit on the disk of its folder, else None.
-
-    Args:
-        config: the flags.
-        trained: how many values are trained.
-        needs: of the run.
-        folder: that exists.
-    """
+    """A line if the checkpoints of `trained` values will not fit on the disk of an existing folder, else None."""
     size = checkpoint_bytes(trained)
     count = checkpoints_kept(needs.total_steps, needs.steps_per_epoch, config.save_steps, config.max_checkpoints)
     try:

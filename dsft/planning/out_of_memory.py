@@ -9,6 +9,7 @@ from dsft.config import TrainConfig
 from dsft.errors import UserError
 from dsft.planning.plan import Needs
 from dsft.planning.prediction import TOO_HIGH
+from dsft.text import one_line
 from dsft.units import gib
 
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "Cannot allocate memory", "bad_alloc", "not enough memory")
@@ -32,12 +33,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def out_of_memory(config: TrainConfig, remedies: Callable[[], list[str]]) -> Iterator[None]:
-    """Turn an allocation that fails within into a UserError.
-
-    Args:
-        config: the flags.
-        remedies: flags to try, where some are known by then.
-    """
+    """Turn an allocation that fails within into a UserError; `remedies` gives flags to try, if some are known."""
     try:
         yield
     except UserError:
@@ -50,5 +46,5 @@ def out_of_memory(config: TrainConfig, remedies: Callable[[], list[str]]) -> Ite
         smaller += ["--dtype bfloat16"] if config.dtype != "bfloat16" else []
         smaller += ["--lora_rank 16"] if not config.lora_rank else []
         remedy = ", ".join(remedies() or [*smaller, "more ranks"])
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error)[:160]
         raise UserError(f"out of memory ({type(error).__name__}: {reason}); try {remedy}") from error

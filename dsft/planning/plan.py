@@ -49,24 +49,6 @@ def lora_options(config: TrainConfig) -> LoraOptions | None:
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes of a rank before it has a model.
-
-    process: what it has taken so far
-    available: what it may have in all, `process.now` included; the smallest of all ranks
-    """
-
-    process: ProcessMemory
-    available: float
-
-    @classmethod
-    def of(cls, device: torch.device, free: float) -> "Memory":
-        """Of this process, where every rank may take `free` bytes more."""
-        process = ProcessMemory.of(device)
-        return cls(process, process.now + free)
-
-
-@dataclass(frozen=True)
 class RunPlan:
     """How rows become micro-batches, and how much of the model recomputes its activations.
 
@@ -103,15 +85,13 @@ class RunPlan:
 
         Args:
             model: on the meta device or loaded, wrapped in LoRA or not.
-            dtype: that is computed in.
-            device: that computes.
-            ranks: of the run.
+            dtype, device: of the computation.
+            ranks: number of ranks.
             free: bytes that a rank may take once it has the model; the smallest of all ranks.
             longest: tokens of the longest row.
             fold: compute shared prefixes once.
             trees: whether the model's attention takes prefix trees.
-            gradient_checkpointing: the flag.
-            token_budget: the flag --max_tokens_per_micro_batch.
+            gradient_checkpointing, token_budget: the flags; the latter is --max_tokens_per_micro_batch.
         """
         memory = ActivationMemory.of(model, dtype)
         layers, budget = fit_micro_batches(memory, free, longest, device, gradient_checkpointing, token_budget)
@@ -129,7 +109,7 @@ def plan_run(
     config: TrainConfig,
     shapes: Any,
     options: BackendOptions,
-    memory: Memory,
+    memory: ProcessMemory,
     *,
     ranks: int,
     longest: int,
@@ -137,11 +117,7 @@ def plan_run(
     """The plan of a training run: of the Trainer before it loads the model, and of a preview.
 
     Args:
-        config: the flags.
         shapes: the model on the meta device, without LoRA.
-        options: of the backend.
-        memory: of a rank.
-        ranks: of the run.
         longest: tokens of the longest row, of training and validation.
 
     Raises:
@@ -156,7 +132,7 @@ def plan_run(
         options.dtype,
         options.device,
         ranks=ranks,
-        free=max(0.0, memory.available - memory.process.now - built),
+        free=max(0.0, memory.available - memory.now - built),
         longest=longest,
         fold=config.fold != "off",
         trees=reason is None,
@@ -207,7 +183,11 @@ class Needs:
             "parts_bytes": self.memory.parts(),
             "available_bytes": self.available,
             "remedies": self.remedies,
-            **times(self.step_seconds, self.steps_per_epoch, self.total_steps),
+            "seconds_per_step": self.step_seconds,
+            "seconds_per_epoch": self.step_seconds * self.steps_per_epoch,
+            "seconds": self.step_seconds * self.total_steps,
+            "steps_per_epoch": self.steps_per_epoch,
+            "total_steps": self.total_steps,
         }
 
     def memory_text(self) -> str:
@@ -215,48 +195,27 @@ class Needs:
         parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in self.memory.parts().items() if size > GIB / 200)
         return f"{gib(self.memory.peak)} per rank predicted ({parts}), {gib(self.available)} available"
 
-    def time_text(self, left: int | None = None) -> str:
+    def time_text(self, left: int | None = None, by: str = "predicted") -> str:
         """In one line, for the steps that are left; all of them by default."""
-        return time_text(self.step_seconds, self.steps_per_epoch, self.total_steps if left is None else left)
-
-
-def time_text(step_seconds: float, steps_per_epoch: int, steps: int, by: str = "predicted") -> str:
-    """Time of a step, an epoch and `steps` steps, in words."""
-    step, epoch, run = (duration(step_seconds * count) for count in (1, steps_per_epoch, steps))
-    return f"{step} per step {by}, {epoch} per epoch, {run} for {steps:,} step{'' if steps == 1 else 's'}"
-
-
-def times(step_seconds: float, steps_per_epoch: int, total_steps: int) -> dict[str, float]:
-    """Time of a run for reports in JSON."""
-    return {
-        "seconds_per_step": step_seconds,
-        "seconds_per_epoch": step_seconds * steps_per_epoch,
-        "seconds": step_seconds * total_steps,
-        "steps_per_epoch": steps_per_epoch,
-        "total_steps": total_steps,
-    }
+        left = self.total_steps if left is None else left
+        step, epoch, run = (duration(self.step_seconds * count) for count in (1, self.steps_per_epoch, left))
+        return f"{step} per step {by}, {epoch} per epoch, {run} for {left:,} step{'' if left == 1 else 's'}"
 
 
 def predict_needs(
     config: TrainConfig,
     shapes: Any,
     options: BackendOptions,
-    memory: Memory,
+    memory: ProcessMemory,
     plan: RunPlan,
     data: TokenDataset,
     batches: GlobalBatches,
     matmul_rate: float,
 ) -> Needs:
-    """Memory and time of a run.
+    """Memory and time of a run on the training rows `data`.
 
     Args:
-        config: the flags.
-        shapes: as for `plan_run`.
-        options: of the backend.
-        memory: of a rank.
-        plan: of the run.
-        data: the training rows.
-        batches: of these rows.
+        shapes: the model on the meta device, without LoRA.
         matmul_rate: operations per second of the matrix product, of all ranks together.
 
     Raises:
@@ -271,9 +230,11 @@ def predict_needs(
         checkpointed_layers=plan.checkpointed_layers,
         copies_state=config.async_save,
     )
-    predicted, remedies = prediction.predict_run(
-        shapes, setting, micro_batches, data.lengths, batches, process=memory.process, room=memory.available
-    )
+    _, _, longest = prediction.longest_micro_batch(micro_batches, data.lengths, batches)
+    predicted = prediction.predict(shapes, setting, longest, process=memory)
+    remedies: list[str] = []
+    if predicted.peak > memory.available:
+        remedies = prediction.remedies(predicted, setting, longest=int(data.lengths.max()), available=memory.available)
     flops = prediction.epoch_flops(micro_batches, batches)
     steps = batches.first_step(1)
     seconds = prediction.seconds_of(flops, matmul_rate, options.dtype, options.device)

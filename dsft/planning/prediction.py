@@ -7,6 +7,7 @@ estimate, because the heap of a process is larger than the tensors in it.
 """
 
 import copy
+import math
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -54,15 +55,17 @@ class ProcessMemory:
     now: float
     peak: float
     """So far: to make rows into tokens takes more than to have them."""
+    available: float = math.inf
+    """What it may have in all; the smallest of all ranks."""
 
     @classmethod
-    def of(cls, device: torch.device) -> "ProcessMemory":
-        """This process's; none of it is on a GPU."""
+    def of(cls, device: torch.device, free: float) -> "ProcessMemory":
+        """This process's, none of it on a GPU, where every rank may take `free` bytes more."""
         if device.type == "cuda":
-            return cls(0.0, 0.0)
+            return cls(0.0, 0.0, free)
         runtime.return_freed_memory()
         now = float(psutil.Process().memory_info().rss)
-        return cls(now, max(now, runtime.peak_memory_gib(device) * GIB))
+        return cls(now, max(now, runtime.peak_memory_gib(device) * GIB), now + free)
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,6 @@ def predict(bare: Any, setting: Setting, batch: MicroBatch, *, process: ProcessM
 
     Args:
         bare: what `ModelSource.empty` returns, before a backend has loaded a model.
-        setting: of the run.
         batch: the longest micro-batch, on CPU; see `longest_micro_batch` and `chains`.
         process: of the rank, before it has a model.
 
@@ -151,12 +153,7 @@ def longest_micro_batch(
 ) -> tuple[Plan, int, MicroBatch]:
     """The plan of the step with the longest micro-batch of the first epoch, its place there, and itself.
 
-    Looked at are the steps with the longest rows and those with the most tokens.
-
-    Args:
-        micro_batches: of the training rows.
-        lengths: int64 [rows].
-        batches: of the run.
+    It is searched in the steps with the longest rows and those with the most tokens; `lengths` is int64 [rows].
     """
     epoch = batches.epoch(0)
     by_row = sorted(range(len(epoch)), key=lambda step: -int(lengths[epoch[step]].max()))[:LOOKED_AT]
@@ -174,34 +171,6 @@ def longest_micro_batch(
     return best[1], best[2], best[3]
 
 
-def predict_run(
-    bare: Any,
-    setting: Setting,
-    micro_batches: MicroBatches,
-    lengths: np.ndarray,
-    batches: GlobalBatches,
-    *,
-    process: ProcessMemory,
-    room: float,
-) -> tuple[Prediction, list[str]]:
-    """Peak memory of the rank with the longest micro-batch, and the flags that lower it where it does not fit.
-
-    Args:
-        bare: as for `predict`.
-        setting: of the run.
-        micro_batches: of the training rows.
-        lengths: int64 [rows].
-        batches: of the run.
-        process: as for `predict`.
-        room: bytes that the rank may have.
-    """
-    _, _, batch = longest_micro_batch(micro_batches, lengths, batches)
-    predicted = predict(bare, setting, batch, process=process)
-    if predicted.peak <= room:
-        return predicted, []
-    return predicted, remedies(predicted, setting, longest=int(lengths.max()), room=room)
-
-
 def epoch_flops(micro_batches: MicroBatches, batches: GlobalBatches) -> float:
     """Operations of an epoch, from a few of its steps."""
     epoch = batches.epoch(0)
@@ -210,27 +179,16 @@ def epoch_flops(micro_batches: MicroBatches, batches: GlobalBatches) -> float:
 
 
 def seconds_of(flops: float, matmul_rate: float, dtype: torch.dtype, device: torch.device) -> float:
-    """How long operations take on all ranks, from the rate of their own matrix product.
-
-    Args:
-        flops: operations.
-        matmul_rate: of all ranks together, a second.
-        dtype: that is computed in.
-        device: whose habit to assume.
-    """
+    """How long operations take on all ranks; `matmul_rate` is that of their matrix product together, per second."""
     return flops / (matmul_rate * REACHED.get((device.type, dtype), min(REACHED.values())))
 
 
-def remedies(prediction: Prediction, setting: Setting, *, longest: int, room: float) -> list[str]:
-    """Flags that lower the peak. The first is the largest token budget that fits, if one does.
+def remedies(prediction: Prediction, setting: Setting, *, longest: int, available: float) -> list[str]:
+    """Flags that lower a predicted peak. The first is the largest token budget that fits, if one does.
 
-    Args:
-        prediction: that does not fit.
-        setting: of that prediction.
-        longest: tokens of the longest row.
-        room: bytes that the rank may have.
+    `longest` are the tokens of the longest row, `available` the bytes that the rank may have.
     """
-    spare = room - prediction.peak + prediction.activations
+    spare = available - prediction.peak + prediction.activations
     tokens = int(prediction.tokens * spare / prediction.activations)  # attention grows faster, so fewer take less
     budget = max(longest, tokens // 64 * 64)
     flags = {

@@ -22,11 +22,8 @@ from dsft.planning.activations import recompute_layers
 class AllocationTrace(TorchDispatchMode):
     """Follows the memory that operations on the meta device would take and give back.
 
-    It does not see temporaries within one operation. Tensors that exist already, such as weights, are not counted.
-
-    Args:
-        existing: those tensors.
-        threshold: bytes from which a storage is counted as large.
+    It does not see temporaries within one operation. `existing` tensors, such as weights, are not counted; storages of
+    `threshold` bytes and more count as large.
     """
 
     def __init__(self, existing: Sequence[torch.Tensor], threshold: int = 0) -> None:

@@ -19,7 +19,8 @@ from dsft.model.flops import measure_matmul
 from dsft.model.source import ModelSource, load_tokenizer
 from dsft.planning.activations import free_memory
 from dsft.planning.disk import disk_warning
-from dsft.planning.plan import Memory, Needs, backend_options, order_rows, plan_run, predict_needs
+from dsft.planning.plan import Needs, backend_options, order_rows, plan_run, predict_needs
+from dsft.planning.prediction import ProcessMemory
 from dsft.previewing.loading import LoadedSet, SeparatedSets, load_set, separate_sets
 from dsft.previewing.row_checks import Finding, duplicates_finding, truncation_finding
 from dsft.previewing.rows import RowView, choose_rows, view_row
@@ -119,7 +120,7 @@ def _add_plan(preview: Preview, sets: SeparatedSets, config: PreviewConfig, path
     )
     shapes = source.empty(options.dtype)
     # Without a GPU all ranks share this machine's memory, and this process stands for one of them.
-    memory = Memory.of(device, free_memory(device, runtime.World(0, ranks, 0, ranks)))
+    memory = ProcessMemory.of(device, free_memory(device, runtime.World(0, ranks, 0, ranks)))
     plan = plan_run(config, shapes, options, memory, ranks=ranks, longest=longest)
     if train is not None:
         order = order_rows(train, config)

@@ -72,7 +72,6 @@ class RunCheckpoints:
         """Load a checkpoint into the backend.
 
         Args:
-            checkpoint: to resume from.
             now: the state of this run if it started afresh; its rows must be those of the checkpoint.
 
         Raises:

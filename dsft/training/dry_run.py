@@ -2,7 +2,7 @@
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from dsft.dataset.micro_batches import MicroBatches
 from dsft.distributed import runtime
 from dsft.files import guard_disk, write_text
 from dsft.loss import TargetHead, summed_loss
-from dsft.planning.plan import Needs, time_text, times
+from dsft.planning.plan import Needs
 from dsft.planning.prediction import longest_micro_batch
 from dsft.training.data import RunData
 from dsft.units import GIB, gib
@@ -24,24 +24,23 @@ REPORT = "dry_run.json"
 class DryRun:
     """What a dry run has found.
 
+    needs: memory as predicted, time by the pass
     loss: of the micro-batches, summed over ranks
     measured: peak memory of the largest rank, bytes
-    step_seconds: of a mean step, by the pass
     """
 
     needs: Needs
     loss: float
     measured: float
-    step_seconds: float
 
     def lines(self) -> list[str]:
         """For the console."""
-        predicted, needs = self.needs.memory, self.needs
+        predicted = self.needs.memory
         return [
             f"dry run  one forward and backward pass of {predicted.tokens:,} tokens; no weight has changed",
             f"measured {gib(self.measured)} per rank, {gib(predicted.before_first_step)} predicted for this pass "
             f"({predicted.before_first_step / self.measured - 1:+.0%}), {gib(predicted.peak)} for the run",
-            f"time     {time_text(self.step_seconds, needs.steps_per_epoch, needs.total_steps, 'by this pass')}",
+            f"time     {self.needs.time_text(by='by this pass')}",
         ]
 
     def write(self, folder: Path) -> None:
@@ -50,13 +49,9 @@ class DryRun:
         Raises:
             UserError: it cannot be written.
         """
-        predicted, needs = self.needs.memory, self.needs
-        values = needs.as_dict() | times(self.step_seconds, needs.steps_per_epoch, needs.total_steps)
-        values |= {
-            "tokens": predicted.tokens,
-            "measured_bytes": self.measured,
-            "predicted_bytes": predicted.before_first_step,
-        }
+        predicted = self.needs.memory
+        values = {"tokens": predicted.tokens, "measured_bytes": self.measured}
+        values |= {"predicted_bytes": predicted.before_first_step} | self.needs.as_dict()
         path = folder / REPORT
         guard_disk(lambda: write_text(path, json.dumps(values, indent=2) + "\n"), path)
 
@@ -82,4 +77,4 @@ def dry_run(
     measured = max(runtime.gather_objects(runtime.peak_memory_gib(device) * GIB))
     tokens = sum(runtime.gather_objects(batch.input_ids.numel()))
     flops = plan.flops * tokens / max(1, plan.tokens)  # of the step's, the share that was computed
-    return DryRun(needs, total, measured, needs.step_flops / flops * seconds)
+    return DryRun(replace(needs, step_seconds=needs.step_flops / flops * seconds), total, measured)

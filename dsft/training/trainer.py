@@ -23,7 +23,8 @@ from dsft.model.flops import measure_matmul
 from dsft.planning.activations import free_memory
 from dsft.planning.disk import disk_warning
 from dsft.planning.out_of_memory import out_of_memory, refuse
-from dsft.planning.plan import Memory, backend_options, plan_run, predict_needs
+from dsft.planning.plan import backend_options, plan_run, predict_needs
+from dsft.planning.prediction import ProcessMemory
 from dsft.processes import launch_command
 from dsft.training.base_model import BaseModel, build_model, find_base_model
 from dsft.training.checkpoints import RunCheckpoints
@@ -104,7 +105,7 @@ class Trainer:
         config, data, size = self.config, self.data, self.world.size
         [free] = runtime.min_over_ranks([free_memory(self.device, self.world)], self.device)
         [self.matmul_rate] = runtime.sum_over_ranks([measure_matmul(self.dtype, self.device)], self.device)
-        memory = Memory.of(self.device, free)
+        memory = ProcessMemory.of(self.device, free)
         self.plan = plan = runtime.on_main(
             self.world,
             lambda: plan_run(config, base.shapes, self.options, memory, ranks=size, longest=data.longest),

@@ -18,6 +18,7 @@ from dsft.dataset.chat_format import ChatFormat
 from dsft.distributed import runtime
 from dsft.errors import UserError
 from dsft.model.source import ModelSource, load_tokenizer
+from dsft.text import one_line
 
 
 class Generator(Protocol):
@@ -75,7 +76,7 @@ class TransformersGenerator:
             try:
                 model = PeftModel.from_pretrained(model, str(adapter))
             except (OSError, ValueError, RuntimeError, KeyError) as error:
-                reason = " ".join(str(error).split())[:300]
+                reason = one_line(error)[:300]
                 raise UserError(
                     f"--adapter {adapter} does not fit --model {config.model}: {reason}; name the model that it was "
                     "trained on"

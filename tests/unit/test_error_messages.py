@@ -123,7 +123,7 @@ def test_tensor_in_two_files(tmp_path):
 def test_unfinished_checkpoint(tmp_path):
     folder = save_checkpoint(tmp_path, 1)
     (folder / "COMPLETE").unlink()
-    message(checkpoint.run, CheckpointConfig(checkpoint=str(folder)))
+    message(checkpoint.main.__wrapped__, CheckpointConfig(checkpoint=str(folder)))
 
 
 @pytest.mark.parametrize(

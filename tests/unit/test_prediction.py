@@ -200,7 +200,7 @@ def too_large(bare):
 def test_the_first_remedy_is_a_token_budget_that_fits(bare, too_large):
     prediction, chosen = too_large
     available = prediction.peak - prediction.activations / 4
-    budget, *flags = remedies(prediction, chosen, longest=3000, room=available)
+    budget, *flags = remedies(prediction, chosen, longest=3000, available=available)
     assert flags == ["--gradient_checkpointing True", "--dtype bfloat16", "--lora_rank 16", "more ranks"]
     tokens = int(budget.removeprefix("--max_tokens_per_micro_batch "))
     assert 4400 < tokens < 4500
@@ -211,7 +211,7 @@ def test_the_first_remedy_is_a_token_budget_that_fits(bare, too_large):
 def test_no_token_budget_is_named_where_the_longest_row_does_not_fit(too_large):
     prediction, chosen = too_large
     for longest, room in ((5000, prediction.peak - prediction.activations / 4), (3000, 10.0)):
-        found = remedies(prediction, replace(chosen, checkpointed_layers=2), longest=longest, room=room)
+        found = remedies(prediction, replace(chosen, checkpointed_layers=2), longest=longest, available=room)
         assert found == ["--dtype bfloat16", "--lora_rank 16", "more ranks"]
 
 
