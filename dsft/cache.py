@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def build_once(name: str, build: Callable[[Path], None]) -> Path:
     target = cache_folder() / name
     if target.exists():
         return target
-    unfinished = target.with_name(target.name + ".tmp")
+    unfinished = target.with_name(f"{target.name}.{socket.gethostname()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.with_name(target.name + ".lock")):  # released by the kernel if this process is killed
@@ -38,10 +39,19 @@ def build_once(name: str, build: Callable[[Path], None]) -> Path:
                 unfinished.mkdir()
                 try:
                     build(unfinished)
-                    unfinished.rename(target)
+                    _rename(unfinished, target)
                 finally:
                     shutil.rmtree(unfinished, ignore_errors=True)
     except OSError as error:
         why = f"{error.strerror or error}; free some space, or set DSFT_CACHE to another folder"
         raise UserError(f"cannot write {unfinished}: {why}") from error
     return target
+
+
+def _rename(unfinished: Path, target: Path) -> None:
+    """Accept the folder of another host that shares the cache, has no lock in common and was first."""
+    try:
+        unfinished.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise

@@ -57,7 +57,7 @@ def start(module, words, folder, environment):
 
 
 for line in sys.stdin:
-    module, words, folder, ranks, environment = json.loads(line)
+    module, words, folder, ranks, nodes, environment = json.loads(line)
     children = []
     if ranks == 1:
         children.append(start(module, words, folder, environment))
@@ -65,8 +65,10 @@ for line in sys.stdin:
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             port = str(listener.getsockname()[1])
-        for rank in map(str, range(ranks)):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        local = ranks // nodes
+        for rank in range(ranks):
+            place = {"RANK": rank, "LOCAL_RANK": rank % local, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": local}
+            place = {name: str(number) for name, number in place.items()}
             place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             children.append(start(module, words, folder, environment | place))
     print(*[os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children], flush=True)
@@ -81,8 +83,11 @@ class Commands:
         self._folder = folder
         self._process: subprocess.Popen[str] | None = None
 
-    def run(self, module: str, words: Sequence[Any], *, ranks: int = 1, timeout: float = 120) -> Done:
-        """Run a command such as dsft.train on some ranks and wait for it. Its status is the first that is not 0."""
+    def run(self, module: str, words: Sequence[Any], *, ranks: int = 1, nodes: int = 1, timeout: float = 120) -> Done:
+        """Run a command such as dsft.train on some ranks and wait for it. Its status is the first that is not 0.
+
+        Ranks of several `nodes` are told so, but run on this machine.
+        """
         server = self._server()
         assert server.stdin is not None
         started = time.monotonic()
@@ -90,7 +95,7 @@ class Commands:
             (self._folder / name).write_bytes(b"")
         environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         environment["OMP_NUM_THREADS"] = "1"
-        request = [module, [str(word) for word in words], str(self._folder), ranks, environment]
+        request = [module, [str(word) for word in words], str(self._folder), ranks, nodes, environment]
         server.stdin.write(json.dumps(request) + "\n")
         statuses = [int(status) for status in self._answer(server, timeout).split()]
         out, err = ((self._folder / name).read_text(encoding="utf-8") for name in ("out", "err"))

@@ -8,7 +8,7 @@ backend averages. A backend reads no flags and knows no dataset. A new backend i
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import nn
@@ -21,11 +21,17 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # as torch.optim.AdamW names them
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
 MakeScheduler = Callable[[Optimizer], LambdaLR]
 Read = Callable[[str, str, int, int], torch.Tensor]
+Sharding = Literal["full", "hybrid", "trainable"]
+"""full: every parameter over all ranks. hybrid: over the ranks of a node, replicated between nodes. trainable: what is
+trained over all ranks, and the frozen base whole on each."""
 
 
 @dataclass(frozen=True)
 class StateSlice:
-    """One rank's contiguous part of a flattened tensor. The slices of all ranks make up the tensor, without overlap."""
+    """One rank's contiguous part of a flattened tensor. The slices of all ranks make up the tensor, without overlap.
+
+    Where a part is on several ranks, one of them has it in its slice, and the slices of the others are empty.
+    """
 
     kind: str
     """PARAMETER, or one of MOMENTS."""
@@ -52,6 +58,11 @@ class BackendOptions:
     """Maximum global gradient norm; 0 disables clipping."""
     train_batch_size: int
     """Rows per optimizer step over all ranks."""
+    ranks: int = 1
+    ranks_per_node: int = 1
+    """The same on all nodes; consecutive ranks share a node."""
+    sharding: Sharding = "full"
+    """trainable only with a frozen base."""
     cpu_offload: bool = False
     """Keep parameters and optimizer state in CPU memory between uses."""
     config_file: str | None = None
@@ -121,13 +132,12 @@ class Backend(ABC):
 
     @classmethod
     @abstractmethod
-    def memory(cls, model: nn.Module, options: BackendOptions, ranks: int) -> HeldMemory:
+    def memory(cls, model: nn.Module, options: BackendOptions) -> HeldMemory:
         """Memory held by each rank, computed from shapes alone. Needs no process group.
 
         Args:
             model: as it will be trained (with LoRA applied), parameters on the meta device.
             options: of the run.
-            ranks: number of ranks.
         """
 
     @abstractmethod

@@ -24,6 +24,29 @@ def disable_shm_build() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+class Partitioner:
+    """zero.Init for a model that is filled a layer at a time on each rank alike.
+
+    zero.Init itself broadcasts every parameter from rank 0, whole.
+    """
+
+    def __init__(self, ds_config: dict[str, Any], dtype: torch.dtype) -> None:
+        import deepspeed
+
+        # Given a module, it replaces torch's linear function by one that does not keep gathered weights alive.
+        self._init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=ds_config, dtype=dtype)
+
+    @staticmethod
+    def parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+        """Those that are filled but not partitioned."""
+        return [(n, p) for n, p in model.named_parameters() if not p.is_meta and not hasattr(p, "ds_id")]
+
+    def partition(self, parameter: Any) -> None:
+        """Keep this rank's part."""
+        self._init._convert_to_deepspeed_param(parameter)
+        parameter.partition()
+
+
 def partition_range(parameter: Any) -> tuple[int, int]:
     """Start and stop of this rank's partition in the flattened tensor, without padding."""
     size = parameter.ds_tensor.ds_numel
@@ -61,5 +84,6 @@ def write_masters(
         safe_set_local_fp32_param(parameter, _padded(read(name, *partition_range(parameter)), parameter))
     for group in range(len(zero.fp16_groups)):
         zero._reassign_or_swap_out_partitioned_parameters(group)
+    zero.invalidate_secondary_tensor()  # of zero_hpz_partition_size
     if zero.persistent_parameters:
         zero.persistent_parameters[0].all_gather(zero.persistent_parameters)

@@ -1,6 +1,7 @@
 """DeepSpeed's JSON: defaults, the user's file on top, and what flags decide."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,14 @@ def make_ds_config(options: BackendOptions) -> dict[str, Any]:
         "bf16": {"enabled": options.dtype == torch.bfloat16},
         "fp16": {"enabled": False},
     }
+    zero = config["zero_optimization"]
+    if options.sharding == "hybrid":
+        zero.setdefault("zero_hpz_partition_size", options.ranks_per_node)
+    if options.sharding == "trainable":  # gather the few trained parameters once per step
+        zero["stage3_param_persistence_threshold"] = sys.maxsize
     if options.cpu_offload:
         for part in ("offload_param", "offload_optimizer"):
-            config["zero_optimization"].setdefault(part, {"device": "cpu"})
+            zero.setdefault(part, {"device": "cpu"})
     return config
 
 

@@ -1,4 +1,4 @@
-"""PyTorch's own FSDP2: parameters as DTensors sharded over all ranks."""
+"""PyTorch's own FSDP2: parameters as DTensors."""
 
 import math
 from collections.abc import Iterator
@@ -34,15 +34,17 @@ class FsdpBackend(Backend):
     library = "torch"
 
     @classmethod
-    def memory(cls, model: nn.Module, options: BackendOptions, ranks: int) -> HeldMemory:
-        """Shards of everything; whole are the group of the root all the time in between, and one layer's.
+    def memory(cls, model: nn.Module, options: BackendOptions) -> HeldMemory:
+        """Shards of what is sharded; whole are the group of the root all the time in between, and one layer's.
 
         The root's group is embeddings, head and norm. A group is gathered in the compute dtype, and the gradients of
-        its trained parameters stand beside it whole until they are reduced, in float32.
+        its trained parameters stand beside it whole until they are reduced, in float32. With a frozen base that is
+        whole, so is what is trained, in all layers.
         """
         compute = options.dtype.itemsize
         trained = set(trainable(model).values())
         base = 4 if options.trains_base else compute
+        shards = options.ranks_per_node if options.sharding == "hybrid" else options.ranks
 
         def sizes(parameters: set[nn.Parameter]) -> tuple[float, float]:
             return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p in trained)
@@ -55,23 +57,30 @@ class FsdpBackend(Backend):
         gathered = max(whole * compute + own * (compute + 4) for whole, own in groups)
         whole, own = sizes(root)
         gathered += whole * compute + own * (compute + 4)
+        frozen = (count - learned) * base / shards
+        if options.sharding == "trainable":
+            frozen, gathered = (count - learned) * base, learned * (compute + 4)
         largest = max((p.numel() for p in trained), default=0)
         held = HeldMemory(
-            weights=((count - learned) * base + learned * 4) / ranks,
+            weights=frozen + learned * 4 / shards,
             masters=0.0,
-            gradients=learned * 4 / ranks,
-            moments=learned * 8 / ranks,
+            gradients=learned * 4 / shards,
+            moments=learned * 8 / shards,
             gathered=gathered,
-            step=largest * 8 / ranks,
+            step=largest * 8 / shards,
             loading=max([whole, *(size for size, _ in groups)]) * base,
         )
         if options.cpu_offload and options.device.type != "cpu":
-            held = replace(held, weights=0.0, gradients=0.0, moments=0.0, step=0.0)
+            weights = frozen if options.sharding == "trainable" else 0.0
+            held = replace(held, weights=weights, gradients=0.0, moments=0.0, step=0.0)
         return held
 
     def setup(self) -> None:
-        """One mesh over all ranks."""
-        self._mesh = init_device_mesh(self.options.device.type, (torch.distributed.get_world_size(),))
+        """One mesh over all ranks, or one of nodes and their ranks: FSDP replicates over the first of two."""
+        ranks, node = self.options.ranks, self.options.ranks_per_node
+        shape = (ranks // node, node) if self.options.sharding == "hybrid" else (ranks,)
+        names = ("nodes", "ranks")[-len(shape) :]
+        self._mesh = init_device_mesh(self.options.device.type, shape, mesh_dim_names=names)
 
     def load_model(self, source: Source) -> nn.Module:
         """A model on the meta device, which `prepare` fills and shards layer by layer."""
@@ -81,16 +90,17 @@ class FsdpBackend(Backend):
 
     def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer, make_scheduler: MakeScheduler) -> None:
         """Fill and shard one decoder layer at a time, so that no more than one is ever whole."""
-        policy: dict = {"mesh": self._mesh}
+        policy: dict = {"mesh": self._mesh, "reshard_after_forward": self.options.sharding != "trainable"}
         if self.options.dtype != torch.float32:
             policy["mp_policy"] = MixedPrecisionPolicy(param_dtype=self.options.dtype, reduce_dtype=torch.float32)
         if self.options.cpu_offload:
             policy["offload_policy"] = CPUOffloadPolicy(pin_memory=self.options.device.type == "cuda")
-        for layer in decoder_layers(model):
-            self._source.fill(layer)
-            fully_shard(layer, **policy)
-        self._source.fill(model)
-        fully_shard(model, **policy)
+        for module in [*decoder_layers(model), model]:
+            self._source.fill(module)
+            whole = self._whole_parameters(module)
+            for parameter in whole:
+                parameter.data = parameter.data.to(self.options.device)
+            fully_shard(module, **policy, ignored_params=whole)
         del self._source  # it still holds unsharded tied weights
         for module in model.modules():
             if isinstance(module, FSDPModule):
@@ -102,9 +112,23 @@ class FsdpBackend(Backend):
         self._optimizer = make_optimizer(list(self._parameters.values()))
         self._scheduler = make_scheduler(self._optimizer)
 
+    def _whole_parameters(self, module: nn.Module) -> set[nn.Parameter]:
+        if self.options.sharding != "trainable":
+            return set()
+        return {parameter for parameter in module.parameters() if not parameter.requires_grad}
+
     def backward(self, loss: torch.Tensor, *, last_micro_batch: bool) -> None:
-        """Gradients are reduced after every micro-batch, so that only their shards are kept."""
+        """Between nodes, gradients are reduced once per step.
+
+        Within a node they are reduced after every micro-batch, so that only their shards are kept. But where the base
+        is whole, so are its few trained parameters and their gradients, from the first micro-batch to the last.
+        """
         self.model.set_is_last_backward(last_micro_batch)  # type: ignore[operator]
+        if self.options.sharding == "trainable":
+            self.model.set_requires_gradient_sync(last_micro_batch)  # type: ignore[operator]
+            self.model.set_reshard_after_backward(last_micro_batch)  # type: ignore[operator]
+        elif self.options.sharding == "hybrid":
+            self.model.set_requires_all_reduce(last_micro_batch)  # type: ignore[operator]
         loss.backward()
 
     def step(self) -> float:
@@ -113,7 +137,8 @@ class FsdpBackend(Backend):
         # In float64, because on CPU the float32 norm of ten million values is wrong in the fourth digit.
         norms = [torch.linalg.vector_norm(shard, dtype=torch.float64) for shard in shards]
         square = float(torch.stack(norms).square().sum()) if norms else 0.0
-        norm = math.sqrt(runtime.sum_over_ranks([square], self.options.device)[0])
+        replicas = self._mesh.size() / self._mesh.size(-1)
+        norm = math.sqrt(runtime.sum_over_ranks([square], self.options.device)[0] / replicas)
         if math.isfinite(norm):
             if self.options.clip_grad:
                 coefficient = min(1.0, self.options.clip_grad / (norm + 1e-6))
@@ -128,10 +153,13 @@ class FsdpBackend(Backend):
         return self._optimizer.param_groups[0]["lr"]
 
     def state(self) -> Iterator[StateSlice]:
+        """Of several nodes with the same shards, the first has them."""
+        is_first = self._mesh.ndim == 1 or self._mesh.get_local_rank(0) == 0
         for kind in (PARAMETER, *MOMENTS):
             for name, parameter in self._parameters.items():
                 whole = parameter if kind == PARAMETER else self._optimizer.state[parameter][kind]
-                yield StateSlice(kind, name, tuple(parameter.shape), _range(parameter)[0], _local(whole))
+                values = _local(whole) if is_first else _local(whole)[:0]
+                yield StateSlice(kind, name, tuple(parameter.shape), _range(parameter)[0], values)
 
     def load_state(self, read: Read, step: int) -> None:
         for name, parameter in self._parameters.items():
@@ -154,8 +182,9 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 def _range(parameter: nn.Parameter) -> tuple[int, int]:
     """Start and stop of this rank's shard in the flattened tensor. FSDP2 shards dimension 0 as torch.chunk does."""
     assert isinstance(parameter, DTensor)
-    assert parameter.placements == (Shard(0),), parameter.placements
-    rows = -(-parameter.shape[0] // parameter.device_mesh.size())
-    first = min(rows * parameter.device_mesh.get_local_rank(), parameter.shape[0])
+    assert parameter.placements[-1] == Shard(0), parameter.placements
+    mesh = parameter.device_mesh
+    rows = -(-parameter.shape[0] // mesh.size(-1))
+    first = min(rows * mesh.get_local_rank(mesh.ndim - 1), parameter.shape[0])
     start = first * math.prod(parameter.shape[1:])
     return start, start + parameter.to_local().numel()

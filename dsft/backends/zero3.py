@@ -24,6 +24,7 @@ from dsft.backends.base import (
     Read,
     Source,
     StateSlice,
+    decoder_layers,
     set_schedule,
     trainable,
 )
@@ -40,25 +41,31 @@ class Zero3Backend(Backend):
         self.ds_config = make_ds_config(options)
 
     @classmethod
-    def memory(cls, model: nn.Module, options: BackendOptions, ranks: int) -> HeldMemory:
-        """What DeepSpeed allocates, by its settings under zero_optimization.
+    def memory(cls, model: nn.Module, options: BackendOptions) -> HeldMemory:
+        """What DeepSpeed allocates, by its settings under zero_optimization, for the parameters that it is given.
 
         - Partitions of all parameters in the compute dtype. On several ranks those below
-          stage3_param_persistence_threshold are kept whole as well.
+          stage3_param_persistence_threshold are kept whole as well. With zero_hpz_partition_size there is a second
+          partition, over so many ranks.
         - Of what is trained float32 masters, moments, and one flat buffer of gradients.
         - The reduce bucket, float32 as communication_data_type says: a GPU takes all of reduce_bucket_size, a CPU the
           pages that are written. The bucket is copied when it is reduced.
         - On several ranks parameters are fetched ahead until stage3_max_live_parameters are whole. Those of one
           stage3_prefetch_bucket_size exist twice when they are cut out of the buffer in which they have arrived.
         - The optimizer steps through sub_group_size values at a time: a copy of their gradients, and two temporaries.
-        - While the model loads, rank 0 has the files mapped, and the largest parameter twice.
+        - While the model loads, one decoder layer, or what is in none, is whole.
         """
-        compute = options.dtype.itemsize
+        compute, ranks = options.dtype.itemsize, options.ranks
         on_cpu = options.device.type == "cpu"
         zero = DeepSpeedZeroConfig(**cls(options).ds_config["zero_optimization"])
         trained = set(trainable(model).values())
-        sizes = [p.numel() for p in model.parameters()]
+        given = [p for p in model.parameters() if p in trained or options.sharding != "trainable"]
+        sizes = [p.numel() for p in given]
         count, learned, largest = sum(sizes), sum(p.numel() for p in trained), max(sizes)
+        whole = sum(p.numel() for p in model.parameters()) - count
+        layers = [set(layer.parameters()) for layer in decoder_layers(model)]
+        groups = [*layers, set(model.parameters()).difference(*layers)]
+        second = count / zero.zero_hpz_partition_size if zero.zero_hpz_partition_size > 1 else 0
         persistent, gathered = 0, 0
         if ranks > 1:
             persistent = sum(size for size in sizes if size < zero.param_persistence_threshold)
@@ -66,17 +73,18 @@ class Zero3Backend(Backend):
             gathered = live + min(count, zero.prefetch_bucket_size + largest)
         bucket = min(zero.reduce_bucket_size, learned)
         held = HeldMemory(
-            weights=compute * (count / ranks + persistent),
+            weights=compute * (whole + count / ranks + second + persistent),
             masters=4 * learned / ranks,
             gradients=4 * learned / ranks + 4 * (bucket if on_cpu else zero.reduce_bucket_size),
             moments=8 * learned / ranks,
             gathered=compute * (gathered + max((p.numel() for p in trained), default=0)) + 4 * bucket,
             step=12 * min(zero.sub_group_size, learned / ranks),
-            loading=compute * (count + 2 * largest),
+            loading=compute * max(sum(p.numel() for p in group) for group in groups),
         )
         if options.cpu_offload and not on_cpu:
             on_gpu = 4 * zero.reduce_bucket_size
-            held = replace(held, weights=compute * persistent, masters=0.0, gradients=on_gpu, moments=0.0, step=0.0)
+            weights = compute * (whole + persistent)
+            held = replace(held, weights=weights, masters=0.0, gradients=on_gpu, moments=0.0, step=0.0)
         return held
 
     def setup(self) -> None:
@@ -93,24 +101,33 @@ class Zero3Backend(Backend):
             )
 
     def load_model(self, source: Source) -> nn.Module:
-        """from_pretrained under transformers' DeepSpeed hook: each rank keeps its shard of every weight."""
-        from transformers.integrations import HfDeepSpeedConfig
-
-        self._hook = HfDeepSpeedConfig(self.ds_config)  # must stay alive while from_pretrained runs
-        return source.pretrained(self.options.dtype)
+        """A model on the meta device, which `prepare` fills and partitions layer by layer."""
+        self._source = source
+        return source.skeleton(self.options.dtype)
 
     def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer, make_scheduler: MakeScheduler) -> None:
-        """deepspeed.initialize with our optimizer and schedule."""
+        """Fill and partition one decoder layer at a time, then deepspeed.initialize with our optimizer and schedule."""
         import deepspeed
 
-        parameters = trainable(model)
-        # The engine computes in the dtype of the parameters it is given and copies them to float32 masters. Given
-        # float32 LoRA weights, every layer would cast its input to float32. So it is given rounded weights, and the
-        # exact masters are written afterwards.
-        masters = {n: p.detach().clone() for n, p in parameters.items() if not self.options.trains_base}
-        for parameter in parameters.values():
-            parameter.data = parameter.data.to(self.options.dtype)
-        optimizer = make_optimizer(list(parameters.values()))
+        masters: dict[str, torch.Tensor] = {}
+        partitioner = internals.Partitioner(self.ds_config, self.options.dtype)
+        for module in [*decoder_layers(model), model]:
+            self._source.fill(module)
+            if self.options.sharding == "trainable":
+                self._hide_frozen(module)
+            # The engine computes in the dtype of the parameters it is given and copies them to float32 masters. Given
+            # float32 LoRA weights, every layer would cast its input to float32. So it is given rounded weights, and
+            # the exact masters are written afterwards.
+            for name, parameter in partitioner.parameters(model):
+                exact = parameter.detach()
+                parameter.data = exact.to(self.options.device, self.options.dtype)
+                partitioner.partition(parameter)
+                if parameter.requires_grad and not self.options.trains_base:
+                    masters[name] = exact.flatten()[slice(*internals.partition_range(parameter))].clone()
+        del self._source  # it still holds unsharded tied weights
+        for buffer in model.buffers():
+            buffer.data = buffer.data.to(self.options.device)
+        optimizer = make_optimizer(list(trainable(model).values()))
         scheduler = make_scheduler(optimizer)
         with redirect_stdout(sys.stderr):
             self._engine, *_ = deepspeed.initialize(
@@ -121,7 +138,15 @@ class Zero3Backend(Backend):
         self._scheduler = scheduler
         self._parameters = trainable(self._engine.module)
         if masters and self.options.dtype != torch.float32:
-            internals.write_masters(self._zero, self._parameters, lambda name, i, j: masters[name].flatten()[i:j])
+            internals.write_masters(self._zero, self._parameters, lambda name, *_: masters[name])
+
+    def _hide_frozen(self, module: nn.Module) -> None:
+        """Turn frozen parameters into buffers, which ZeRO-3 neither partitions nor gathers."""
+        for owner in module.modules():
+            for name, parameter in list(owner.named_parameters(recurse=False)):
+                if not parameter.requires_grad and not parameter.is_meta:
+                    delattr(owner, name)
+                    owner.register_buffer(name, parameter.detach().to(self.options.device), persistent=False)
 
     def backward(self, loss: torch.Tensor, *, last_micro_batch: bool) -> None:
         """The loss is multiplied by the world size, because ZeRO-3 averages over ranks."""

@@ -21,6 +21,8 @@ class PreviewConfig(TrainConfig):
     """Show these training rows instead, counted from 0 over all files together."""
     ranks: int = flag(1, must_be="1 or more")
     """Number of ranks that training would have, for micro-batches, memory and time; preview itself is one process."""
+    nodes: int = flag(1, must_be="1 or more")
+    """Number of nodes that share the ranks evenly."""
     html: str | None = flag(None)
     """Also write everything to this file, as one self-contained page of HTML."""
     json: str | None = flag(None)
@@ -30,6 +32,8 @@ class PreviewConfig(TrainConfig):
         yield from super().problems()
         if any(number < 0 for number in self.row_numbers or []):
             yield f"row_numbers must be 0 or more, got {','.join(map(str, self.row_numbers or []))}"
+        if self.ranks % self.nodes:
+            yield f"ranks must be a multiple of nodes, got {self.ranks} ranks on {self.nodes} nodes"
         for name, path in (("html", self.html), ("json", self.json)):
             if path is not None and (not path or Path(path).is_dir()):
                 yield f"{name} must be a file name, got '{path}'"

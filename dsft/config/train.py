@@ -18,6 +18,8 @@ class TrainConfig(RowFlags, ModelFlags, CommonFlags):
 
     backend: Literal["fsdp", "zero3"] = flag("fsdp", section="Sharding")
     """Sharding library: fsdp (PyTorch FSDP2) or zero3 (DeepSpeed ZeRO-3). Losses and gradients are the same."""
+    sharding: Literal["auto", "full", "hybrid", "trainable"] = flag("auto")
+    """full shards all parameters over all ranks, hybrid over those of a node, trainable only those that are trained."""
     gradient_checkpointing: bool | Literal["auto"] = flag("auto")
     """Recompute activations in the backward pass; auto does it in as many layers as the longest row needs to fit."""
     cpu_offload: bool = flag(False)

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import logging
+import math
 import os
 import random
 import resource
@@ -65,6 +66,11 @@ class World:
         return self.rank == 0
 
 
+def ranks_per_node(world: World) -> int:
+    """How many consecutive ranks share a node, on every node; the greatest common divisor, where nodes have more."""
+    return math.gcd(*gather_objects(world.local_size))
+
+
 def pick_device(world: World) -> torch.device:
     """cuda:LOCAL_RANK if CUDA is available, else cpu.
 
@@ -83,23 +89,6 @@ def pick_device(world: World) -> torch.device:
     device = torch.device("cuda", world.local_rank)
     torch.cuda.set_device(device)
     return device
-
-
-def start_process_group(world: World, device: torch.device) -> None:
-    """Initialize the process group: nccl on CUDA, gloo on CPU. A single process needs no address."""
-    if dist.is_initialized():
-        return
-    options: dict[str, Any] = {"backend": "nccl" if device.type == "cuda" else "gloo"}
-    if device.type == "cuda":
-        options["device_id"] = device
-    if "RANK" not in os.environ:
-        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    elif "TORCHELASTIC_RESTART_COUNT" in os.environ:
-        # torchrun keeps its store over restarts, with the addresses of ranks that have died.
-        store, rank, size = next(dist.rendezvous("env://"))
-        prefix = f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}"
-        options |= {"store": dist.PrefixStore(prefix, store), "rank": rank, "world_size": size}
-    dist.init_process_group(**options)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

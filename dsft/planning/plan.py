@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from dsft.backends import backend_class
-from dsft.backends.base import BackendOptions
+from dsft.backends.base import BackendOptions, Sharding
 from dsft.config import TrainConfig
 from dsft.dataset.batches import GlobalBatches
 from dsft.dataset.micro_batches import MicroBatches, MicroBatchOptions
@@ -20,15 +20,27 @@ from dsft.planning.activations import ActivationMemory, fit_micro_batches
 from dsft.planning.prediction import Prediction, ProcessMemory, Setting
 from dsft.units import GIB, duration, gib
 
+MARGIN = 0.9  # of the available memory that a run may take by prediction, where full sharding would take less
 
-def backend_options(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> BackendOptions:
-    """What the flags mean to the backend, which reads none."""
+
+def backend_options(
+    config: TrainConfig, device: torch.device, dtype: torch.dtype, *, ranks: int = 1, ranks_per_node: int = 1
+) -> BackendOptions:
+    """What the flags mean to the backend, which reads none. --sharding auto is full until `choose_sharding`."""
+    sharding = "full" if config.sharding == "auto" else config.sharding
+    if sharding == "hybrid" and ranks_per_node == 1:
+        sharding = "trainable"  # the frozen base is whole on each rank
+    if sharding == "trainable" and config.lora_rank == 0:
+        sharding = "full"
     return BackendOptions(
         device=device,
         dtype=dtype,
         trains_base=config.lora_rank == 0,
         clip_grad=config.clip_grad,
         train_batch_size=config.train_batch_size,
+        ranks=ranks,
+        ranks_per_node=ranks_per_node,
+        sharding=sharding,
         cpu_offload=config.cpu_offload,
         config_file=config.ds_config,
     )
@@ -57,6 +69,8 @@ class RunPlan:
     checkpointed_layers: decoder layers that recompute their activations
     parameters, trained: how many values
     tree_unsupported_reason: why the model's attention takes no prefix trees, where that was looked at; else None
+    sharding: of the backend
+    sharding_reason: why --sharding auto has chosen it; else empty
     """
 
     micro_batches: MicroBatchOptions
@@ -65,6 +79,8 @@ class RunPlan:
     parameters: int
     trained: int
     tree_unsupported_reason: str | None = None
+    sharding: Sharding = "full"
+    sharding_reason: str = ""
 
     @classmethod
     def of_model(
@@ -111,10 +127,9 @@ def plan_run(
     options: BackendOptions,
     memory: ProcessMemory,
     *,
-    ranks: int,
     longest: int,
 ) -> RunPlan:
-    """The plan of a training run: of the Trainer before it loads the model, and of a preview.
+    """The plan of a training run with the sharding of `options`.
 
     Args:
         shapes: the model on the meta device, without LoRA.
@@ -123,15 +138,15 @@ def plan_run(
     Raises:
         UserError: LoRA's targets do not fit the model, or the file of --ds_config cannot be used.
     """
-    setting = Setting(config.backend, options, ranks, lora_options(config))
+    setting = Setting(config.backend, options, lora_options(config))
     model = prediction.shapes(shapes, setting)
-    built = backend_class(config.backend).memory(model, options, ranks).built
+    built = backend_class(config.backend).memory(model, options).built
     reason = tree_unsupported_reason(shapes, config.attn_implementation)
     plan = RunPlan.of_model(
         model,
         options.dtype,
         options.device,
-        ranks=ranks,
+        ranks=options.ranks,
         free=max(0.0, memory.available - memory.now - built),
         longest=longest,
         fold=config.fold != "off",
@@ -139,7 +154,7 @@ def plan_run(
         gradient_checkpointing=config.gradient_checkpointing,
         token_budget=config.max_tokens_per_micro_batch,
     )
-    return replace(plan, tree_unsupported_reason=reason)
+    return replace(plan, tree_unsupported_reason=reason, sharding=options.sharding)
 
 
 def order_rows(data: TokenDataset, config: TrainConfig) -> GlobalBatches:
@@ -225,7 +240,6 @@ def predict_needs(
     setting = Setting(
         config.backend,
         options,
-        plan.micro_batches.ranks,
         lora_options(config),
         checkpointed_layers=plan.checkpointed_layers,
         copies_state=config.async_save,
@@ -248,3 +262,41 @@ def predict_needs(
         steps_per_epoch=steps,
         total_steps=config.total_training_steps or batches.first_step(config.total_epochs),
     )
+
+
+def choose_sharding(
+    config: TrainConfig,
+    shapes: Any,
+    options: BackendOptions,
+    memory: ProcessMemory,
+    data: TokenDataset,
+    batches: GlobalBatches,
+    matmul_rate: float,
+    *,
+    longest: int,
+) -> tuple[RunPlan, Needs]:
+    """The plan of a run and what it needs. --sharding auto is the first of trainable, hybrid and full that fits.
+
+    The first two take more memory than full sharding. They fit if they leave enough for the same micro-batches and no
+    more recomputation. For arguments and errors see `plan_run` and `predict_needs`.
+    """
+    full = plan_run(config, shapes, options, memory, longest=longest)
+    candidates: list[tuple[Sharding, bool, str]] = [
+        ("trainable", not options.trains_base, "the frozen base fits on each rank"),
+        ("hybrid", 1 < options.ranks_per_node < options.ranks, "the model fits on the ranks of a node"),
+    ]
+    reasons = []
+    for sharding, is_possible, reason in candidates:
+        if config.sharding != "auto" or options.cpu_offload or not is_possible:
+            continue
+        chosen = replace(options, sharding=sharding)
+        plan = replace(plan_run(config, shapes, chosen, memory, longest=longest), sharding_reason=reason)
+        if (plan.micro_batches, plan.checkpointed_layers) != (full.micro_batches, full.checkpointed_layers):
+            reasons.append(f"{sharding} would leave too little memory for the same micro-batches")
+            continue
+        needs = predict_needs(config, shapes, chosen, memory, plan, data, batches, matmul_rate)
+        if needs.memory.peak <= MARGIN * needs.available:
+            return plan, needs
+        reasons.append(f"{sharding} would take {gib(needs.memory.peak)} per rank")
+    full = replace(full, sharding_reason="; ".join(reasons))
+    return full, predict_needs(config, shapes, options, memory, full, data, batches, matmul_rate)

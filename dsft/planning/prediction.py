@@ -40,7 +40,6 @@ class Setting:
 
     backend: str
     options: BackendOptions
-    ranks: int
     lora: LoraOptions | None
     """None is full fine-tuning."""
     checkpointed_layers: int = 0
@@ -126,7 +125,7 @@ def predict(bare: Any, setting: Setting, batch: MicroBatch, *, process: ProcessM
         UserError: LoRA does not fit the model.
     """
     model = shapes(bare, setting)
-    held = backend_class(setting.backend).memory(model, setting.options, setting.ranks)
+    held = backend_class(setting.backend).memory(model, setting.options)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     tokens, traced = batch.input_ids.numel(), False
     per_token = ActivationMemory.of(model, setting.options.dtype).per_token(setting.checkpointed_layers)
@@ -137,7 +136,7 @@ def predict(bare: Any, setting: Setting, batch: MicroBatch, *, process: ProcessM
     heap = HEAP_SPREAD * small
     if setting.options.device.type == "cpu":
         process = replace(process, now=process.now + FIRST_PASS)
-    copied = checkpoint_bytes(trained) / setting.ranks if setting.copies_state else 0.0
+    copied = checkpoint_bytes(trained) / setting.options.ranks if setting.copies_state else 0.0
     return Prediction(process, held, large + heap, heap, copied, tokens, traced)
 
 

@@ -19,7 +19,7 @@ from dsft.model.flops import measure_matmul
 from dsft.model.source import ModelSource, load_tokenizer
 from dsft.planning.activations import free_memory
 from dsft.planning.disk import disk_warning
-from dsft.planning.plan import Needs, backend_options, order_rows, plan_run, predict_needs
+from dsft.planning.plan import Needs, backend_options, choose_sharding, order_rows, plan_run
 from dsft.planning.prediction import ProcessMemory
 from dsft.previewing.loading import LoadedSet, SeparatedSets, load_set, separate_sets
 from dsft.previewing.row_checks import Finding, duplicates_finding, truncation_finding
@@ -114,18 +114,25 @@ def _add_plan(preview: Preview, sets: SeparatedSets, config: PreviewConfig, path
     train, val = (side and side.data for side in (sets.train, sets.val))
     ranks, longest = config.ranks, max((int(data.lengths.max()) for data in (train, val) if data), default=1)
     device = runtime.pick_device(runtime.World(0, 1, 0, 1))
-    options = backend_options(config, device, runtime.pick_dtype(config.dtype, device))
+    options = backend_options(
+        config,
+        device,
+        runtime.pick_dtype(config.dtype, device),
+        ranks=ranks,
+        ranks_per_node=ranks // config.nodes,
+    )
     source = ModelSource(
         path, attn_implementation=config.attn_implementation, trust_remote_code=config.trust_remote_code
     )
     shapes = source.empty(options.dtype)
     # Without a GPU all ranks share this machine's memory, and this process stands for one of them.
-    memory = ProcessMemory.of(device, free_memory(device, runtime.World(0, ranks, 0, ranks)))
-    plan = plan_run(config, shapes, options, memory, ranks=ranks, longest=longest)
-    if train is not None:
+    memory = ProcessMemory.of(device, free_memory(device, runtime.World(0, ranks, 0, ranks // config.nodes)))
+    if train is None:
+        plan = plan_run(config, shapes, options, memory, longest=longest)
+    else:
         order = order_rows(train, config)
         rate = measure_matmul(options.dtype, device) * (1 if device.type == "cpu" else ranks)
-        preview.needs = predict_needs(config, shapes, options, memory, plan, train, order, rate)
+        plan, preview.needs = choose_sharding(config, shapes, options, memory, train, order, rate, longest=longest)
         preview.batches, preview.folding = batches_and_folding(train, order, plan, preview.needs.total_steps)
         preview.findings += needs_findings(preview.needs, plan.trained, config)
     if val is not None:

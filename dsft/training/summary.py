@@ -44,7 +44,11 @@ def start_lines(
             f"{needs.total_steps:,} in all",
         ),
         ("fold", _fold_text(plan)),
-        ("backend", f"{config.backend} on {device.type}, {torch.get_num_threads()} threads per rank"),
+        (
+            "backend",
+            f"{config.backend} on {device.type}, {torch.get_num_threads()} threads per rank; sharding {plan.sharding}"
+            + (f" ({plan.sharding_reason})" if plan.sharding_reason else ""),
+        ),
         ("output", config.output_dir),
         ("memory", needs.memory_text()),
     ]

@@ -3,6 +3,7 @@
 import math
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from dsft.config.values import as_yaml
 from dsft.dataset.micro_batches import MicroBatches
 from dsft.distributed import runtime
 from dsft.distributed.liveness import Liveness
+from dsft.distributed.rendezvous import start_process_group
 from dsft.errors import UserError
 from dsft.files import guard_disk, write_text
 from dsft.loss import loss_metrics, mean_loss, summed_loss
@@ -23,7 +25,7 @@ from dsft.model.flops import measure_matmul
 from dsft.planning.activations import free_memory
 from dsft.planning.disk import disk_warning
 from dsft.planning.out_of_memory import out_of_memory, refuse
-from dsft.planning.plan import backend_options, plan_run, predict_needs
+from dsft.planning.plan import backend_options, choose_sharding
 from dsft.planning.prediction import ProcessMemory
 from dsft.processes import launch_command
 from dsft.training.base_model import BaseModel, build_model, find_base_model
@@ -62,6 +64,7 @@ class Trainer:
         base = find_base_model(config, self.resume_from, world, self.dtype)
         self.data = load_data(config, base.tokenizer, world, warn)
         self._plan(base)
+        self.backend = backend_class(config.backend)(replace(self.options, sharding=self.plan.sharding))
         self.model, self.head = build_model(
             config, base, self.plan, self.backend, self._make_optimizer, self.data.total_steps
         )
@@ -87,14 +90,16 @@ class Trainer:
         runtime.set_threads(world)
         self.device = runtime.pick_device(world)
         runtime.return_freed_memory()
-        runtime.start_process_group(world, self.device)
+        start_process_group(self.device)
         self.liveness.meet()
         runtime.check_same_everywhere(as_yaml(config), "the flags", "start all ranks alike")
         runtime.seed_everything(config.seed, deterministic=config.deterministic)
         self.dtype = runtime.pick_dtype(config.dtype, self.device)
         self.dtype_name = str(self.dtype).removeprefix("torch.")
-        self.options = backend_options(config, self.device, self.dtype)
-        self.backend = runtime.together(lambda: backend_class(config.backend)(self.options))
+        self.options = backend_options(
+            config, self.device, self.dtype, ranks=world.size, ranks_per_node=runtime.ranks_per_node(world)
+        )
+        runtime.together(lambda: backend_class(config.backend)(self.options))  # only to check them
 
     def _check_visible(self, path: Path | None) -> None:
         exists = str(path is None or path.exists())
@@ -102,27 +107,30 @@ class Trainer:
 
     def _plan(self, base: BaseModel) -> None:
         """Lay the run out, and predict what it needs; nothing of the model has been read yet."""
-        config, data, size = self.config, self.data, self.world.size
+        config, data = self.config, self.data
         [free] = runtime.min_over_ranks([free_memory(self.device, self.world)], self.device)
         [self.matmul_rate] = runtime.sum_over_ranks([measure_matmul(self.dtype, self.device)], self.device)
         memory = ProcessMemory.of(self.device, free)
-        self.plan = plan = runtime.on_main(
+        self.plan, self.needs = runtime.on_main(
             self.world,
-            lambda: plan_run(config, base.shapes, self.options, memory, ranks=size, longest=data.longest),
+            lambda: choose_sharding(
+                config,
+                base.shapes,
+                self.options,
+                memory,
+                data.train,
+                data.batches,
+                self.matmul_rate,
+                longest=data.longest,
+            ),
         )
+        self.remedies, plan = self.needs.remedies, self.plan
         train, *val = runtime.together(
             lambda: [
                 MicroBatches(rows, plan.micro_batches, plan.cost, base.tokenizer.pad_token_id) for rows in data.sets
             ]
         )
         self.train_micro_batches, self.val_micro_batches = train, val[0] if val else None
-        self.needs = runtime.on_main(
-            self.world,
-            lambda: predict_needs(
-                config, base.shapes, self.options, memory, plan, data.train, data.batches, self.matmul_rate
-            ),
-        )
-        self.remedies = self.needs.remedies
 
     def _make_optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         return make_optimizer(parameters, self.config)

@@ -13,6 +13,7 @@ import torch
 import dsft
 from dsft.config import ValidateConfig
 from dsft.distributed import runtime
+from dsft.distributed.rendezvous import start_process_group
 from dsft.files import guard_disk, write_text
 from dsft.validation import playing
 from dsft.validation.generation import load_generator
@@ -34,7 +35,7 @@ def validate(config: ValidateConfig) -> list[str]:
     runtime.set_threads(world)
     device = runtime.pick_device(world)
     if world.size > 1:
-        runtime.start_process_group(world, device)
+        start_process_group(device)
     runtime.seed_everything(config.seed)
     started = time.perf_counter()
     summary, rows = _evaluate_game(config, world, device) if config.env else _evaluate_dialogues(config, world, device)

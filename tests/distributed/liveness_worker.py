@@ -15,6 +15,7 @@ import torch
 
 from dsft.distributed import runtime
 from dsft.distributed.liveness import Liveness
+from dsft.distributed.rendezvous import start_process_group
 from dsft.errors import UserError
 from dsft.processes import launch_command
 
@@ -31,7 +32,7 @@ def main():
     (folder / f"alone-{world.rank}").write_text(str(os.getpid()))
     while (folder / "wait").exists():
         time.sleep(0.02)
-    runtime.start_process_group(world, torch.device("cpu"))
+    start_process_group(torch.device("cpu"))
     watch.meet()
     runtime.together(lambda: None)  # makes its process group while the launcher's store lives
     with runtime.StopSignals() as stop:

@@ -40,34 +40,42 @@ def reference(folder, rows_file, tokenizer, lora_rank):
 
 
 @pytest.mark.parametrize(
-    ("backend", "ranks", "tokens", "lora_rank"),
+    ("backend", "sharding", "nodes", "ranks", "tokens", "lora_rank"),
     [
-        ("fsdp", 2, LONGEST, 4),
-        ("zero3", 2, LONGEST, 4),
+        ("fsdp", "full", 1, 2, LONGEST, 4),
+        ("zero3", "trainable", 1, 2, LONGEST, 4),
         *(
             pytest.param(*arm, marks=pytest.mark.slow)
             for arm in [
-                ("fsdp", 2, LONGEST, 0),
-                ("zero3", 2, LONGEST, 0),
-                ("fsdp", 1, 2000, 4),
-                ("zero3", 1, 300, 0),
-                ("fsdp", 3, 300, 0),
-                ("zero3", 3, 200, 4),
+                ("fsdp", "trainable", 1, 2, LONGEST, 4),
+                ("zero3", "full", 1, 2, LONGEST, 4),
+                ("fsdp", "full", 1, 2, LONGEST, 0),
+                ("zero3", "full", 1, 2, LONGEST, 0),
+                ("fsdp", "trainable", 1, 1, 2000, 4),
+                ("zero3", "full", 1, 1, 300, 0),
+                ("fsdp", "full", 1, 3, 300, 0),
+                ("zero3", "trainable", 1, 3, 200, 4),
+                ("fsdp", "hybrid", 2, 4, LONGEST, 4),
+                ("fsdp", "hybrid", 2, 4, LONGEST, 0),
+                ("fsdp", "hybrid", 2, 2, LONGEST, 4),
+                ("zero3", "hybrid", 2, 4, LONGEST, 4),
+                ("zero3", "hybrid", 2, 4, LONGEST, 0),
+                ("zero3", "hybrid", 2, 2, LONGEST, 4),
             ]
         ),
     ],
 )
 def test_gradients_equal_a_plain_loop(
-    backend, ranks, tokens, lora_rank, commands, tiny_model, uneven_rows, tokenizer, tmp_path
+    backend, sharding, nodes, ranks, tokens, lora_rank, commands, tiny_model, uneven_rows, tokenizer, tmp_path
 ):
     loss, norm, expected = reference(tiny_model, uneven_rows, tokenizer, lora_rank)
     out = tmp_path / "gradients.safetensors"
     words = flags(
-        backend=backend, model=tiny_model, train_files=uneven_rows, output_dir=tmp_path / "out", dtype="float32",
-        lora_rank=lora_rank, lora_alpha=32, train_batch_size=10, max_tokens_per_micro_batch=tokens, clip_grad=0,
-        schedule="constant", warmup_ratio=0,
+        backend=backend, sharding=sharding, model=tiny_model, train_files=uneven_rows, output_dir=tmp_path / "out",
+        dtype="float32", lora_rank=lora_rank, lora_alpha=32, train_batch_size=10, max_tokens_per_micro_batch=tokens,
+        clip_grad=0, schedule="constant", warmup_ratio=0,
     )  # fmt: skip
-    done = commands.run("tests.distributed.gradient_worker", [out, *words], ranks=ranks)
+    done = commands.run("tests.distributed.gradient_worker", [out, *words], ranks=ranks, nodes=nodes)
     assert done.status == 0, done.err
 
     (line,) = metrics(tmp_path / "out")

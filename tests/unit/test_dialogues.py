@@ -463,6 +463,7 @@ def test_the_loss_is_what_training_logs_before_its_first_step_and_with_its_adapt
 TWO_RANKS = """
 import json, sys
 from dsft.distributed import runtime
+from dsft.distributed.rendezvous import start_process_group
 from dsft.config import ValidateConfig
 from dsft.validation.dialogues import evaluate_dialogues
 from dsft.validation.generation import load_generator
@@ -471,7 +472,7 @@ def work():
     config = ValidateConfig(**json.loads(sys.argv[1]))
     world = runtime.World.from_environment()
     device = runtime.pick_device(world)
-    runtime.start_process_group(world, device)
+    start_process_group(device)
     generator = runtime.together(lambda: load_generator(config, device))
     results = evaluate_dialogues(config, generator, world)
     print(json.dumps(results), file=open(f"{sys.argv[2]}.{world.rank}", "w"))
