@@ -60,7 +60,7 @@ class Host:
         """Switch the host off: its link goes down first, so no connection is closed."""
         self.cut()
         for process in self.processes:
-            for child in process.children():  # the first process of the host's process ids
+            for child in process.children() if process.is_running() else []:  # the first process of the host's process ids
                 child.kill()
             process.kill()
             process.wait()

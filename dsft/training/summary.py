@@ -1,5 +1,6 @@
 """What a run prints at its start and at its end."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -46,7 +47,8 @@ def start_lines(
         ("fold", _fold_text(plan)),
         (
             "backend",
-            f"{config.backend} on {device.type}, {torch.get_num_threads()} threads per rank; sharding {plan.sharding}"
+            f"{config.backend} on {device.type}{_network()}, {torch.get_num_threads()} threads per rank; "
+            f"sharding {plan.sharding}"
             + (f" ({plan.sharding_reason})" if plan.sharding_reason else ""),
         ),
         ("output", config.output_dir),
@@ -64,6 +66,11 @@ def start_lines(
 def rows_text(rows: int, tokens: int, targets: int, losses: str, more: str = "") -> str:
     """Counts of a set of rows, and what truncation has cost."""
     return f"{rows:,} rows, {tokens:,} tokens, {targets:,} targets{more}" + (f"; {losses}" if losses else "")
+
+
+def _network() -> str:
+    interface = os.environ.get("GLOO_SOCKET_IFNAME")
+    return f" over {interface}" if interface else ""
 
 
 def _fold_text(plan: RunPlan) -> str:

@@ -76,21 +76,22 @@ def test_sigkill_after_step_2_then_resume(commands, backend, ranks, lora_rank, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora_rank", [4, 0])
-def test_a_run_over_backends_ranks_and_token_budgets_is_that_of_one_start(commands, lora_rank, tiny_model, tmp_path):
+def test_a_run_over_backends_nodes_sharding_and_token_budgets_is_that_of_one_start(commands, lora_rank, tiny_model, tmp_path):
     words = flags(
         model=tiny_model, train_files=SAMPLE_TRAIN, val_files=SAMPLE_TRAIN, max_val_rows=9, dtype="float32",
         lora_rank=lora_rank, lr=1e-3, train_batch_size=24, total_training_steps=8, eval_steps=2, save_steps=0,
     )  # fmt: skip
     whole, changed = tmp_path / "whole", tmp_path / "changed"
     assert commands([*start_words("fsdp", 2), *words, "--output_dir", whole]).status == 0
-    starts: list[tuple[str, int, list]] = [
-        ("fsdp", 2, ["--stop_after_steps", 2]),
-        ("zero3", 2, ["--stop_after_steps", 4, "--max_tokens_per_micro_batch", 400]),
-        ("zero3", 1, ["--stop_after_steps", 6, "--async_save"]),
-        ("fsdp", 2, ["--gradient_checkpointing"]),
+    starts: list[tuple[str, str, int, int, list]] = [
+        ("fsdp", "hybrid", 4, 2, ["--stop_after_steps", 2, "--async_save"]),
+        ("zero3", "trainable", 2, 1, ["--stop_after_steps", 4, "--max_tokens_per_micro_batch", 400]),
+        ("zero3", "hybrid", 4, 2, ["--stop_after_steps", 6]),
+        ("fsdp", "full", 1, 1, ["--gradient_checkpointing"]),
     ]
-    for index, (backend, ranks, more) in enumerate(starts):
-        done = commands([*start_words(backend, ranks), *words, *more, "--output_dir", changed])
+    for index, (backend, sharding, ranks, nodes, more) in enumerate(starts):
+        typed = ["--backend", backend, "--sharding", sharding, *words, *more, "--output_dir", changed]
+        done = commands.run("dsft.train", typed, ranks=ranks, nodes=nodes)
         assert done.status == 0, done.err
         assert index == 0 or f"resuming at step {2 * index + 1}" in done.out
         assert index == 3 or f"stopped by --stop_after_steps {2 * index + 2} after step {2 * index + 2}" in done.out
