@@ -60,9 +60,9 @@ class Host:
         """Switch the host off: its link goes down first, so no connection is closed."""
         self.cut()
         for process in self.processes:
-            for child in process.children() if process.is_running() else []:  # the first process of the host's process ids
-                child.kill()
-            process.kill()
+            if process.poll() is None:
+                [first] = process.children()  # of the host's process ids: all others end with it
+                first.kill()
             process.wait()
         self.processes.clear()
 

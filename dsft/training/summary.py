@@ -48,8 +48,7 @@ def start_lines(
         (
             "backend",
             f"{config.backend} on {device.type}{_network()}, {torch.get_num_threads()} threads per rank; "
-            f"sharding {plan.sharding}"
-            + (f" ({plan.sharding_reason})" if plan.sharding_reason else ""),
+            f"sharding {plan.sharding}" + (f" ({plan.sharding_reason})" if plan.sharding_reason else ""),
         ),
         ("output", config.output_dir),
         ("memory", needs.memory_text()),

@@ -76,7 +76,7 @@ def test_sigkill_after_step_2_then_resume(commands, backend, ranks, lora_rank, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora_rank", [4, 0])
-def test_a_run_over_backends_nodes_sharding_and_token_budgets_is_that_of_one_start(commands, lora_rank, tiny_model, tmp_path):
+def test_a_run_over_backends_nodes_and_sharding_is_that_of_one_start(commands, lora_rank, tiny_model, tmp_path):
     words = flags(
         model=tiny_model, train_files=SAMPLE_TRAIN, val_files=SAMPLE_TRAIN, max_val_rows=9, dtype="float32",
         lora_rank=lora_rank, lr=1e-3, train_batch_size=24, total_training_steps=8, eval_steps=2, save_steps=0,

@@ -1,6 +1,7 @@
 """DeepSpeed's JSON: the user's file over ours, and no contradiction to a flag."""
 
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -41,6 +42,13 @@ def problems(read, content) -> list[str]:
 
 def test_without_a_file_the_defaults_stand():
     assert make_ds_config(OPTIONS) == finished(defaults())
+
+
+def test_sharding_sets_the_partition_of_a_node_and_what_stays_whole():
+    hybrid = make_ds_config(replace(OPTIONS, ranks=4, ranks_per_node=2, sharding="hybrid"))["zero_optimization"]
+    assert hybrid == defaults()["zero_optimization"] | {"zero_hpz_partition_size": 2}
+    trainable = make_ds_config(replace(OPTIONS, sharding="trainable"))["zero_optimization"]
+    assert trainable["stage3_param_persistence_threshold"] == sys.maxsize
 
 
 def test_all_contradictions_are_reported_at_once_with_setting_values_and_flag(read, tmp_path):

@@ -1,17 +1,20 @@
 """What a run needs, and what is said where it does not fit."""
 
+import json
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from dsft.config import PreviewConfig, TrainConfig
 from dsft.errors import UserError
 from dsft.planning.out_of_memory import out_of_memory, refuse
-from dsft.planning.plan import Needs
+from dsft.planning.plan import Needs, backend_options, choose_sharding, order_rows
+from dsft.planning.prediction import ProcessMemory
 from dsft.previewing.preview import needs_findings
-from tests.helpers import message
+from tests.helpers import message, token_dataset
 
 GIB = 2**30
 
@@ -69,3 +72,57 @@ def test_needs_in_words_and_in_json():
     assert run.time_text() == "1.0 s per step predicted, 4.0 s per epoch, 8.0 s for 8 steps"
     assert run.time_text(1).endswith("1.0 s for 1 step")
     assert run.as_dict()["seconds"] == 8
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    """0.3 B parameters that are nowhere."""
+    config = AutoConfig.for_model(
+        "llama", vocab_size=100, hidden_size=2048, intermediate_size=5632, num_hidden_layers=6, num_attention_heads=16,
+    )  # fmt: skip
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+
+def chosen(shapes, available: float, ranks: int = 8, node: int = 4, **flags):
+    """Sharding, reason and predicted bytes where so many GiB are available."""
+    values = {"max_tokens_per_micro_batch": 64, "gradient_checkpointing": False, "dtype": "bfloat16"} | flags
+    config = TrainConfig(model="m", train_files=["t"], output_dir="out", **values)
+    data = token_dataset([(range(20), [False] * 10 + [True] * 10)] * 4)
+    options = backend_options(config, torch.device("cuda"), torch.bfloat16, ranks=ranks, ranks_per_node=node)
+    memory, batches = ProcessMemory(0.0, 0.0, available * GIB), order_rows(data, config)
+    plan, needs = choose_sharding(config, shapes, options, memory, data, batches, 1e12, longest=20)
+    return plan.sharding, plan.sharding_reason, needs.memory.peak / GIB
+
+
+@pytest.mark.parametrize("backend", ["fsdp", "zero3"])
+def test_auto_is_the_first_sharding_that_fits(shapes, backend, tmp_path):
+    buckets = ("stage3_max_live_parameters", "stage3_prefetch_bucket_size", "reduce_bucket_size")
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": dict.fromkeys(buckets, 10**6)}))
+    values = {"backend": backend} | ({"ds_config": str(tmp_path / "ds.json")} if backend == "zero3" else {})
+    peaks = {name: chosen(shapes, 99, sharding=name, **values) for name in ("trainable", "hybrid", "full")}
+    assert [(name, reason) for name, reason, _ in peaks.values()] == [(name, "") for name in peaks]
+    trainable, hybrid, full = (peak for _, _, peak in peaks.values())
+    found = chosen(shapes, trainable / 0.89, **values)
+    assert found == ("trainable", "the frozen base fits on each rank", trainable)
+    assert full < hybrid < trainable, peaks
+    name, reason, _ = chosen(shapes, hybrid / 0.89, **values)
+    assert (name, reason) == ("hybrid", "the model fits on the ranks of a node")
+    name, reason, _ = chosen(shapes, full, **values)
+    assert name == "full"
+    assert reason == f"trainable would take {trainable:.2f} GiB per rank; hybrid would take {hybrid:.2f} GiB per rank"
+
+
+def test_sharding_follows_what_is_trained_nodes_and_offload(shapes):
+    assert chosen(shapes, 99, lora_rank=0)[0] == "hybrid"
+    assert chosen(shapes, 99, lora_rank=0, node=8)[:2] == ("full", "")
+    assert chosen(shapes, 99, lora_rank=0, sharding="trainable")[0] == "full"
+    assert chosen(shapes, 99, sharding="hybrid", node=1)[0] == "trainable"
+    assert chosen(shapes, 99, cpu_offload=True)[0] == "full"
+    assert chosen(shapes, 99, ranks=1, node=1)[0] == "trainable"
+
+
+def test_auto_does_not_trade_larger_micro_batches_for_whole_weights(shapes):
+    tight = {"max_tokens_per_micro_batch": None}
+    trainable = chosen(shapes, 99, sharding="trainable", **tight)[2]
+    assert chosen(shapes, trainable, **tight)[0] != "trainable"

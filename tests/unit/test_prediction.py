@@ -49,11 +49,11 @@ def bare():
         return AutoModelForCausalLM.from_config(config)
 
 
-def setting(backend: str = "fsdp", dtype: torch.dtype = torch.float32, lora=LORA, ranks: int = 1, **more) -> Setting:
+def setting(backend: str = "fsdp", dtype: torch.dtype = torch.float32, lora=LORA, **more) -> Setting:
     options = BackendOptions(
-        device=CPU, dtype=dtype, trains_base=lora is None, clip_grad=1.0, train_batch_size=8, ranks=ranks
+        device=CPU, dtype=dtype, trains_base=lora is None, clip_grad=1.0, train_batch_size=8, **more
     )
-    return Setting(backend, options, lora, **more)
+    return Setting(backend, options, lora)
 
 
 def held(bare, chosen: Setting) -> HeldMemory:
@@ -75,6 +75,36 @@ def test_fsdp_shards_a_frozen_bfloat16_base_and_float32_lora_over_two_ranks(bare
     assert memory.weights == (2 * WHOLE + 4 * trained) / 2
     assert (memory.gradients, memory.moments) == (4 * trained / 2, 8 * trained / 2)
     assert memory.gathered == 2 * (LAYER + ADAPTER) + ADAPTER * (2 + 4) + 2 * ROOT
+
+
+def test_fsdp_keeps_a_frozen_base_whole_and_gathers_only_what_is_trained(bare):
+    memory = held(bare, setting(dtype=torch.bfloat16, ranks=4, sharding="trainable"))
+    trained = 2 * ADAPTER
+    assert memory.weights == 2 * WHOLE + 4 * trained / 4
+    assert (memory.gradients, memory.moments) == (4 * trained / 4, 8 * trained / 4)
+    assert memory.gathered == trained * (2 + 4)
+
+
+def test_fsdp_shards_over_the_ranks_of_a_node(bare):
+    memory = held(bare, setting(dtype=torch.bfloat16, ranks=4, ranks_per_node=2, sharding="hybrid"))
+    assert memory == held(bare, setting(dtype=torch.bfloat16, ranks=2))
+
+
+def test_zero3_is_not_shown_a_frozen_base_that_is_whole(bare):
+    memory = held(bare, setting("zero3", torch.bfloat16, ranks=4, sharding="trainable"))
+    trained = 2 * ADAPTER
+    assert memory.weights == 2 * (WHOLE + trained / 4 + trained)  # a partition, and whole between steps
+    assert memory.masters == 4 * trained / 4
+    assert memory.gathered == 2 * (2 * trained + 2 * 16) + 4 * trained
+
+
+def test_zero3_has_a_second_partition_over_the_ranks_of_a_node(bare, tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
+    options = {"config_file": str(path), "ranks": 4, "ranks_per_node": 2}
+    assert held(bare, setting("zero3", torch.bfloat16, lora=None, sharding="hybrid", **options)).weights == (
+        2 * WHOLE / 4 + 2 * WHOLE / 2
+    )
 
 
 def test_zero3_holds_compute_partitions_beside_float32_masters(bare):
@@ -173,7 +203,7 @@ def test_more_tokens_take_more_and_recomputing_takes_less():
     short, long = (predict(bare, setting(), chains([size], 4), process=NO_PROCESS) for size in (2000, 8000))
     assert short.traced is long.traced is True
     assert 2.5 < long.activations / short.activations < 6
-    recomputed = predict(bare, setting(checkpointed_layers=8), chains([8000], 4), process=NO_PROCESS)
+    recomputed = predict(bare, replace(setting(), checkpointed_layers=8), chains([8000], 4), process=NO_PROCESS)
     assert recomputed.activations < 0.7 * long.activations
     assert recomputed.held == long.held
 
@@ -189,7 +219,7 @@ def test_the_logits_of_many_targets_are_never_there_at_once():
 
 
 def test_a_state_that_is_copied_counts(bare):
-    copied = predict(bare, setting(copies_state=True), chains([50], 4), process=NO_PROCESS)
+    copied = predict(bare, replace(setting(), copies_state=True), chains([50], 4), process=NO_PROCESS)
     assert copied.copied == 12 * 2 * ADAPTER
 
 
