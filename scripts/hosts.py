@@ -56,9 +56,15 @@ class Host:
         self.processes.append(process)
         return process
 
-    def kill(self) -> None:
-        """Switch the host off: its link goes down first, so no connection is closed."""
-        self.cut()
+    def ranks(self) -> list[psutil.Process]:
+        """The processes of dsft.train on it, without their launchers."""
+        found = [child for process in self.processes for child in process.children(recursive=True)]
+        return [process for process in found if "RANK" in process.environ() and "dsft/train.py" in process.cmdline()]
+
+    def kill(self, *, closing: bool = False) -> None:
+        """Switch the host off: its link goes down first, unless its connections are to be closed."""
+        if not closing:
+            self.cut()
         for process in self.processes:
             if process.poll() is None:
                 [first] = process.children()  # of the host's process ids: all others end with it
