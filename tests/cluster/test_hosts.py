@@ -3,6 +3,8 @@
 The hosts have no name service and no default route. Root is needed.
 """
 
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import PRODUCED, ROOT, SAMPLE_TRAIN, flags, metrics, start_words
+from tests.helpers import BIN, PRODUCED, ROOT, SAMPLE_TRAIN, flags, metrics, start_words
 
 sys.path.append(str(ROOT / "scripts"))
 from hosts import Cluster, Host, unavailable_reason
@@ -142,4 +144,36 @@ def test_a_host_that_dies_and_returns_by_elastic_torchrun(hosts, words, expected
     assert end(tmp_path, hosts)[0] == 0, read(tmp_path)
     ranks = [line.split(" rows on ")[1][:6] for line in starts()]
     assert ranks[:3] == ["2 rank", "1 rank", "2 rank"], read(tmp_path)
+    check(out, expected, read(tmp_path))
+
+
+@pytest.fixture
+def ssh(hosts, tmp_path) -> dict[str, str]:
+    """A server for ssh on each host; returns the environment in which ssh finds its key and .deepspeed_env."""
+    if missing := [name for name in ("/usr/sbin/sshd", "/usr/bin/ssh", "/usr/bin/pdsh") if not Path(name).exists()]:
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    for name in ("key", "host_key"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / name], check=True)
+    lines = [f"HostKey {tmp_path}/host_key", f"AuthorizedKeysFile {tmp_path}/key.pub", "StrictModes no", "UsePAM no"]
+    (tmp_path / "sshd_config").write_text("\n".join([*lines, "PidFile none", ""]))
+    Path("/run/sshd").mkdir(exist_ok=True)
+    for host in hosts:
+        host.start(["/usr/sbin/sshd", "-D", "-e", "-f", tmp_path / "sshd_config"], tmp_path / f"sshd-{host.name}")
+    options = f"-i {tmp_path}/key -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "ssh").write_text(f'#!/bin/sh\nexec /usr/bin/ssh {options} "$@"\n')
+    (tmp_path / "bin" / "ssh").chmod(0o755)
+    (tmp_path / ".deepspeed_env").write_text(f"DSFT_CACHE={tmp_path}/cache\n")
+    return {"HOME": str(tmp_path), "PATH": f"{tmp_path}/bin:{BIN}:{os.environ['PATH']}"}
+
+
+def test_the_deepspeed_launcher_starts_hosts_over_ssh(hosts, ssh, words, expected, tmp_path):
+    out = tmp_path / "out"
+    (tmp_path / "hostfile").write_text("".join(f"{host.address} slots=1\n" for host in hosts))
+    typed = ["deepspeed", "--hostfile", tmp_path / "hostfile", "--master_addr", hosts[0].address, "dsft/train.py"]
+    typed += ["--backend", "zero3", "--sharding", "trainable", *words, "--output_dir", out]
+    launcher = hosts[0].start(typed, tmp_path / "log", env=ssh)
+    wait_for(lambda: launcher.poll() is not None, tmp_path, hosts)
+    assert launcher.poll() == 0, read(tmp_path)
+    assert (tmp_path / "cache").is_dir()
     check(out, expected, read(tmp_path))

@@ -25,7 +25,7 @@ from tests.helpers import BIN, ROOT, SAMPLE_TRAIN, SAMPLE_VAL, Done, run
 from tests.hub import TOKEN, Hub
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PROGRAMS = r"(python|torchrun|deepspeed|bash|dsft-\w+|git|pip|source|cd|sbatch|srun|pytest|/usr/bin/time)\b"
+PROGRAMS = r"(python|torchrun|deepspeed|bash|dsft-\w+|git|pip|source|cd|sbatch|export|pytest|/usr/bin/time)\b"
 
 # What replaces a command's own values; a function gets the value that stands there. None leaves the flag out.
 # Names in braces: {model} a tiny model, {run} a LoRA run of it with rank 4, {other} another run, {out} a new folder.
@@ -128,6 +128,14 @@ RUN_BY = {
         "tests/distributed/test_fault_drills.py::test_some_drills",
         "scripts/fault_drills.py",
     ),
+    "sbatch": (
+        "tests/cluster/test_slurm.py::test_a_job_saves_before_its_limit_goes_on_when_requeued_and_ends_at_once_when_complete",
+        "slurm_train.sbatch",
+    ),
+    "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1": (
+        "tests/cluster/test_hosts.py::test_a_host_that_dies_and_returns_by_elastic_torchrun",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE",
+    ),
     "python -m pytest -s tests/distributed/test_folding.py -k medical": (
         "tests/distributed/test_folding.py::test_the_medical_set_folds",
         "def test_the_medical_set_folds",
@@ -136,7 +144,6 @@ RUN_BY = {
 # Commands that are not run, by how they begin, and why.
 NOT_RUN = {
     "bash scripts/test.sh": "would run all tests, this one too; its --help is run",
-    "sbatch": "needs Slurm; what the script itself starts is read",
 }
 
 
@@ -165,15 +172,13 @@ def code_blocks(text: str) -> Iterator[tuple[int, str]]:
 
 
 def split(text: str) -> Iterator[tuple[str, ...]]:
-    """The commands of a line of shell: without comments, what stands between && and |, what srun starts."""
+    """The commands of a line of shell: without comments, what stands between && and |."""
     lexer = shlex.shlex(text, posix=True, punctuation_chars="&|;")
     lexer.whitespace_split = True
     words: list[str] = []
     for word in [*lexer, "&&"]:
         if word in ("&&", "|", ";"):
-            if words[:3] == ["srun", "bash", "-c"]:
-                yield from split(words[3].replace("\\\n", ""))
-            elif words:
+            if words:
                 yield tuple(words)
             words = []
         elif word != "…":
@@ -181,10 +186,10 @@ def split(text: str) -> Iterator[tuple[str, ...]]:
 
 
 def shell_lines(block: str) -> Iterator[tuple[int, str]]:
-    """(line, text) of what a shell reads as one line, without comments; what srun starts keeps its line breaks."""
+    """(line, text) of what a shell reads as one line, without comments."""
     line = 0
     for logical in re.sub(r"\\\n", "\0", block).splitlines():
-        text = logical.replace("\0", "\\\n" if "srun" in logical else " ").strip()
+        text = logical.replace("\0", " ").strip()
         if not text.startswith("#"):
             yield line, text
         line += 1 + logical.count("\0")
@@ -490,5 +495,4 @@ def test_shell_is_read_as_a_shell_does():
         ["cd", "x"],
         ["python", "-m", "dsft.merge", "--checkpoint", "x", "\\", "--output", "y"],
     ]
-    assert list(split("srun bash -c 'torchrun a \\\n b'")) == [("torchrun", "a", "b")]
     assert flag_values(("out", "--a", "1", "--b")) == {"": "out", "a": "1", "b": None}
