@@ -96,9 +96,7 @@ def wait_for(condition: Callable[[], bool], log: Path, seconds: float = 120) -> 
         time.sleep(0.2)
 
 
-def test_a_job_saves_before_its_limit_goes_on_when_requeued_and_ends_at_once_when_complete(
-    slurm, commands, tiny_model, tmp_path
-):
+def test_a_job_is_requeued_before_its_limit_and_ends_at_once_when_complete(slurm, commands, tiny_model, tmp_path):
     words = flags(
         model=tiny_model, train_files=SAMPLE_TRAIN, dtype="float32", lora_rank=4, lr=1e-3, train_batch_size=91,
         total_training_steps=24, save_steps=0, eval_steps=0,

@@ -129,7 +129,7 @@ RUN_BY = {
         "scripts/fault_drills.py",
     ),
     "sbatch": (
-        "tests/cluster/test_slurm.py::test_a_job_saves_before_its_limit_goes_on_when_requeued_and_ends_at_once_when_complete",
+        "tests/cluster/test_slurm.py::test_a_job_is_requeued_before_its_limit_and_ends_at_once_when_complete",
         "slurm_train.sbatch",
     ),
     "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1": (
