@@ -238,11 +238,7 @@ def predict_needs(
     """
     micro_batches = MicroBatches(data, plan.micro_batches, plan.cost, None)
     setting = Setting(
-        config.backend,
-        options,
-        lora_options(config),
-        checkpointed_layers=plan.checkpointed_layers,
-        copies_state=config.async_save,
+        config.backend, options, lora_options(config), plan.checkpointed_layers, copies_state=config.async_save
     )
     _, _, longest = prediction.longest_micro_batch(micro_batches, data.lengths, batches)
     predicted = prediction.predict(shapes, setting, longest, process=memory)
@@ -271,9 +267,8 @@ def choose_sharding(
     memory: ProcessMemory,
     data: TokenDataset,
     batches: GlobalBatches,
-    matmul_rate: float,
-    *,
     longest: int,
+    matmul_rate: float,
 ) -> tuple[RunPlan, Needs]:
     """The plan of a run and what it needs. --sharding auto is the first of trainable, hybrid and full that fits.
 

@@ -114,13 +114,8 @@ def _add_plan(preview: Preview, sets: SeparatedSets, config: PreviewConfig, path
     train, val = (side and side.data for side in (sets.train, sets.val))
     ranks, longest = config.ranks, max((int(data.lengths.max()) for data in (train, val) if data), default=1)
     device = runtime.pick_device(runtime.World(0, 1, 0, 1))
-    options = backend_options(
-        config,
-        device,
-        runtime.pick_dtype(config.dtype, device),
-        ranks=ranks,
-        ranks_per_node=ranks // config.nodes,
-    )
+    dtype = runtime.pick_dtype(config.dtype, device)
+    options = backend_options(config, device, dtype, ranks=ranks, ranks_per_node=ranks // config.nodes)
     source = ModelSource(
         path, attn_implementation=config.attn_implementation, trust_remote_code=config.trust_remote_code
     )
@@ -132,7 +127,7 @@ def _add_plan(preview: Preview, sets: SeparatedSets, config: PreviewConfig, path
     else:
         order = order_rows(train, config)
         rate = measure_matmul(options.dtype, device) * (1 if device.type == "cpu" else ranks)
-        plan, preview.needs = choose_sharding(config, shapes, options, memory, train, order, rate, longest=longest)
+        plan, preview.needs = choose_sharding(config, shapes, options, memory, train, order, longest, rate)
         preview.batches, preview.folding = batches_and_folding(train, order, plan, preview.needs.total_steps)
         preview.findings += needs_findings(preview.needs, plan.trained, config)
     if val is not None:

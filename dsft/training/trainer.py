@@ -96,9 +96,8 @@ class Trainer:
         runtime.seed_everything(config.seed, deterministic=config.deterministic)
         self.dtype = runtime.pick_dtype(config.dtype, self.device)
         self.dtype_name = str(self.dtype).removeprefix("torch.")
-        self.options = backend_options(
-            config, self.device, self.dtype, ranks=world.size, ranks_per_node=runtime.ranks_per_node(world)
-        )
+        ranks = {"ranks": world.size, "ranks_per_node": runtime.ranks_per_node(world)}
+        self.options = backend_options(config, self.device, self.dtype, **ranks)
         runtime.together(lambda: backend_class(config.backend)(self.options))  # only to check them
 
     def _check_visible(self, path: Path | None) -> None:
@@ -111,18 +110,10 @@ class Trainer:
         [free] = runtime.min_over_ranks([free_memory(self.device, self.world)], self.device)
         [self.matmul_rate] = runtime.sum_over_ranks([measure_matmul(self.dtype, self.device)], self.device)
         memory = ProcessMemory.of(self.device, free)
+        rows = data.train, data.batches, data.longest
         self.plan, self.needs = runtime.on_main(
             self.world,
-            lambda: choose_sharding(
-                config,
-                base.shapes,
-                self.options,
-                memory,
-                data.train,
-                data.batches,
-                self.matmul_rate,
-                longest=data.longest,
-            ),
+            lambda: choose_sharding(config, base.shapes, self.options, memory, *rows, self.matmul_rate),
         )
         self.remedies, plan = self.needs.remedies, self.plan
         train, *val = runtime.together(

@@ -91,7 +91,7 @@ def chosen(shapes, available: float, ranks: int = 8, node: int = 4, **flags):
     data = token_dataset([(range(20), [False] * 10 + [True] * 10)] * 4)
     options = backend_options(config, torch.device("cuda"), torch.bfloat16, ranks=ranks, ranks_per_node=node)
     memory, batches = ProcessMemory(0.0, 0.0, available * GIB), order_rows(data, config)
-    plan, needs = choose_sharding(config, shapes, options, memory, data, batches, 1e12, longest=20)
+    plan, needs = choose_sharding(config, shapes, options, memory, data, batches, 20, 1e12)
     return plan.sharding, plan.sharding_reason, needs.memory.peak / GIB
 
 

@@ -1,0 +1,101 @@
+#!/usr/bin/env python
+"""Bytes between two hosts and seconds per step, by backend and sharding, at full speed and over a slower link.
+
+    python scripts/bench_nodes.py [--arms fsdp:trainable,zero3:full] [--rates none,1gbit] [--ranks 1] [--json FILE]
+
+The hosts are network namespaces of this machine, started by torchrun with --ranks ranks each; needs root. Trains
+--model on --train_files with LoRA and float32. Bytes are what one host has received per step, from the first step to
+the last but one, also in multiples of the float32 gradient of what is trained; seconds are the median of those steps.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from hosts import Cluster, unavailable_reason
+
+ARMS = ",".join(f"{backend}:{kind}" for backend in ("fsdp", "zero3") for kind in ("full", "hybrid", "trainable"))
+
+
+def steps_of(folder: Path) -> list[dict[str, Any]]:
+    """The steps that a run has logged."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [line for line in map(json.loads, lines) if "train/loss" in line]
+
+
+def measure(arm: str, rate: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Train, and count."""
+    backend, sharding, *tokens = arm.split(":")
+    out = folder / f"{arm.replace(':', '-')}-{rate}"
+    words = ["--backend", backend, "--sharding", sharding, "--output_dir", out, "--dtype", "float32"]
+    words += ["--total_training_steps", options.steps, "--save_steps", 0, "--lora_rank", options.lora_rank]
+    words += ["--model", options.model, "--train_files", options.train_files]
+    words += ["--train_batch_size", options.train_batch_size]
+    words += ["--max_tokens_per_micro_batch", tokens[0]] if tokens else []
+    with Cluster(2) as cluster:
+        hosts = cluster.hosts
+        for index, host in enumerate(hosts):
+            if rate != "none":
+                host.slow("tbf", "rate", rate, "burst", "1mb", "latency", "50ms")
+            launcher = ["torchrun", "--nnodes", 2, "--node_rank", index, "--nproc_per_node", options.ranks]
+            launcher += ["--master_addr", hosts[0].address, "dsft/train.py"]
+            host.start([*launcher, *words], folder / f"log-{index}")
+        counted = []
+        while any(host.processes[0].poll() is None for host in hosts):
+            if len(steps := steps_of(out)) > len(counted):
+                counted += [hosts[1].received()] * (len(steps) - len(counted))
+            time.sleep(0.02)
+        if any(host.processes[0].poll() for host in hosts):
+            sys.exit(f"error: {arm} failed:\n{(folder / 'log-0').read_text()[-3000:]}")
+    steps = steps_of(out)
+    [trained] = [line for line in (folder / "log-0").read_text().splitlines()[-40:] if " M trained" in line][-1:]
+    gradient = 4e6 * float(trained.split(" M parameters, ")[1].split(" M trained")[0].replace(",", ""))
+    received = (counted[-2] - counted[0]) / (len(counted) - 2)
+    return {
+        "arm": arm,
+        "rate": rate,
+        "received_mb": received / 1e6,
+        "gradients": received / gradient,
+        "seconds": statistics.median(step["train/step_seconds"] for step in steps[1:-1]),
+        "loss": steps[-1]["train/loss"],
+        "memory_gib": max(step["memory"] for step in steps),
+    }
+
+
+def main() -> None:
+    """Print and write a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", default=ARMS, help="backend:sharding[:tokens per micro-batch] (default: %(default)s)")
+    parser.add_argument("--rates", default="none,1gbit", help="of the link, in the words of tc (default: %(default)s)")
+    parser.add_argument("--ranks", type=int, default=1, help="per host (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--lora_rank", type=int, default=8)
+    parser.add_argument("--train_batch_size", type=int, default=8)
+    parser.add_argument("--model", default="smollm2-135m", help="as for dsft.train")
+    parser.add_argument("--train_files", default="data/sample_train.parquet", help="as for dsft.train")
+    parser.add_argument("--json", help="write the table as JSON to this file")
+    options = parser.parse_args()
+    if reason := unavailable_reason():
+        sys.exit(f"error: {reason}")
+    print("| backend:sharding | link | received MB per step | x float32 gradient | s per step | last loss | GiB |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    table = []
+    with tempfile.TemporaryDirectory() as folder:
+        for arm in options.arms.split(","):
+            for rate in options.rates.split(","):
+                row = measure(arm, rate, options, Path(folder))
+                table.append(row)
+                cells = [arm, rate, f"{row['received_mb']:.1f}", f"{row['gradients']:.2f}", f"{row['seconds']:.2f}"]
+                print("|", " | ".join([*cells, f"{row['loss']:.6f}", f"{row['memory_gib']:.2f}"]), "|", flush=True)
+    if options.json:
+        Path(options.json).write_text(json.dumps(table, indent=2), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
