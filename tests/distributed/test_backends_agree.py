@@ -26,17 +26,17 @@ def common(tiny_model, **more):
 @pytest.mark.slow
 def test_compare_script_finds_the_arms_equal(tiny_model, tmp_path):
     table = tmp_path / "table.json"
-    words = ["--arms", "fsdp:1:auto,fsdp:2:600,zero3:1:1500,zero3:2:900", "--work_dir", tmp_path, "--json", table]
+    words = ["--arms", "fsdp:1:auto,zero3:2:900", "--work_dir", tmp_path, "--json", table]
     done = run([start_words("fsdp", 1)[0], "scripts/compare_backends.py", *words, *common(tiny_model)])
     assert done.status == 0, done.err
     assert "equal: largest relative difference" in done.out
     runs = json.loads(table.read_text())["runs"]
-    assert [len(lines) for lines in runs.values()] == [4, 4, 4, 4]
+    assert [len(lines) for lines in runs.values()] == [4, 4]
     for lines in zip(*runs.values(), strict=True):
         for key in KEYS:
-            assert [line[key] for line in lines] == pytest.approx([lines[0][key]] * 4, rel=1e-5), key
+            assert [line[key] for line in lines] == pytest.approx([lines[0][key]] * 2, rel=1e-5), key
     validations = [[line["val/loss"] for line in metrics(path, "val/loss")] for path in sorted(tmp_path.glob("*-*"))]
-    assert len(validations) == 4
+    assert len(validations) == 2
     for losses in validations:
         assert losses == pytest.approx(validations[0], rel=1e-5)
 

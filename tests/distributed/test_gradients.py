@@ -57,10 +57,8 @@ def reference(folder, rows_file, tokenizer, lora_rank):
                 ("zero3", "trainable", 1, 3, 200, 4),
                 ("fsdp", "hybrid", 2, 4, LONGEST, 4),
                 ("fsdp", "hybrid", 2, 4, LONGEST, 0),
-                ("fsdp", "hybrid", 2, 2, LONGEST, 4),
                 ("zero3", "hybrid", 2, 4, LONGEST, 4),
                 ("zero3", "hybrid", 2, 4, LONGEST, 0),
-                ("zero3", "hybrid", 2, 2, LONGEST, 4),
             ]
         ),
     ],
