@@ -133,7 +133,7 @@ class ModelSource:
                     continue
                 filled = self._tied.get(parameter)
                 if filled is None:
-                    weight = self._weights[parameter]().to(parameter.dtype)
+                    weight = self._weights[parameter]().to(parameter.dtype, copy=True)  # else the file stays mapped
                     filled = nn.Parameter(weight, requires_grad=parameter.requires_grad)
                 if parameter in self._tied:
                     self._tied[parameter] = filled

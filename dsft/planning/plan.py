@@ -122,26 +122,21 @@ class RunPlan:
 
 
 def plan_run(
-    config: TrainConfig,
-    shapes: Any,
-    options: BackendOptions,
-    memory: ProcessMemory,
-    *,
-    longest: int,
+    config: TrainConfig, shapes: Any, options: BackendOptions, memory: ProcessMemory, longest: int, model: Any = None
 ) -> RunPlan:
     """The plan of a training run with the sharding of `options`.
 
     Args:
         shapes: the model on the meta device, without LoRA.
         longest: tokens of the longest row, of training and validation.
+        model: the same with LoRA, where it has been made already.
 
     Raises:
         UserError: LoRA's targets do not fit the model, or the file of --ds_config cannot be used.
     """
-    setting = Setting(config.backend, options, lora_options(config))
-    model = prediction.shapes(shapes, setting)
-    built = backend_class(config.backend).memory(model, options).built
+    model = model or prediction.shapes(shapes, Setting(config.backend, options, lora_options(config)))
     reason = tree_unsupported_reason(shapes, config.attn_implementation)
+    built = backend_class(config.backend).memory(model, options).built
     plan = RunPlan.of_model(
         model,
         options.dtype,
@@ -275,7 +270,8 @@ def choose_sharding(
     The first two take more memory than full sharding. They fit if they leave enough for the same micro-batches and no
     more recomputation. For arguments and errors see `plan_run` and `predict_needs`.
     """
-    full = plan_run(config, shapes, options, memory, longest=longest)
+    model = prediction.shapes(shapes, Setting(config.backend, options, lora_options(config)))
+    full = plan_run(config, shapes, options, memory, longest, model)
     candidates: list[tuple[Sharding, bool, str]] = [
         ("trainable", not options.trains_base, "the frozen base fits on each rank"),
         ("hybrid", 1 < options.ranks_per_node < options.ranks, "the model fits on the ranks of a node"),
@@ -285,7 +281,7 @@ def choose_sharding(
         if config.sharding != "auto" or options.cpu_offload or not is_possible:
             continue
         chosen = replace(options, sharding=sharding)
-        plan = replace(plan_run(config, shapes, chosen, memory, longest=longest), sharding_reason=reason)
+        plan = replace(plan_run(config, shapes, chosen, memory, longest, model), sharding_reason=reason)
         if (plan.micro_batches, plan.checkpointed_layers) != (full.micro_batches, full.checkpointed_layers):
             reasons.append(f"{sharding} would leave too little memory for the same micro-batches")
             continue

@@ -123,7 +123,7 @@ def _add_plan(preview: Preview, sets: SeparatedSets, config: PreviewConfig, path
     # Without a GPU all ranks share this machine's memory, and this process stands for one of them.
     memory = ProcessMemory.of(device, free_memory(device, runtime.World(0, ranks, 0, ranks // config.nodes)))
     if train is None:
-        plan = plan_run(config, shapes, options, memory, longest=longest)
+        plan = plan_run(config, shapes, options, memory, longest)
     else:
         order = order_rows(train, config)
         rate = measure_matmul(options.dtype, device) * (1 if device.type == "cpu" else ranks)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import BIN, ROOT, SAMPLE_TRAIN, flags, metrics, start_words
+from tests.helpers import BIN, ROOT, SAMPLE_TRAIN, flags, metrics
 
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "srun")
 PATH = f"{BIN}:{os.environ['PATH']}:/usr/sbin:/sbin"
@@ -102,7 +102,7 @@ def test_a_job_is_requeued_before_its_limit_and_ends_at_once_when_complete(slurm
         total_training_steps=24, save_steps=0, eval_steps=0,
     )  # fmt: skip
     one, out, log = tmp_path / "one", tmp_path / "out", tmp_path / "job.log"
-    done = commands([*start_words("fsdp", 1), *words, "--output_dir", one])
+    done = commands.run("dsft.train", [*words, "--output_dir", one], timeout=400)
     assert done.status == 0, done.err
 
     def submit() -> str:
