@@ -144,6 +144,8 @@ RUN_BY = {
 # Commands that are not run, by how they begin, and why.
 NOT_RUN = {
     "bash scripts/test.sh": "would run all tests, this one too; its --help is run",
+    "python scripts/bench_nodes.py": "starts two hosts, which needs root; tests/cluster does the same",
+    "python scripts/bench_loading.py": "makes models of 0.1 B parameters and more",
 }
 
 
