@@ -1,6 +1,6 @@
 """Hosts on one machine: network namespaces joined by a switch, each with its own address, hostname and process ids.
 
-Needs root, iproute2 and util-linux. Used by tests/cluster, bench_nodes.py and fault_drills.py.
+Needs root, iproute2 and util-linux. Used by tests/cluster and bench_nodes.py.
 """
 
 import json

@@ -28,6 +28,8 @@ def backend_options(
 ) -> BackendOptions:
     """What the flags mean to the backend, which reads none. --sharding auto is full until `choose_sharding`."""
     sharding = "full" if config.sharding == "auto" else config.sharding
+    if sharding == "hybrid" and ranks_per_node == ranks:
+        sharding = "full"  # one node; hpZ would hold a second partition
     if sharding == "hybrid" and ranks_per_node == 1:
         sharding = "trainable"  # the frozen base is whole on each rank
     if sharding == "trainable" and config.lora_rank == 0:

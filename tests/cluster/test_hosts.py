@@ -77,11 +77,6 @@ def end(folder: Path, hosts: list[Host], seconds: float = SECONDS) -> list[int]:
     return [process.poll() for process in processes]
 
 
-def torchrun(hosts: list[Host], index: int) -> list[object]:
-    first = hosts[0].address
-    return ["torchrun", "--nnodes", 2, "--node_rank", index, "--nproc_per_node", 1, "--master_addr", first]
-
-
 def start_torchrun(hosts: list[Host], folder: Path, *typed: object) -> None:
     first = hosts[0].address
     for index, host in enumerate(hosts):

@@ -118,6 +118,7 @@ def test_sharding_follows_what_is_trained_nodes_and_offload(shapes):
     assert chosen(shapes, 99, lora_rank=0, node=8)[:2] == ("full", "")
     assert chosen(shapes, 99, lora_rank=0, sharding="trainable")[0] == "full"
     assert chosen(shapes, 99, sharding="hybrid", node=1)[0] == "trainable"
+    assert chosen(shapes, 99, sharding="hybrid", node=8)[0] == "full"
     assert chosen(shapes, 99, cpu_offload=True)[0] == "full"
     assert chosen(shapes, 99, ranks=1, node=1)[0] == "trainable"
 
