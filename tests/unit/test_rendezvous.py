@@ -14,7 +14,7 @@ from dsft.distributed import rendezvous
 def test_ranks_meet_where_ranks_have_died_before_and_start_in_any_order():
     store = dist.HashStore()
     store.set("dsft/token/1", "of a rank that has died")
-    store.set("dsft/start", '["old", ["x", "of a rank that has died"]]')
+    store.set("dsft/start", '["old", ["x", "of a rank that has died", "y"]]')
     store.set("dsft/agreed/old", "")
     found: dict[int, dist.Store] = {}
 
