@@ -37,6 +37,8 @@ DEAD_AFTER_TICKS = 3  # if the peer exited normally, its launcher has ended this
 STOPPED_AFTER_TICKS = 20
 SILENT_AFTER_TICKS = 45  # a machine without heartbeats
 SILENT_IF_FAILED_TICKS = 5  # the same once a collective or the connection to the store has failed
+MEET_TICKS = 300  # for all ranks to meet at the start
+WAITING_TICKS = 10  # until a machine says that it waits for others
 AGREE_TICKS = 3  # for ranks to agree on the reason
 ORPHANED_TICKS = 600  # for a run to save and exit after its launcher has died
 LOST = {
@@ -146,19 +148,20 @@ class Liveness:
             Counter()
         )  # ticks for which a rank has been psutil.STATUS_DEAD or stopped
         self._ticks = self._orphaned_ticks = 0
-        self._is_suspicious = self._is_ending = self._collective_failed = False
+        self._is_suspicious = self._is_ending = self._collective_failed = self._has_met = False
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="dsft liveness", daemon=True)
 
     def start(self) -> None:
-        """Watch the launcher from now on, if there is one."""
+        """Watch the launcher from now on, if there is one, and how long the ranks take to meet."""
         Liveness.current = self
-        if self._launcher.pid is not None:
+        if self._launcher.pid is not None or os.environ.get("WORLD_SIZE", "1") != "1":
             self._thread.start()
 
     def meet(self) -> None:
         """Watch the other ranks from now on. Collective."""
         if dist.get_world_size() == 1:
+            self._has_met = True
             return
         self._rank = dist.get_rank()
         store = self._survive(Heartbeat.connect) if self._rank == 0 else None
@@ -171,7 +174,7 @@ class Liveness:
             if peer.machine == me.machine and peer != me:
                 with suppress(psutil.Error):  # it may have died already
                     self._processes[peer.rank] = psutil.Process(peer.pid)
-        self._peers = peers
+        self._peers, self._has_met = peers, True
         # A rank that cannot reach the store beats for itself alone: ranks of one machine still watch each other.
         machines = list(dict.fromkeys(peer.machine for peer in peers))
         self._heartbeat = Heartbeat(store or dist.HashStore(), me.machine, machines, self._tick, self._rank == 0)
@@ -217,6 +220,8 @@ class Liveness:
 
     def _look(self) -> None:
         self._look_at_launcher()
+        if not self._has_met and "MASTER_ADDR" in os.environ:
+            self._look_for_ranks()
         heartbeat = self._heartbeat
         if heartbeat is None:
             return
@@ -243,6 +248,17 @@ class Liveness:
             if self.on_orphaned is None:
                 self._end(Verdict(f"the launcher (process {self._launcher.pid}) has died"))
             self.on_orphaned()
+
+    def _look_for_ranks(self) -> None:
+        env = os.environ
+        where = f"{env['MASTER_ADDR']}:{env.get('MASTER_PORT', '')}"
+        is_first = env.get("LOCAL_RANK", "0") == "0" and env.get("LOCAL_WORLD_SIZE") != env.get("WORLD_SIZE")
+        if self._ticks == WAITING_TICKS and is_first:
+            print(f"waiting for the ranks of other machines at {where}", file=sys.stderr, flush=True)
+        if self._ticks >= MEET_TICKS:
+            minutes = MEET_TICKS * self._tick / 60
+            reason = f"the {env['WORLD_SIZE']} ranks have not met at {where} within {minutes:.0f} minutes"
+            self._end(Verdict(f"{reason}; check that every machine has started and reaches that address"))
 
     def _look_at_processes(self) -> None:
         for rank, process in self._processes.items():

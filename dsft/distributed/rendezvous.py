@@ -12,6 +12,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from dsft.errors import UserError
+
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """For one collective of NCCL or gloo. dsft.distributed.liveness sees a lost rank within a minute."""
 POLL_SECONDS = 0.1
@@ -28,7 +30,13 @@ def start_process_group(device: torch.device) -> None:
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     else:
         set_gloo_interface()
-        store, rank, size = next(dist.rendezvous("env://"))
+        try:
+            store, rank, size = next(dist.rendezvous("env://"))
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            port = os.environ["MASTER_PORT"]
+            raise UserError(f"port {port} is in use on this machine; give the launcher another --master_port") from None
         if "TORCHELASTIC_RUN_ID" in os.environ:
             store = store_of_this_start(store, rank, size)
         options |= {"store": store, "rank": rank, "world_size": size}

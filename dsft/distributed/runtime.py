@@ -9,10 +9,12 @@ import random
 import resource
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 from weakref import WeakKeyDictionary
@@ -29,6 +31,8 @@ M_MMAP_THRESHOLD = -3  # malloc.h
 RETURNED_BLOCK = 8 * 2**20  # bytes, see return_freed_memory
 LONGEST_WORK = timedelta(hours=2)
 """While one rank tokenizes or reads a checkpoint, the others wait. dsft.distributed.liveness sees a dead rank."""
+
+VISIBLE_AFTER_SECONDS = 60
 
 _object_groups: "WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]" = WeakKeyDictionary()
 
@@ -239,6 +243,23 @@ def check_same_everywhere(value: str, what: str, remedy: str) -> None:
             )
 
     together(compare)
+
+
+def check_visible(path: Path | None) -> None:
+    """Raise a UserError if rank 0 sees `path` and another rank does not, a minute later either.
+
+    A network file system may show a file that another machine has written so much later; reading the folder makes NFS
+    ask the server again.
+    """
+    for _ in range(VISIBLE_AFTER_SECONDS):
+        seen = gather_objects(path is None or path.exists())
+        if all(seen) or not seen[0] or path is None:
+            return
+        time.sleep(1)
+        with contextlib.suppress(OSError):
+            os.listdir(path.parent)
+    missing = seen.index(False)
+    fail_together(f"{path} exists on rank 0, but not on rank {missing}; all machines must see the same folder")
 
 
 def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:

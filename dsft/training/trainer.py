@@ -4,7 +4,6 @@ import math
 import time
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -60,7 +59,7 @@ class Trainer:
         config, world = self.config, self.world
         self._start_runtime()
         self.resume_from = runtime.on_main(world, lambda: find_resume(config, self.folder, warn))
-        self._check_visible(self.resume_from)
+        runtime.check_visible(self.resume_from)
         base = find_base_model(config, self.resume_from, world, self.dtype)
         self.data = load_data(config, base.tokenizer, world, warn)
         self._plan(base)
@@ -70,7 +69,7 @@ class Trainer:
         )
         runtime.return_freed_memory()
         runtime.on_main(world, self._open_output)
-        self._check_visible(self.folder.root if config.dry_run else self.folder.root / CONFIG)
+        runtime.check_visible(self.folder.root if config.dry_run else self.folder.root / CONFIG)
         self.checkpoints = RunCheckpoints(config, self.folder, world, self.backend, self.model, base)
         self.state = self._restore(base.initial_adapter)
         self.console = runtime.together(self._open_console)
@@ -99,10 +98,6 @@ class Trainer:
         ranks = {"ranks": world.size, "ranks_per_node": runtime.ranks_per_node(world)}
         self.options = backend_options(config, self.device, self.dtype, **ranks)
         runtime.together(lambda: backend_class(config.backend)(self.options))  # only to check them
-
-    def _check_visible(self, path: Path | None) -> None:
-        exists = str(path is None or path.exists())
-        runtime.check_same_everywhere(exists, f"whether {path} exists", "all machines must see the same folder")
 
     def _plan(self, base: BaseModel) -> None:
         """Lay the run out, and predict what it needs; nothing of the model has been read yet."""

@@ -19,7 +19,7 @@ from hosts import Cluster, Host, unavailable_reason
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("hosts")]
 KEYS = ("train/loss", "train/grad_norm")
-SECONDS = 150
+SECONDS = 400  # a limit for slow machines; a start of two hosts takes ten seconds to a minute
 
 
 @pytest.fixture
@@ -166,9 +166,9 @@ def test_the_deepspeed_launcher_starts_hosts_over_ssh(hosts, ssh, words, expecte
     out = tmp_path / "out"
     (tmp_path / "hostfile").write_text("".join(f"{host.address} slots=1\n" for host in hosts))
     typed = ["deepspeed", "--hostfile", tmp_path / "hostfile", "--master_addr", hosts[0].address, "dsft/train.py"]
-    typed += ["--backend", "zero3", "--sharding", "trainable", *words, "--output_dir", out]
+    typed += ["--backend", "zero3", "--sharding", "trainable", *words, "--stop_after_steps", 6, "--output_dir", out]
     launcher = hosts[0].start(typed, tmp_path / "log", env=ssh)
     wait_for(lambda: launcher.poll() is not None, tmp_path, hosts)
     assert launcher.poll() == 0, read(tmp_path)
     assert (tmp_path / "cache").is_dir()
-    check(out, expected, read(tmp_path))
+    check(out, expected[:6], read(tmp_path))

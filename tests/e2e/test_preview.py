@@ -5,14 +5,13 @@ import json
 import os
 import pty
 import re
-import resource
 import shutil
 import subprocess
 import sys
 
 import pytest
 
-from tests.helpers import MEDICAL, ROOT, SAMPLE_TRAIN, SAMPLE_VAL, flags, run, write_parquet
+from tests.helpers import ROOT, SAMPLE_TRAIN, SAMPLE_VAL, flags, write_parquet
 
 END = "<|im_end|>"
 
@@ -224,16 +223,3 @@ def test_it_reads_what_a_pipe_takes(tiny_model):
     done = subprocess.run(["bash", "-o", "pipefail", "-c", line], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert len(done.stdout.splitlines()) == 2
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not MEDICAL.exists(), reason="the medical set is absent")
-def test_a_second_start_on_the_medical_set_takes_less_than_ten_seconds(tiny_model):
-    """Of this process's own time: other tests may run beside it."""
-    words = [sys.executable, "-m", "dsft.preview", *flags(model=tiny_model, train_files=MEDICAL, val_files=MEDICAL)]
-    assert run(words).status == 0
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = run(words)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.status == 0, done.err
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10

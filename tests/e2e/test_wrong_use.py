@@ -75,13 +75,13 @@ def command(commands, tiny_model, uneven_rows, out, port) -> Command:
     return Command(commands, port, usual)
 
 
-def refused(done: Done, *parts: str, lines: int = 1) -> None:
+def refused(done: Done, *parts: str, lines: int = 1, seconds: float = SECONDS) -> None:
     """The command has ended as an error that a user can cause must end."""
     assert done.status != 0, done.out
     assert len(done.errors) == lines, done.err
     for part in parts:
         assert part in "\n".join(done.errors)
-    assert done.seconds < SECONDS
+    assert done.seconds < seconds
     assert not re.search(r'File "[^"]*dsft/', done.err), done.err
     for code in re.findall(r"exitcode\s*:\s*(-?\d+)", done.err):  # torchrun's table of failed ranks
         assert code in ("1", "-15"), done.err  # -15: still starting when the launcher ended it for its peer's error
@@ -597,10 +597,7 @@ def test_flags_that_differ_on_one_rank(command, tmp_path, out, changed, parts):
         ("no model", ["--model ./model: no such folder"]),
         (
             "no checkpoint",
-            [
-                "whether out/checkpoint-000001 exists on rank 1 (False) differ from rank 0's (True); all machines "
-                "must see the same folder"
-            ],
+            ["out/checkpoint-000001 exists on rank 0, but not on rank 1; all machines must see the same folder"],
         ),
     ],
 )
@@ -621,7 +618,7 @@ def test_files_that_differ_on_one_rank(command, tmp_path, tiny_model, uneven_row
     model = "./model" if what == "no model" else tiny_model
     words = flags(**command.values(model=model, train_files="rows.parquet", output_dir="out"))
     done, statuses = run_differing(tmp_path, (here, words), (there, words))
-    refused(done, *parts)
+    refused(done, *parts, seconds=SECONDS + (60 if what == "no checkpoint" else 0))  # a file system may be slow
     assert statuses == [1, 1]
     nothing_in(there / "out")
 

@@ -1,5 +1,6 @@
 """What needs no ranks: heartbeats over a store in this process, and what the watch says. The rest has real ranks."""
 
+import socket
 import subprocess
 import sys
 import time
@@ -108,6 +109,14 @@ watch.on_orphaned = {on_orphaned}
 watch.start()
 time.sleep(60)
 """
+ALONE = """
+import torch
+from dsft.distributed import liveness, rendezvous
+
+liveness.MEET_TICKS, liveness.WAITING_TICKS = 600, 10
+liveness.Liveness(lambda: "rerun", tick=0.005).start()
+rendezvous.start_process_group(torch.device("cpu"))
+"""
 LATE = "the launcher has died, and the run did not stop within 0 minutes; all ranks exit; rerun"
 
 
@@ -141,3 +150,18 @@ def test_without_peers_an_error_is_ones_own():
     assert Liveness.current is watch
     watch.close(RuntimeError("it broke"))
     assert Liveness.current is None
+
+
+def test_ranks_that_do_not_meet():
+    """The first machine of two, whose other one has not been started."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        where = f"127.0.0.1:{server.getsockname()[1]}"
+    env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    env |= {"MASTER_PORT": where.split(":")[1], "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-c", ALONE]
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=120, check=False)
+    told = f"the 2 ranks have not met at {where} within 0 minutes; check that every machine has started and reaches "
+    told += "that address; all ranks exit; rerun"
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [f"waiting for the ranks of other machines at {where}", f"error: {told}"]
+    PRODUCED.add(told)

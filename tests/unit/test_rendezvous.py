@@ -6,9 +6,12 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 import torch.distributed as dist
 
-from dsft.distributed import rendezvous
+from dsft.distributed import rendezvous, runtime
+from dsft.errors import UserError
+from tests.helpers import PRODUCED
 
 
 def test_ranks_meet_where_ranks_have_died_before_and_start_in_any_order():
@@ -91,3 +94,24 @@ def test_the_users_interface_and_a_single_host_are_left_alone(interfaces, monkey
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     rendezvous.set_gloo_interface()
     assert "GLOO_SOCKET_IFNAME" not in rendezvous.os.environ
+
+
+def test_a_port_in_use(monkeypatch):
+    with socket.create_server(("0.0.0.0", 0)) as server:
+        port = server.getsockname()[1]
+        for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+        with pytest.raises(UserError) as caught:
+            rendezvous.start_process_group(torch.device("cpu"))
+    told = f"port {port} is in use on this machine; give the launcher another --master_port"
+    assert str(caught.value) == told
+    PRODUCED.add(told)
+
+
+def test_a_file_that_another_machine_sees_late_is_waited_for(monkeypatch, tmp_path):
+    path, seen = tmp_path / "written by rank 0", iter([False, False, True])
+    monkeypatch.setattr(runtime, "gather_objects", lambda _: [True, next(seen)])
+    monkeypatch.setattr(runtime.time, "sleep", lambda _: None)
+    runtime.check_visible(path)
+    assert next(seen, None) is None
