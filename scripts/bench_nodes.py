@@ -42,7 +42,7 @@ def measure(arm: str, rate: str, options: argparse.Namespace, folder: Path) -> d
         hosts = cluster.hosts
         for index, host in enumerate(hosts):
             if rate != "none":
-                host.slow("tbf", "rate", rate, "burst", "1mb", "latency", "50ms")
+                host.slow(rate)
             launcher = ["torchrun", "--nnodes", 2, "--node_rank", index, "--nproc_per_node", options.ranks]
             launcher += ["--master_addr", hosts[0].address, "dsft/train.py"]
             host.start([*launcher, *words], folder / f"log-{index}")

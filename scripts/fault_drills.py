@@ -3,6 +3,7 @@
 
     python scripts/fault_drills.py --drills 200 --seed 1 --jobs 2 --output drills.json [--kinds a,b] [--keep]
     python scripts/fault_drills.py --drills 200 --seed 1 --only 17          # rerun drill 17
+    python scripts/fault_drills.py --drills 40 --kinds kill-host,cut-link,slow-link,late-host
 
 Each drill breaks a run of a tiny model, reruns the same command, and compares every line of metrics.jsonl with that of
 an undisturbed run, bit for bit. docs/reliability.md lists the kinds and what is checked.
@@ -17,14 +18,13 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from itertools import product, zip_longest
@@ -34,10 +34,12 @@ from typing import Any
 
 import psutil
 from compare_backends import free_port
+from hosts import NETWORK, Cluster, Host, unavailable_reason
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKER = ROOT / "scripts" / "fault_worker.py"
 MARK = "DSFT_DRILL"
+NODE_RANK, FIRST_HOST = "NODE_RANK", f"{NETWORK}.1"
 
 STEPS = 60
 WINDOWS = ((4, 16), (26, 38))  # steps between which the first and the second fault of a run happen
@@ -59,11 +61,13 @@ class Kind:
     error_lines: int | None  # lines "error: …"; None: any number, no process is left to print
     launchers: tuple[str, ...] = ("none", "torchrun", "deepspeed")
     stops: bool = False  # the run saves the running step, so no step is repeated
+    goes_on: bool = False  # the same start trains to the end
     action: str | None = None  # what fault_worker.py does in a save
     reason: str = ""  # a part of the error line
 
 
-RANKS, LAUNCHED = {"none": 1, "torchrun": 2, "deepspeed": 2}, ("torchrun", "deepspeed")
+RANKS, LAUNCHED = {"none": 1, "torchrun": 2, "deepspeed": 2, "hosts": 2}, ("torchrun", "deepspeed")
+HOSTS = ("hosts",)  # torchrun on two hosts
 SAVE_STEPS = {"lora": 2, "full": 3}
 KINDS = {
     "kill-rank": Kind(1, LAUNCHED),
@@ -78,8 +82,13 @@ KINDS = {
     "corrupt": Kind(None),
     "read-only": Kind(1, action="read-only", reason="ead-only file system"),
     "stop-rank": Kind(1, LAUNCHED),
-    "elastic": Kind(None, ("torchrun",)),
+    "elastic": Kind(None, ("torchrun",), goes_on=True),
+    "kill-host": Kind(1, HOSTS),
+    "cut-link": Kind(2, HOSTS),  # one on each side
+    "slow-link": Kind(None, HOSTS, goes_on=True),
+    "late-host": Kind(None, HOSTS, goes_on=True),
 }
+ON_ONE_MACHINE = tuple(kind for kind, rules in KINDS.items() if rules.launchers != HOSTS)
 SIGNALS = {"term": signal.SIGTERM, "int": signal.SIGINT, "usr1": signal.SIGUSR1, "stop-rank": signal.SIGSTOP}
 
 
@@ -118,7 +127,7 @@ def mixes_of(kind: str, pattern: str = "") -> list[Mix]:
     return [mix for values in every if re.search(pattern, str(mix := Mix(*values)))]
 
 
-def plan(count: int, seed: int, kinds: Sequence[str] = tuple(KINDS), pattern: str = "") -> list[Drill]:
+def plan(count: int, seed: int, kinds: Sequence[str] = ON_ONE_MACHINE, pattern: str = "") -> list[Drill]:
     """`count` drills: the kinds in turn, each with its mixes in turn."""
     drills = []
     for number in range(count):
@@ -185,23 +194,61 @@ class RunEndedError(Exception):
 
 
 class Run:
-    """One start of a command. Its processes are found by a variable in their environment."""
+    """One start of a command. Its processes are found by a variable in their environment.
 
-    def __init__(self, words: Sequence[str], log: Path, fault: dict[str, Any] | None = None) -> None:
+    On a cluster it starts on every host, on the first one `late` seconds before the others.
+    """
+
+    def __init__(
+        self,
+        words: Sequence[str],
+        log: Path,
+        fault: dict[str, Any] | None = None,
+        cluster: Cluster | None = None,
+        late: float = 0,
+    ) -> None:
         self.log = log
         environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         environment |= {"OMP_NUM_THREADS": "1", "DSFT_CACHE": str(work_folder() / "cache"), MARK: str(log)}
         environment |= {"DSFT_FAULT": json.dumps(fault)} if fault else {}
         log.parent.mkdir(parents=True, exist_ok=True)
-        with open(f"{log}.out", "wb") as stdout, open(f"{log}.err", "wb") as stderr:
-            self.popen = subprocess.Popen(
-                words, cwd=ROOT, env=environment, stdout=stdout, stderr=stderr, start_new_session=True
-            )
-        self.process = psutil.Process(self.popen.pid)
+        if cluster is None:
+            with open(f"{log}.out", "wb") as stdout, open(f"{log}.err", "wb") as stderr:
+                self._started = [
+                    psutil.Popen(words, cwd=ROOT, env=environment, stdout=stdout, stderr=stderr, start_new_session=True)
+                ]
+            return
+        environment["DSFT_CACHE"] = f"{log}.cache"  # empty, and shared by the hosts
+        self._started = []
+        for rank, host in enumerate(cluster.hosts):
+            time.sleep(late if rank else 0)
+            typed = [str(rank) if word == NODE_RANK else word for word in words]
+            self._started.append(host.start(typed, Path(f"{log}.err"), env=environment))
+        shutil.copy(os.devnull, f"{log}.out")
+
+    @property
+    def process(self) -> psutil.Popen:
+        """What the user has started, on the first host."""
+        return self._started[0]
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended, on every host."""
+        return all(process.poll() is not None for process in self._started)
+
+    @property
+    def status(self) -> int:
+        """The exit status of a run that is over; of several hosts one that is not 0, if any."""
+        return next((process.returncode for process in self._started if process.returncode), 0)
 
     def read(self, end: str) -> str:
-        """Standard output ("out") or standard error ("err") so far."""
+        """Standard output ("out") or standard error ("err") so far; hosts write both to the same file."""
         return Path(f"{self.log}.{end}").read_text(encoding="utf-8", errors="replace")
+
+    @property
+    def printed(self) -> str:
+        """Everything so far."""
+        return self.read("out") + self.read("err")
 
     @property
     def errors(self) -> list[str]:
@@ -213,15 +260,15 @@ class Run:
         return [process for process in psutil.process_iter() if environment_of(process).get(MARK) == str(self.log)]
 
     def ranks(self) -> list[psutil.Process]:
-        """The processes that train, by rank: fault_worker.py writes their ids."""
-        files = sorted(self.log.parent.glob(f"{self.log.name}.rank*"))
-        return [psutil.Process(int(file.read_text(encoding="utf-8"))) for file in files]
+        """The processes that train, by rank."""
+        found = {int(rank): process for process in reversed(self.members()) if (rank := rank_of(process)) is not None}
+        return [found[rank] for rank in sorted(found)] or [self.process]
 
     def wait_until(self, is_true: Callable[[], bool], pause: float) -> None:
         """Raises RunEndedError if the run ends first."""
         deadline = time.monotonic() + START_LIMIT
         while not is_true():
-            if self.popen.poll() is not None and not is_true():
+            if self.is_over and not is_true():
                 raise RunEndedError
             if time.monotonic() > deadline:
                 raise TimeoutError(f"the instant of the fault did not come within {START_LIMIT:.0f} s")
@@ -230,9 +277,9 @@ class Run:
     def has_ended(self, limit: float) -> bool:
         """Wait until no process of the run lives; False if some still do after `limit` seconds. They are killed."""
         deadline = time.monotonic() + limit
-        while (self.popen.poll() is None or self.members()) and time.monotonic() < deadline:
+        while (not self.is_over or self.members()) and time.monotonic() < deadline:
             time.sleep(0.01)
-        ended = self.popen.poll() is not None and not self.members()
+        ended = self.is_over and not self.members()
         self.kill()
         return ended
 
@@ -243,7 +290,15 @@ class Run:
                 with suppress(psutil.Error):
                     process.kill()
             time.sleep(0.005)
-        self.popen.wait()
+        for process in self._started:
+            process.wait()
+
+
+def rank_of(process: psutil.Process) -> str | None:
+    """RANK of a process that trains under a launcher."""
+    with suppress(psutil.Error):
+        return environment_of(process).get("RANK") if str(WORKER) in process.cmdline() else None
+    return None
 
 
 def environment_of(process: psutil.Process) -> dict[str, str]:
@@ -301,7 +356,9 @@ def command(mix: Mix, out: Path, *launcher_flags: str, **flags: Any) -> list[str
         "none": [sys.executable],
         "torchrun": [str(scripts / "torchrun"), "--standalone", "--nproc_per_node", "2", *launcher_flags],
         "deepspeed": [str(scripts / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port())],
+        "hosts": [str(scripts / "torchrun"), "--nnodes", "2", "--nproc_per_node", "1", "--node_rank", NODE_RANK],
     }[mix.launcher]
+    start += ["--master_addr", FIRST_HOST] if mix.launcher == "hosts" else []
     model, is_lora = work_folder() / "model", mix.method == "lora"
     all_flags = {
         "backend": mix.backend, "model": model, "train_files": model / "rows.parquet",
@@ -317,7 +374,7 @@ def make_reference(mix: Mix) -> Path:
     """The output folder of an undisturbed run."""
     folder = work_folder() / "reference" / str(mix).replace("/", "-")
     run = Run(command(mix, folder / "out"), folder / "log")
-    if not run.has_ended(START_LIMIT) or run.popen.returncode:
+    if not run.has_ended(START_LIMIT) or run.status:
         raise RuntimeError(f"the undisturbed run of {mix} failed:\n{run.read('err')}")
     return folder / "out"
 
@@ -325,8 +382,8 @@ def make_reference(mix: Mix) -> Path:
 class BrokenRun:
     """A run that is broken once or twice, resumed, and compared with the undisturbed one."""
 
-    def __init__(self, drill: Drill, seed: int, reference: Path, folder: Path) -> None:
-        self.drill, self.kind, self.mix = drill, KINDS[drill.kind], drill.mix
+    def __init__(self, drill: Drill, seed: int, reference: Path, folder: Path, cluster: Cluster | None = None) -> None:
+        self.drill, self.kind, self.mix, self._cluster = drill, KINDS[drill.kind], drill.mix, cluster
         self.reference, self.folder, self.out = reference, folder, folder / "out"
         self.random = Random(f"{seed}/{folder.name}")
         self.details: dict[str, Any] = {}  # what was done to which process, and when
@@ -346,31 +403,38 @@ class BrokenRun:
 
     def carry_out(self) -> None:
         """Break, check, and resume until the end."""
-        is_elastic = self.drill.kind == "elastic"
-        twice = self.drill.number % 4 == 3 and self.drill.kind not in ("elastic", "corrupt")
+        goes_on = self.kind.goes_on
+        twice = self.drill.turn % 3 == 2 and not goes_on and self.drill.kind != "corrupt"
         for window in WINDOWS[: 1 + twice]:
             step = max(last_step(self.out) + 1, self.random.randint(*window))
             fault = self._fault_in_save(step) if self.kind.action else None
-            self.run = run = self._start(f"broken-{window[0]}", fault)
-            if fault:
+            late = self.random.uniform(5, 30) if self.drill.kind == "late-host" else 0
+            self.run = run = self._start(f"broken-{window[0]}", fault, late)
+            if late:
+                self.details["instant"] = f"{late:.0f} s late"
+            elif fault:
                 marker = Path(fault["marker"])
                 run.wait_until(lambda marker=marker: marker.is_file() and marker.stat().st_size > 0, 0.005)
                 self.details["where"], self.fault_time = json.loads(marker.read_text(encoding="utf-8"))
             else:
                 self._break(run, step)
-            if not is_elastic:
+            if not goes_on:
                 self._check_end(run)
                 self.check_resumed(run)
             if self.drill.kind == "corrupt":
                 self._damage()
-            self.take_stock()
-        self.run = run = run if is_elastic else self._start("resumed")
+            if self._cluster is None or not goes_on:
+                self.take_stock()
+        self.run = run = run if goes_on else self._start("resumed")
         self.check_finished(run, run.has_ended(START_LIMIT))
 
-    def _start(self, log: str, fault: dict[str, Any] | None = None, **flags: Any) -> Run:
+    def _start(self, log: str, fault: dict[str, Any] | None = None, late: float = 0, **flags: Any) -> Run:
+        for host in self._cluster.hosts if self._cluster else []:
+            host.connect()
         restarts = ("--max_restarts", "1") if self.drill.kind == "elastic" else ()
-        rotation = {"max_checkpoints": 4} if self.drill.number % 2 else {}
-        return Run(command(self.mix, self.out, *restarts, **rotation, **flags), self.folder / log, fault)
+        rotation = {"max_checkpoints": 4} if self.drill.turn // 4 % 2 else {}
+        words = command(self.mix, self.out, *restarts, **rotation, **flags)
+        return Run(words, self.folder / log, fault, self._cluster, late)
 
     def _fault_in_save(self, step: int) -> dict[str, Any]:
         """What fault_worker.py does: at an operation of the first save at or after `step`."""
@@ -396,7 +460,7 @@ class BrokenRun:
         ranks, members = run.ranks(), run.members()  # ahead of the instant, which would be over by then
         run.wait_until(lambda: last_step(self.out) >= step, 0.003)
         time.sleep(delay)
-        if run.popen.poll() is not None or len(ranks) < RANKS[self.mix.launcher]:
+        if run.is_over or len(ranks) < RANKS[self.mix.launcher]:
             raise RunEndedError
         self.details["instant"] = f"{delay * 1000:.1f} ms after step {step}"
         self.fault_step, self.fault_clock, self.fault_time = last_step(self.out), time.time(), time.monotonic()
@@ -418,6 +482,10 @@ class BrokenRun:
         """To which processes the signal can go."""
         if self.drill.kind in ("kill-all", "corrupt"):
             return {"every process": [process.send_signal for process in members]}
+        if self._cluster is not None:
+            faults = {"kill-host": Host.kill, "cut-link": Host.cut, "slow-link": partial(Host.slow, rate="10mbit")}
+            fault = faults[self.drill.kind]
+            return {host.name: [lambda _, host=host: fault(host)] for host in self._cluster.hosts}
         if self.mix.launcher == "none":
             return {"the process": [run.process.send_signal]}
         of_ranks = {f"rank {rank}": [process.send_signal] for rank, process in enumerate(ranks)}
@@ -449,15 +517,15 @@ class BrokenRun:
             run = self._start("refused", resume=newest)
             ended, errors = run.has_ended(START_LIMIT), run.errors
             named = len(errors) == 1 and newest.name in errors[0] and older.name in errors[0]
-            refused = ended and run.popen.returncode != 0 and named and before <= set(self.out.iterdir())
-            self.check("--resume PATH refused", refused, f"status {run.popen.returncode}, {errors}")
+            refused = ended and run.status != 0 and named and before <= set(self.out.iterdir())
+            self.check("--resume PATH refused", refused, f"status {run.status}, {errors}")
 
     def _check_end(self, run: Run) -> None:
         """How the broken run has ended: all of it, in time, and with the expected messages."""
         kind, check, target = self.kind, self.check, self.details.get("target", "")
         check("all ended", run.has_ended(END_LIMIT), f"processes were still alive after {END_LIMIT:.0f} s")
         self.seconds_to_end = max(self.seconds_to_end, time.monotonic() - self.fault_time)
-        status, errors, to_rank = run.popen.returncode, run.errors, "launcher" not in target and "parent" not in target
+        status, errors, to_rank = run.status, run.errors, "launcher" not in target and "parent" not in target
         self.details |= {"status": status, "errors": errors}
         if kind.stops:
             seconds = (self.out / "metrics.jsonl").stat().st_mtime - self.fault_clock
@@ -494,7 +562,7 @@ class BrokenRun:
 
     def check_resumed(self, run: Run, *, whole: bool = False) -> None:
         """Whether a start resumed where it must, and with the same numbers."""
-        found = re.findall(r"^resum\w+ .*?checkpoint-(\d+)\b", run.read("out"), re.M)
+        found = re.findall(r"^resum\w+ .*?checkpoint-(\d+)\b", run.printed, re.M)
         start = int(found[-1]) if found else 0
         self.repeated = max(self.repeated, self.step - start)
         self.check("no step lost", start == self.start, f"it resumed from {start} instead of {self.start}")
@@ -507,13 +575,13 @@ class BrokenRun:
         if self.damaged is not None:
             aside = self.out / f"{self.damaged}.damaged"
             self.check("put aside", aside.is_dir(), f"{aside.name} is missing")
-            warned = re.search(rf"^warning: .*{self.damaged}\b", run.read("err") + run.read("out"), re.M) is not None
+            warned = re.search(rf"^warning: .*{self.damaged}\b", run.printed, re.M) is not None
             self.check("warned", warned, "no line warns of the damaged checkpoint")
 
     def check_finished(self, run: Run, ended: bool) -> None:
         """Whether a resumed run ends with everything that an undisturbed one has."""
-        good = ended and run.popen.returncode == 0
-        self.check("resumed", good, f"status {run.popen.returncode} at its end: {run.read('err')}")
+        good = ended and run.status == 0
+        self.check("resumed", good, f"status {run.status} at its end: {run.read('err')}")
         self.check_resumed(run, whole=True)
         left = [*self.out.rglob("*.tmp"), *unmarked(self.out)]
         self.check("no temporary files", not left, f"at the end: {left}")
@@ -548,18 +616,22 @@ def spoil(file: Path, damage: str, random: Random, foreign: Path) -> None:
 def run_drill(drill: Drill, reference: Path, options: argparse.Namespace) -> dict[str, Any]:
     """One drill, started over if its run ended before the fault; its entry of the JSON file."""
     for attempt in range(ATTEMPTS):
-        broken = BrokenRun(drill, options.seed, reference, work_folder() / f"drill-{drill.number:04d}-{attempt}")
-        try:
-            broken.carry_out()
-            break
-        except RunEndedError:
-            broken.check("fault", False, f"the run ended first: {broken.run.read('err') if broken.run else ''}")
-        except Exception:  # a run that hangs, or a defect of this script: the other drills continue
-            broken.check("carried out", False, traceback.format_exc())
-            break
-        finally:
-            if broken.run is not None:
-                broken.run.kill()
+        with ExitStack() as stack:
+            on_hosts = drill.mix.launcher == "hosts"
+            cluster = stack.enter_context(Cluster(2, f"{drill.number}-")) if on_hosts else None
+            folder = work_folder() / f"drill-{drill.number:04d}-{attempt}"
+            broken = BrokenRun(drill, options.seed, reference, folder, cluster)
+            try:
+                broken.carry_out()
+                break
+            except RunEndedError:
+                broken.check("fault", False, f"the run ended first: {broken.run.read('err') if broken.run else ''}")
+            except Exception:  # a run that hangs, or a defect of this script: the other drills continue
+                broken.check("carried out", False, traceback.format_exc())
+                break
+            finally:
+                if broken.run is not None:
+                    broken.run.kill()
     outcome = f"passed, {broken.repeated} steps repeated, ended in {broken.seconds_to_end:.1f} s"
     if broken.failures:
         outcome = f"FAILED ({broken.folder}): " + "; ".join(broken.failures)
@@ -617,7 +689,11 @@ def main() -> None:
     parser.add_argument("--drills", type=int, default=200, help="how many are planned")
     parser.add_argument("--seed", type=int, default=1, help="of the plan and of every instant and target")
     parser.add_argument("--jobs", type=int, default=2, help="how many runs at a time")
-    parser.add_argument("--kinds", default=",".join(KINDS), help="comma-separated (default: %(default)s)")
+    parser.add_argument(
+        "--kinds",
+        default=",".join(ON_ONE_MACHINE),
+        help=f"of {', '.join(KINDS)} (default: all on one machine)",
+    )
     parser.add_argument("--mixes", default="", help="a regular expression such as /none/ or zero3/.*/lora")
     parser.add_argument("--only", type=int, metavar="N", help="only drill N of the same plan")
     parser.add_argument("--output", help="JSON file with every drill")
@@ -628,6 +704,9 @@ def main() -> None:
         parser.error(f"--kinds: unknown kind '{unknown[0]}' (choose from {', '.join(KINDS)})")
     if not all(mixes_of(kind, options.mixes) for kind in options.kinds):
         parser.error(f"--mixes {options.mixes} matches no mix of one of the kinds")
+    on_hosts = any(KINDS[kind].launchers == HOSTS for kind in options.kinds)
+    if on_hosts and (reason := unavailable_reason()):
+        parser.error(reason)
     if options.drills < 1 or options.jobs < 1 or options.only not in (None, *range(options.drills)):
         parser.error("--drills and --jobs must be at least 1, --only below --drills")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # runs must hear it, even if a shell lets us ignore it

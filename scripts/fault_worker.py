@@ -28,7 +28,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-FAULT, LOG = "DSFT_FAULT", "DSFT_DRILL"
+FAULT = "DSFT_FAULT"
 # Where an event's arguments hold (path, descriptor of the folder that a relative path starts from).
 PATHS: dict[str, list[tuple[int, int | None]]] = {
     "open": [(0, None)], "os.chmod": [(0, 2)], "os.link": [(1, 3)], "os.mkdir": [(0, 2)], "os.remove": [(0, 1)],
@@ -96,10 +96,8 @@ def inject(fault: dict[str, Any], own_rank: int) -> None:
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 if __name__ == "__main__":
-    rank = int(os.environ.get("RANK", 0))
-    Path(f"{os.environ[LOG]}.rank{rank}").write_text(str(os.getpid()), encoding="utf-8")
     if FAULT in os.environ:
-        inject(json.loads(os.environ[FAULT]), rank)
+        inject(json.loads(os.environ[FAULT]), int(os.environ.get("RANK", 0)))
     from dsft.train import main
 
     main()

@@ -1,6 +1,6 @@
 """Hosts on one machine: network namespaces joined by a switch, each with its own address, hostname and process ids.
 
-Needs root, iproute2 and util-linux. Used by tests/cluster and bench_nodes.py.
+Needs root, iproute2 and util-linux. Used by tests/cluster, bench_nodes.py and fault_drills.py.
 """
 
 import json
@@ -80,9 +80,10 @@ class Host:
         """Take the link up."""
         self._run("ip", "link", "set", LINK, "up")
 
-    def slow(self, *words: str) -> None:
-        """Limit what the host sends, in the words of tc, such as tbf rate 1gbit burst 1mb latency 50ms."""
-        self._run("tc", "qdisc", "replace", "dev", LINK, "root", *words)
+    def slow(self, rate: str) -> None:
+        """Limit what the host sends per second, in the units of tc, such as 1gbit."""
+        limit = ["tbf", "rate", rate, "burst", "1mb", "latency", "50ms"]
+        self._run("tc", "qdisc", "replace", "dev", LINK, "root", *limit)
 
     def received(self) -> int:
         """Bytes that have come in over the link."""
@@ -97,8 +98,9 @@ class Host:
 class Cluster:
     """Hosts that a with statement makes and removes, and whatever runs on them."""
 
-    def __init__(self, count: int) -> None:
-        self._prefix = f"dsft{os.getpid()}-"
+    def __init__(self, count: int, name: str = "") -> None:
+        """`name` keeps clusters apart that one process has at the same time."""
+        self._prefix = f"dsft{os.getpid()}-{name}"
         self.hosts = [Host(index, f"{self._prefix}{index}") for index in range(count)]
 
     def __enter__(self) -> "Cluster":

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from dsft.distributed import runtime
+from dsft.distributed import liveness, runtime
 from dsft.distributed.liveness import Liveness
 from dsft.distributed.rendezvous import start_process_group
 from dsft.errors import UserError
@@ -26,6 +26,7 @@ def main():
     folder, tick, *options = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
     folder = Path(folder)
     world = runtime.World.from_environment()
+    liveness.MEET_TICKS = 3000  # ticks are short here
     watch = Liveness(lambda: REMEDY, tick=float(tick))
     watch.start()
     (folder / f"command-{world.rank}").write_text(launch_command())
