@@ -1,22 +1,23 @@
 """Cut a global batch into chunks of similar cost and assign them to ranks, so that no rank waits long for another."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from dsft.model.flops import Cost
 
-SLACKS = (1.02, 1.1, 1.3, math.inf)  # how far a chunk may exceed the largest of the most even cut, see cut
+SLACKS = (1.02, 1.3)  # how far a chunk may exceed the largest of the most even cut; one rank waits for none
+FILLED = (1.0, 1.02, 1.05, 1.1, 1.2)  # times a chunk's even share, to which dialogues are put together, see cut
 MAX_SEARCH = 50_000  # rows times chunks of a batch; beyond that only the most even cut is considered
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive rows of a sorted batch, folded into one tree."""
+    """Rows of a sorted batch, folded into one tree."""
 
-    rows: slice
+    rows: np.ndarray  # int64, ascending
     tokens: int
     cost: float
 
@@ -27,52 +28,113 @@ def costs_of(per_rank: Sequence[Sequence[Chunk]]) -> list[list[float]]:
 
 
 def cut(
-    lengths: np.ndarray, shared: np.ndarray, targets: np.ndarray, cost: Cost, ranks: int, token_budget: int
+    lengths: np.ndarray,
+    shared: np.ndarray,
+    targets: np.ndarray,
+    dialogue: np.ndarray,
+    cost: Cost,
+    ranks: int,
+    token_budget: int,
 ) -> list[Chunk]:
     """Cut sorted rows into chunks so that the slowest rank is done early.
 
-    A prefix shared by rows on both sides of a cut is computed and counted in both chunks: a cut within a dialogue
-    costs tokens, uneven chunks cost waiting. The candidates are the most even cut, and the cheapest cuts whose chunks
-    cost little more than its largest; the one with the smallest `makespan` wins.
+    A prefix shared by rows of two chunks is computed and counted in both: a cut within a dialogue costs tokens, uneven
+    chunks cost waiting. The rows are cut as they are sorted, and with the dialogues in orders in which some of them
+    make about one chunk's share. The candidates are the most even cut of each order, and the cheapest cuts, of the
+    rows as sorted and of the best order, whose chunks cost little more than its largest; the smallest `makespan` wins.
 
     Args:
         lengths: int64 [rows], tokens of each row; rows are sorted by their tokens.
         shared: int64 [rows], length of the prefix shared with the row before.
         targets: int64 [rows].
+        dialogue: [rows], the same for rows that are better not parted.
         cost: of tokens, pairs and targets.
         ranks: the number of chunks is a multiple of it.
         token_budget: at least the longest row.
     """
-    cutter = _Cutter(lengths, shared, targets, cost, token_budget)
-    count = ranks * math.ceil(len(cutter.greedy(math.inf)) / ranks)
-    even = cutter.even(count)
-    candidates = [even]
-    if len(lengths) * count <= MAX_SEARCH:
-        largest = max(chunk.cost for chunk in even)
-        for more in (0, ranks):
-            cuts = (cutter.cheapest(largest * slack, count + more) for slack in SLACKS)
-            candidates += [found for found in cuts if found is not None]
-    filled = [chunks + [Chunk(slice(0, 0), 0, 0.0)] * (-len(chunks) % ranks) for chunks in candidates]
-    return min(filled, key=lambda chunks: makespan(costs_of(assign_to_ranks(chunks, ranks))))
+
+    def cutter(order: np.ndarray) -> _Cutter:
+        return _Cutter(order, lengths[order], _shared_in(order, shared), targets[order], cost, token_budget)
+
+    def filled(chunks: list[Chunk]) -> list[Chunk]:
+        return chunks + [Chunk(rows[:0], 0, 0.0)] * (-len(chunks) % ranks)
+
+    def slowest(chunks: list[Chunk]) -> float:
+        return makespan(costs_of(assign_to_ranks(chunks, ranks)))
+
+    rows = np.arange(len(lengths))
+    as_sorted = cutter(rows)
+    count = ranks * math.ceil(len(as_sorted.greedy(math.inf)) / ranks)
+    orders = _orders(as_sorted.costs, dialogue, count) if ranks > 1 else ()
+    cutters = [as_sorted, *map(cutter, orders)]
+    found = [filled(one.even(count)) for one in cutters]
+    best = cutters[int(np.argmin([slowest(chunks) for chunks in found]))]
+    slacks = SLACKS if ranks > 1 else (math.inf,)
+    for one in dict.fromkeys((as_sorted, best)) if len(rows) * count <= MAX_SEARCH else ():
+        largest = max(chunk.cost for chunk in one.even(count))
+        cuts = [one.cheapest(largest * slack, most) for slack in slacks for most in (count, count + ranks)]
+        found += [filled(chunks) for chunks in cuts if chunks is not None]
+    return [_recounted(chunk, cutter) for chunk in min(found, key=slowest)]
+
+
+def _orders(costs: np.ndarray, dialogue: np.ndarray, count: int) -> Iterator[np.ndarray]:
+    """Orders of the rows, int64 [rows], in which dialogues follow each other that cost about a chunk's share together.
+
+    Each dialogue, the most expensive first, goes to the fullest of `count` chunks that has room for it ("best fit
+    decreasing", a rule for bin packing), else to the emptiest.
+    """
+    dialogues = np.split(np.arange(len(costs)), np.flatnonzero(np.diff(dialogue)) + 1)
+    sizes = np.array([costs[rows].sum() for rows in dialogues])
+    for factor in FILLED if len(dialogues) > 1 else ():
+        load, room = np.zeros(count), factor * sizes.sum() / count
+        chunk_of = np.zeros(len(dialogues), np.int64)
+        for index in np.argsort(-sizes, kind="stable"):
+            fits = load + sizes[index] <= room
+            chunk_of[index] = chunk = np.where(fits, load, -1).argmax() if fits.any() else load.argmin()
+            load[chunk] += sizes[index]
+        place = np.argsort(np.argsort(-load, kind="stable"))[chunk_of]
+        yield np.concatenate([dialogues[index] for index in np.argsort(place, kind="stable")])
+
+
+def _shared_in(order: np.ndarray, shared: np.ndarray) -> np.ndarray:
+    """Length of the prefix that each row shares with the one before it in `order`."""
+    found = shared[order]
+    for i in np.flatnonzero(np.diff(order) != 1) + 1:
+        first, second = sorted(order[i - 1 : i + 1])
+        found[i] = shared[first + 1 : second + 1].min()
+    found[0] = 0
+    return found
+
+
+def _recounted(chunk: Chunk, cutter: Callable[[np.ndarray], "_Cutter"]) -> Chunk:
+    """With its rows in ascending order, in which each shares the most with the one before."""
+    return cutter(np.sort(chunk.rows)).chunk(0, len(chunk.rows)) if chunk.tokens else chunk
 
 
 class _Cutter:
-    """The ways to cut sorted rows; see cut."""
+    """The ways to cut rows in the given order; see cut."""
 
     def __init__(
-        self, lengths: np.ndarray, shared: np.ndarray, targets: np.ndarray, cost: Cost, token_budget: int
+        self,
+        rows: np.ndarray,
+        lengths: np.ndarray,
+        shared: np.ndarray,
+        targets: np.ndarray,
+        cost: Cost,
+        token_budget: int,
     ) -> None:
         pairs, shared_pairs = lengths * (lengths + 1) / 2, shared * (shared + 1) / 2
-        costs = cost.of(lengths - shared, pairs - shared_pairs, targets)
-        self._rows, self._shared, self._budget = len(lengths), shared, token_budget
+        self.costs = costs = cost.of(lengths - shared, pairs - shared_pairs, targets)  # beyond the shared prefix
+        self._order, self._rows, self._shared, self._budget = rows, len(rows), shared, token_budget
         self._tokens_before = np.concatenate([[0], np.cumsum(lengths - shared)])
         self._cost_before = np.concatenate([[0.0], np.cumsum(costs)])
         self._shared_cost = cost.of(shared, shared_pairs, 0)
 
-    def _chunk(self, start: int, end: int) -> Chunk:
+    def chunk(self, start: int, end: int) -> Chunk:
+        """The rows from `start` to `end`."""
         tokens = self._tokens_before[end] - self._tokens_before[start] + self._shared[start]
         cost = self._cost_before[end] - self._cost_before[start] + self._shared_cost[start]
-        return Chunk(slice(start, end), int(tokens), float(cost))
+        return Chunk(self._order[start:end], int(tokens), float(cost))
 
     def greedy(self, limit: float) -> list[Chunk]:
         """The fewest chunks within the token budget, none above `limit` unless a single row is."""
@@ -85,7 +147,7 @@ class _Cutter:
                 np.searchsorted(self._cost_before, cost, "right"),
             )
             end = max(start + 1, int(min(ends)) - 1)
-            chunks.append(self._chunk(start, end))
+            chunks.append(self.chunk(start, end))
             start = end
         return chunks
 
@@ -108,7 +170,7 @@ class _Cutter:
         first = 0  # the earliest row that a chunk ending here may start with
         for end in range(1, self._rows + 1):
             while first < end - 1:
-                chunk = self._chunk(first, end)
+                chunk = self.chunk(first, end)
                 if chunk.tokens <= self._budget and chunk.cost <= limit:
                     break
                 first += 1
@@ -124,7 +186,7 @@ class _Cutter:
         chunks = []
         while used:
             start = int(came_from[used, end])
-            chunks.append(self._chunk(start, end))
+            chunks.append(self.chunk(start, end))
             used, end = used - 1, start
         return chunks[::-1]
 

@@ -92,7 +92,8 @@ class MicroBatches:
         if self._options.fold:
             shared = shared_prefixes([self._data[row][0] for row in rows])
         if self._options.fold and self._options.trees:
-            per_rank = assign_to_ranks(cut(lengths, shared, targets, self._cost, ranks, budget), ranks)
+            dialogue = self._data.dialogue[rows]
+            per_rank = assign_to_ranks(cut(lengths, shared, targets, dialogue, self._cost, ranks, budget), ranks)
             parts = [[[rows[chunk.rows]] if chunk.tokens else [] for chunk in own] for own in per_rank]
             costs = costs_of(per_rank)
             tokens = sum(chunk.tokens for own in per_rank for chunk in own)
