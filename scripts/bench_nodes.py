@@ -2,22 +2,25 @@
 """Bytes between two hosts and seconds per step, by backend and sharding, at full speed and over a slower link.
 
     python scripts/bench_nodes.py [--arms fsdp:trainable,zero3:full] [--rates none,1gbit] [--ranks 1] [--json FILE]
+    python scripts/bench_nodes.py --arms fsdp:hybrid,zero3:hybrid --rates none --ranks 2 --lora_rank 0
 
 The hosts are network namespaces of this machine, started by torchrun with --ranks ranks each; needs root. Trains
---model on --train_files with LoRA and float32. Bytes are what one host has received per step, from the first step to
+--model on --train_files in float32, with LoRA or, with --lora_rank 0, all of it. Bytes are what one host has received per step, from the first step to
 the last but one, also in multiples of the float32 gradient of what is trained; seconds are the median of those steps.
+Difference is the largest relative one, over all steps, of loss and gradient norm from those of one process.
 """
 
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from hosts import Cluster, unavailable_reason
+from hosts import ROOT, Cluster, unavailable_reason
 
 ARMS = ",".join(f"{backend}:{kind}" for backend in ("fsdp", "zero3") for kind in ("full", "hybrid", "trainable"))
 
@@ -29,14 +32,32 @@ def steps_of(folder: Path) -> list[dict[str, Any]]:
     return [line for line in map(json.loads, lines) if "train/loss" in line]
 
 
-def measure(arm: str, rate: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def flags(options: argparse.Namespace, out: Path, backend: str, sharding: str) -> list[str]:
+    """Of dsft.train."""
+    values = {
+        "backend": backend, "sharding": sharding, "output_dir": out, "dtype": "float32", "save_steps": 0,
+        "total_training_steps": options.steps, "lora_rank": options.lora_rank, "model": options.model,
+        "train_files": options.train_files, "train_batch_size": options.train_batch_size,
+    }  # fmt: skip
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+def train_alone(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """The steps of one process."""
+    words = [sys.executable, "-m", "dsft.train", *flags(options, folder / "one", "fsdp", "full")]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"error: the run of one process failed:\n{done.stderr[-3000:]}")
+    return steps_of(folder / "one")
+
+
+def measure(
+    arm: str, rate: str, options: argparse.Namespace, folder: Path, expected: list[dict[str, Any]]
+) -> dict[str, Any]:
     """Train, and count."""
     backend, sharding, *tokens = arm.split(":")
     out = folder / f"{arm.replace(':', '-')}-{rate}"
-    words = ["--backend", backend, "--sharding", sharding, "--output_dir", out, "--dtype", "float32"]
-    words += ["--total_training_steps", options.steps, "--save_steps", 0, "--lora_rank", options.lora_rank]
-    words += ["--model", options.model, "--train_files", options.train_files]
-    words += ["--train_batch_size", options.train_batch_size]
+    words = flags(options, out, backend, sharding)
     words += ["--max_tokens_per_micro_batch", tokens[0]] if tokens else []
     with Cluster(2) as cluster:
         hosts = cluster.hosts
@@ -63,7 +84,11 @@ def measure(arm: str, rate: str, options: argparse.Namespace, folder: Path) -> d
         "received_mb": received / 1e6,
         "gradients": received / gradient,
         "seconds": statistics.median(step["train/step_seconds"] for step in steps[1:-1]),
-        "loss": steps[-1]["train/loss"],
+        "difference": max(
+            abs(ours[key] / theirs[key] - 1)
+            for ours, theirs in zip(steps, expected, strict=True)
+            for key in ("train/loss", "train/grad_norm")
+        ),
         "memory_gib": max(step["memory"] for step in steps),
     }
 
@@ -83,16 +108,19 @@ def main() -> None:
     options = parser.parse_args()
     if reason := unavailable_reason():
         sys.exit(f"error: {reason}")
-    print("| backend:sharding | link | received MB per step | x float32 gradient | s per step | last loss | GiB |")
+    print("| backend:sharding | link | received MB per step | x float32 gradient | s per step | difference | GiB |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     table = []
     with tempfile.TemporaryDirectory() as folder:
+        expected = train_alone(options, Path(folder))
         for arm in options.arms.split(","):
             for rate in options.rates.split(","):
-                row = measure(arm, rate, options, Path(folder))
+                row = measure(arm, rate, options, Path(folder), expected)
                 table.append(row)
                 cells = [arm, rate, f"{row['received_mb']:.1f}", f"{row['gradients']:.2f}", f"{row['seconds']:.2f}"]
-                print("|", " | ".join([*cells, f"{row['loss']:.6f}", f"{row['memory_gib']:.2f}"]), "|", flush=True)
+                print(
+                    "|", " | ".join([*cells, f"{row['difference']:.1e}", f"{row['memory_gib']:.2f}"]), "|", flush=True
+                )
     if options.json:
         Path(options.json).write_text(json.dumps(table, indent=2), encoding="utf-8")
 
