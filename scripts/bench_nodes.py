@@ -5,8 +5,9 @@
     python scripts/bench_nodes.py --arms fsdp:hybrid,zero3:hybrid --rates none --ranks 2 --lora_rank 0
 
 The hosts are network namespaces of this machine, started by torchrun with --ranks ranks each; needs root. Trains
---model on --train_files in float32, with LoRA or, with --lora_rank 0, all of it. Bytes are what one host has received per step, from the first step to
-the last but one, also in multiples of the float32 gradient of what is trained; seconds are the median of those steps.
+--model on --train_files in float32, with LoRA or, with --lora_rank 0, all of it. Bytes are what one host has received
+per step, from the first step to the last but one, also in multiples of the float32 gradient of what is trained; seconds
+are the median of those steps.
 Difference is the largest relative one, over all steps, of loss and gradient norm from those of one process.
 """
 
