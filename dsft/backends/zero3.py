@@ -48,15 +48,13 @@ class Zero3Backend(Backend):
           stage3_param_persistence_threshold are kept whole as well. With zero_hpz_partition_size there is a second
           partition, over so many ranks.
         - Of what is trained float32 masters, moments, and one flat buffer of gradients.
-        - The reduce bucket, float32 as communication_data_type says: a GPU takes all of reduce_bucket_size, a CPU the
-          pages that are written. The bucket is copied when it is reduced.
+        - The reduce bucket, float32 as communication_data_type says. It is copied when it is reduced.
         - On several ranks parameters are fetched ahead until stage3_max_live_parameters are whole. Those of one
           stage3_prefetch_bucket_size exist twice when they are cut out of the buffer in which they have arrived.
         - The optimizer steps through sub_group_size values at a time: a copy of their gradients, and two temporaries.
         - While the model loads, one decoder layer, or what is in none, is whole.
         """
         compute, ranks = options.dtype.itemsize, options.ranks
-        on_cpu = options.device.type == "cpu"
         zero = DeepSpeedZeroConfig(**cls(options).ds_config["zero_optimization"])
         trained = set(trainable(model).values())
         given = [p for p in model.parameters() if p in trained or options.sharding != "trainable"]
@@ -75,16 +73,15 @@ class Zero3Backend(Backend):
         held = HeldMemory(
             weights=compute * (whole + count / ranks + second + persistent),
             masters=4 * learned / ranks,
-            gradients=4 * learned / ranks + 4 * (bucket if on_cpu else zero.reduce_bucket_size),
+            gradients=4 * learned / ranks + 4 * bucket,
             moments=8 * learned / ranks,
             gathered=compute * (gathered + max((p.numel() for p in trained), default=0)) + 4 * bucket,
             step=12 * min(zero.sub_group_size, learned / ranks),
             loading=compute * max(sum(p.numel() for p in group) for group in groups),
         )
-        if options.cpu_offload and not on_cpu:
-            on_gpu = 4 * zero.reduce_bucket_size
+        if options.cpu_offload and options.device.type != "cpu":
             weights = compute * (whole + persistent)
-            held = replace(held, weights=weights, masters=0.0, gradients=on_gpu, moments=0.0, step=0.0)
+            held = replace(held, weights=weights, masters=0.0, gradients=4 * bucket, moments=0.0, step=0.0)
         return held
 
     def setup(self) -> None:
@@ -109,6 +106,9 @@ class Zero3Backend(Backend):
         """Fill and partition one decoder layer at a time, then deepspeed.initialize with our optimizer and schedule."""
         import deepspeed
 
+        zero, trained = self.ds_config["zero_optimization"], sum(p.numel() for p in trainable(model).values())
+        # A GPU allocates all of it, by default 2 GB.
+        zero["reduce_bucket_size"] = min(DeepSpeedZeroConfig(**zero).reduce_bucket_size, trained)
         masters: dict[str, torch.Tensor] = {}
         partitioner = internals.Partitioner(self.ds_config, self.options.dtype)
         for module in [*decoder_layers(model), model]:

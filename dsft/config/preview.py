@@ -23,6 +23,8 @@ class PreviewConfig(TrainConfig):
     """Number of ranks that training would have, for micro-batches, memory and time; preview itself is one process."""
     nodes: int = flag(1, must_be="1 or more")
     """Number of nodes that share the ranks evenly."""
+    device_memory: float | None = flag(None, must_be="above 0")
+    """GiB of a GPU: predict memory on such GPUs, for every sharding, instead of on this machine."""
     html: str | None = flag(None)
     """Also write everything to this file, as one self-contained page of HTML."""
     json: str | None = flag(None)

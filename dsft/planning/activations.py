@@ -10,7 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dsft.distributed import runtime
 
-SHARE = 0.5  # of the free memory that activations may take; the rest is for gradients, gathered weights and the system
+SHARE = 0.5  # of the free memory that activations may take, where the rest is not known by count
 MOST_TOKENS = {"cpu": 4096, "cuda": 32_768}  # more does not run faster, see docs/benchmarks.md
 HIDDEN_KEPT, INNER_KEPT = 10.0, 4.5  # values a layer keeps for each token, in hidden and intermediate sizes; measured
 
@@ -54,10 +54,10 @@ def free_memory(device: torch.device, world: runtime.World) -> float:
     return free
 
 
-def checkpointed_layers(memory: ActivationMemory, free: float, tokens: int) -> int:
+def checkpointed_layers(memory: ActivationMemory, room: float, tokens: int) -> int:
     """The fewest layers to checkpoint so that so many tokens fit; all of them where they may not fit even then."""
     for layers in range(memory.layers + 1):
-        if tokens * memory.per_token(layers) <= SHARE * free:
+        if tokens * memory.per_token(layers) <= room:
             return layers
     return memory.layers
 
@@ -72,15 +72,15 @@ def recompute_layers(model: Any, layers: int) -> None:
         module.gradient_checkpointing = False
 
 
-def token_budget(memory: ActivationMemory, free: float, longest: int, layers: int, device: torch.device) -> int:
+def token_budget(memory: ActivationMemory, room: float, longest: int, layers: int, device: torch.device) -> int:
     """Tokens for a micro-batch: what memory holds, no more than pays, and at least the longest row."""
-    fitting = int(SHARE * free / memory.per_token(layers))
+    fitting = int(room / memory.per_token(layers))
     return max(longest, min(fitting, MOST_TOKENS[device.type]))
 
 
 def fit_micro_batches(
     memory: ActivationMemory,
-    free: float,
+    room: float,
     longest: int,
     device: torch.device,
     checkpointing: bool | Literal["auto"],
@@ -89,12 +89,12 @@ def fit_micro_batches(
     """The layers to checkpoint, and the tokens of a micro-batch.
 
     Args:
-        free: bytes.
+        room: bytes that activations may take.
         longest: tokens of the longest row.
         checkpointing: the flag --gradient_checkpointing.
         budget: the flag --max_tokens_per_micro_batch.
     """
     layers = memory.layers if checkpointing is True else 0
     if checkpointing == "auto":
-        layers = checkpointed_layers(memory, free, max(longest, budget or 0))
-    return layers, budget or token_budget(memory, free, longest, layers, device)
+        layers = checkpointed_layers(memory, room, max(longest, budget or 0))
+    return layers, budget or token_budget(memory, room, longest, layers, device)

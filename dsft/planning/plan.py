@@ -1,5 +1,6 @@
 """How a run is laid out and what it needs, from flags, shapes, rows, ranks and device, before a weight is read."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -16,11 +17,12 @@ from dsft.model.flops import Cost, count_flops
 from dsft.model.lora import LoraOptions
 from dsft.model.tree_attention import tree_unsupported_reason
 from dsft.planning import prediction
-from dsft.planning.activations import ActivationMemory, fit_micro_batches
+from dsft.planning.activations import SHARE, ActivationMemory, fit_micro_batches
 from dsft.planning.prediction import Prediction, ProcessMemory, Setting
 from dsft.units import GIB, duration, gib
 
-MARGIN = 0.9  # of the available memory that a run may take by prediction, where full sharding would take less
+MARGIN = 0.9  # of the available memory that a run may take by prediction, where it could take less
+ENOUGH_TOKENS = 4096  # in a micro-batch: not worth full sharding to have more
 
 
 def backend_options(
@@ -92,7 +94,7 @@ class RunPlan:
         device: torch.device,
         *,
         ranks: int,
-        free: float,
+        room: float,
         longest: int,
         fold: bool = True,
         trees: bool = True,
@@ -105,14 +107,14 @@ class RunPlan:
             model: on the meta device or loaded, wrapped in LoRA or not.
             dtype, device: of the computation.
             ranks: number of ranks.
-            free: bytes that a rank may take once it has the model; the smallest of all ranks.
+            room: bytes that the activations of a rank may take; the smallest of all ranks.
             longest: tokens of the longest row.
             fold: compute shared prefixes once.
             trees: whether the model's attention takes prefix trees.
             gradient_checkpointing, token_budget: the flags; the latter is --max_tokens_per_micro_batch.
         """
         memory = ActivationMemory.of(model, dtype)
-        layers, budget = fit_micro_batches(memory, free, longest, device, gradient_checkpointing, token_budget)
+        layers, budget = fit_micro_batches(memory, room, longest, device, gradient_checkpointing, token_budget)
         sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
         return cls(
             micro_batches=MicroBatchOptions(ranks, budget, fold=fold, trees=trees),
@@ -138,13 +140,16 @@ def plan_run(
     """
     model = model or prediction.shapes(shapes, Setting(config.backend, options, lora_options(config)))
     reason = tree_unsupported_reason(shapes, config.attn_implementation)
-    built = backend_class(config.backend).memory(model, options).built
+    held = backend_class(config.backend).memory(model, options)
+    room = SHARE * (memory.available - memory.now - held.built)
+    if options.device.type == "cuda":  # it has no heap that grows larger than its tensors
+        room = MARGIN * memory.available - memory.now - held.lasting - held.gathered
     plan = RunPlan.of_model(
         model,
         options.dtype,
         options.device,
         ranks=options.ranks,
-        free=max(0.0, memory.available - memory.now - built),
+        room=max(0.0, room),
         longest=longest,
         fold=config.fold != "off",
         trees=reason is None,
@@ -169,7 +174,7 @@ class Needs:
     available: bytes that a rank may have
     remedies: flags that lower the peak, where it is too high
     step_flops: floating-point operations of a step on all ranks, mean of an epoch
-    step_seconds: mean of an epoch
+    step_seconds: mean of an epoch; nan where the device's rate is not known
     steps_per_epoch: of the first epoch
     total_steps: of the run
     """
@@ -190,14 +195,15 @@ class Needs:
 
     def as_dict(self) -> dict[str, Any]:
         """For reports in JSON."""
+        step = self.step_seconds if math.isfinite(self.step_seconds) else None
         return {
             "memory_bytes": self.memory.peak,
             "parts_bytes": self.memory.parts(),
             "available_bytes": self.available,
             "remedies": self.remedies,
-            "seconds_per_step": self.step_seconds,
-            "seconds_per_epoch": self.step_seconds * self.steps_per_epoch,
-            "seconds": self.step_seconds * self.total_steps,
+            "seconds_per_step": step,
+            "seconds_per_epoch": step and step * self.steps_per_epoch,
+            "seconds": step and step * self.total_steps,
             "steps_per_epoch": self.steps_per_epoch,
             "total_steps": self.total_steps,
         }
@@ -228,7 +234,7 @@ def predict_needs(
 
     Args:
         shapes: the model on the meta device, without LoRA.
-        matmul_rate: operations per second of the matrix product, of all ranks together.
+        matmul_rate: operations per second of the matrix product, of all ranks together; nan if it is not known.
 
     Raises:
         UserError: a row is longer than the token budget.
@@ -269,8 +275,8 @@ def choose_sharding(
 ) -> tuple[RunPlan, Needs]:
     """The plan of a run and what it needs. --sharding auto is the first of trainable, hybrid and full that fits.
 
-    The first two take more memory than full sharding. They fit if they leave enough for the same micro-batches and no
-    more recomputation. For arguments and errors see `plan_run` and `predict_needs`.
+    The first two take more memory than full sharding. They fit if they need no more recomputation, and micro-batches
+    are as large as with full sharding or large enough. For arguments and errors see `plan_run` and `predict_needs`.
     """
     model = prediction.shapes(shapes, Setting(config.backend, options, lora_options(config)))
     full = plan_run(config, shapes, options, memory, longest, model)
@@ -284,8 +290,9 @@ def choose_sharding(
             continue
         chosen = replace(options, sharding=sharding)
         plan = replace(plan_run(config, shapes, chosen, memory, longest, model), sharding_reason=reason)
-        if (plan.micro_batches, plan.checkpointed_layers) != (full.micro_batches, full.checkpointed_layers):
-            reasons.append(f"{sharding} would leave too little memory for the same micro-batches")
+        enough = min(full.micro_batches.token_budget, ENOUGH_TOKENS)
+        if plan.checkpointed_layers > full.checkpointed_layers or plan.micro_batches.token_budget < enough:
+            reasons.append(f"{sharding} would leave too little memory for activations")
             continue
         needs = predict_needs(config, shapes, chosen, memory, plan, data, batches, matmul_rate)
         if needs.memory.peak <= MARGIN * needs.available:

@@ -1,13 +1,17 @@
 """All that dsft.preview shows: rows, statistics, needs, and findings."""
 
+import math
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
+import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
+from dsft.backends.base import Sharding
 from dsft.checkpointing.models import resolve_model
 from dsft.checkpointing.resuming import find_initial_weights
 from dsft.config import PreviewConfig
@@ -26,7 +30,11 @@ from dsft.previewing.row_checks import Finding, duplicates_finding, truncation_f
 from dsft.previewing.rows import RowView, choose_rows, view_row
 from dsft.previewing.statistics import Batches, Folding, SetStatistics, batches_and_folding, fold_ratios, set_statistics
 from dsft.previewing.template_checks import inspect_template, start_finding, template_findings
-from dsft.units import gib
+from dsft.units import GIB, gib
+
+FEW_TOKENS = (
+    1024  # a step of fewer on a GPU is limited by reading weights: an H100 multiplies 295 times in the time of a byte
+)
 
 
 @dataclass
@@ -35,6 +43,7 @@ class Preview:
 
     rows: training rows as the model will see them
     findings: of all checks
+    shardings: with --device_memory what each sharding would take
     train, val: statistics; None where there are no such rows
     """
 
@@ -47,6 +56,7 @@ class Preview:
     folding: Folding | None = None
     val_folding: Folding | None = None
     needs: Needs | None = None
+    shardings: list[str] = field(default_factory=list)
 
     @property
     def problem(self) -> str | None:
@@ -113,25 +123,52 @@ def _add_plan(preview: Preview, sets: SeparatedSets, config: PreviewConfig, path
     """
     train, val = (side and side.data for side in (sets.train, sets.val))
     ranks, longest = config.ranks, max((int(data.lengths.max()) for data in (train, val) if data), default=1)
-    device = runtime.pick_device(runtime.World(0, 1, 0, 1))
-    dtype = runtime.pick_dtype(config.dtype, device)
-    options = backend_options(config, device, dtype, ranks=ranks, ranks_per_node=ranks // config.nodes)
+    on_this_machine = config.device_memory is None
+    device = runtime.pick_device(runtime.World(0, 1, 0, 1)) if on_this_machine else torch.device("cuda")
+    dtype = runtime.pick_dtype("bfloat16" if not on_this_machine and config.dtype == "auto" else config.dtype, device)
+    layout = {"ranks": ranks, "ranks_per_node": ranks // config.nodes}
+    options = backend_options(config, device, dtype, **layout)
     source = ModelSource(
         path, attn_implementation=config.attn_implementation, trust_remote_code=config.trust_remote_code
     )
     shapes = source.empty(options.dtype)
-    # Without a GPU all ranks share this machine's memory, and this process stands for one of them.
-    memory = ProcessMemory.of(device, free_memory(device, runtime.World(0, ranks, 0, ranks // config.nodes)))
+    if config.device_memory is None:
+        # Without a GPU all ranks share this machine's memory, and this process stands for one of them.
+        memory = ProcessMemory.of(device, free_memory(device, runtime.World(0, ranks, 0, ranks // config.nodes)))
+    else:
+        memory = ProcessMemory(0.0, 0.0, config.device_memory * GIB)
     if train is None:
         plan = plan_run(config, shapes, options, memory, longest)
     else:
         order = order_rows(train, config)
-        rate = measure_matmul(options.dtype, device) * (1 if device.type == "cpu" else ranks)
-        plan, preview.needs = choose_sharding(config, shapes, options, memory, train, order, longest, rate)
+        rate = math.nan
+        if on_this_machine:
+            rate = measure_matmul(options.dtype, device) * (1 if device.type == "cpu" else ranks)
+        rows = train, order, longest, rate
+        plan, preview.needs = choose_sharding(config, shapes, options, memory, *rows)
+        for sharding in () if on_this_machine else get_args(Sharding):
+            given = replace(config, sharding=sharding)
+            options = backend_options(given, device, dtype, **layout)
+            if options.sharding == sharding:
+                _, needs = choose_sharding(given, shapes, options, memory, *rows)
+                mark = " (chosen)" if sharding == plan.sharding else ""
+                preview.shardings.append(f"{sharding}{mark}: {gib(needs.memory.peak)} per rank")
         preview.batches, preview.folding = batches_and_folding(train, order, plan, preview.needs.total_steps)
         preview.findings += needs_findings(preview.needs, plan.trained, config)
+        preview.findings += few_tokens_finding(preview.batches, device)
     if val is not None:
         preview.val_folding, _ = fold_ratios(val, [np.arange(len(val))], plan)
+
+
+def few_tokens_finding(batches: Batches, device: torch.device) -> list[Finding]:
+    """Whether a GPU has too little to do in a step."""
+    tokens = batches.computed_per_rank
+    if device.type != "cuda" or tokens >= FEW_TOKENS:
+        return []
+    wanted = math.ceil(batches.rows * FEW_TOKENS / tokens)
+    text = f"each GPU computes {tokens:,.0f} tokens per step, too few to be busy"
+    remedy = f"--train_batch_size {wanted} would give it {FEW_TOKENS:,}; or use fewer GPUs"
+    return [Finding("warning", "batch", f"{text}; {remedy}")]
 
 
 def needs_findings(needs: Needs, trained: int, config: PreviewConfig) -> list[Finding]:

@@ -45,7 +45,9 @@ def _named_lines(preview: Preview) -> Iterator[tuple[str, str]]:
         yield from _batch_lines(preview.batches)
     if preview.needs is not None:
         yield "memory", f"{preview.needs.memory_text()}; {preview.needs.computes}"
-        yield "time", preview.needs.time_text()
+        yield from (("sharding", text) for text in preview.shardings)
+        if math.isfinite(preview.needs.step_seconds):
+            yield "time", preview.needs.time_text()
     if preview.train is not None:
         yield "lengths", "tokens per row before truncation"
         yield from (("lengths", bar) for bar in histogram_lines(preview.train.lengths))
@@ -74,6 +76,9 @@ def _batch_lines(batches: Batches) -> Iterator[tuple[str, str]]:
         f"{micro_batches} micro-batch{'' if micro_batches == '1' else 'es'} of at most {batches.token_budget:,} tokens "
         f"on {'1 rank' if batches.ranks == 1 else f'each of {batches.ranks:,} ranks'}",
     )
+    if batches.ranks > 1:
+        each = f"each rank computes {batches.computed_per_rank:,.0f} tokens per step"
+        yield "batch", f"{each}; the slowest takes {batches.imbalance:.1%} longer than the mean"
     sample = f" (averaged over {batches.planned} of them)" if batches.planned < batches.steps_first_epoch else ""
     yield "steps", f"{batches.steps_first_epoch:,} per epoch{sample}, {batches.steps:,} in all"
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from dsft.config import TrainConfig
 from dsft.dataset.batches import GlobalBatches
-from dsft.dataset.micro_batches import MicroBatches
+from dsft.dataset.micro_batches import MicroBatches, Plan
 from dsft.dataset.tokens import TokenDataset
 from dsft.planning.plan import RunPlan, order_rows
 
@@ -108,6 +108,8 @@ class Batches:
     steps_first_epoch, steps: their number
     rows, tokens, targets: of a step before folding, mean
     ranks, micro_batches: of a step on each rank, mean of the planned steps
+    computed_per_rank: tokens that a rank computes in a step, after folding, mean of ranks and planned steps
+    imbalance: by how much the slowest rank exceeds the mean, of the planned steps
     token_budget: most tokens in a micro-batch
     planned: steps of the first epoch that were planned for these means and the folding
     """
@@ -119,6 +121,8 @@ class Batches:
     targets: float
     ranks: int
     micro_batches: float
+    computed_per_rank: float
+    imbalance: float
     token_budget: int
     planned: int
 
@@ -133,34 +137,38 @@ def batches_and_folding(
     """
     in_epoch = order.first_step(1)
     planned = np.unique(np.linspace(0, in_epoch - 1, min(in_epoch, MAX_PLANNED)).astype(int))
-    folding, micro_batches = fold_ratios(data, [order[step] for step in planned], plan)
+    folding, plans = fold_ratios(data, [order[step] for step in planned], plan)
+    ranks = plan.micro_batches.ranks
     batches = Batches(
         steps_first_epoch=in_epoch,
         steps=total_steps,
         rows=len(data) / in_epoch,
         tokens=data.counts.tokens / in_epoch,
         targets=data.counts.targets / in_epoch,
-        ranks=plan.micro_batches.ranks,
-        micro_batches=micro_batches / len(planned),
+        ranks=ranks,
+        micro_batches=float(np.mean([len(p.parts[0]) for p in plans])),
+        computed_per_rank=float(np.mean([p.tokens for p in plans])) / ranks,
+        imbalance=sum((1 + p.imbalance) * p.flops for p in plans) / sum(p.flops for p in plans) - 1,
         token_budget=plan.micro_batches.token_budget,
         planned=len(planned),
     )
     return batches, folding
 
 
-def fold_ratios(data: TokenDataset, batches: Sequence[np.ndarray], plan: RunPlan) -> tuple[Folding, int]:
-    """What folding saves in these batches (int64 [rows] each), and how many micro-batches they are on each rank."""
+def fold_ratios(data: TokenDataset, batches: Sequence[np.ndarray], plan: RunPlan) -> tuple[Folding, list[Plan]]:
+    """What folding saves in these batches (int64 [rows] each), and how training lays them out."""
     used = "off" if not plan.micro_batches.fold else "trees" if plan.micro_batches.trees else "chains"
     layouts = {
         "trees": replace(plan.micro_batches, fold=True, trees=True),
         "chains": replace(plan.micro_batches, fold=True, trees=False),
     }
-    ratios, micro_batches = {}, 0
+    ratios: dict[str, float] = {}
+    used_plans: list[Plan] = []
     for name, layout in (layouts | {used: plan.micro_batches}).items():
         planner = MicroBatches(data, layout, plan.cost, None)
         plans = [planner.plan(batch) for batch in batches]
         ratios[name] = sum(p.row_tokens for p in plans) / sum(p.tokens for p in plans)
         if name == used:
-            micro_batches = sum(len(p.parts[0]) for p in plans)
+            used_plans = plans
     reason = "--fold off" if used == "off" else plan.tree_unsupported_reason or ""
-    return Folding(ratios["trees"], ratios["chains"], used, reason), micro_batches
+    return Folding(ratios["trees"], ratios["chains"], used, reason), used_plans

@@ -18,7 +18,7 @@ from dsft.dataset.tokens import TokenDataset, load_dataset
 from dsft.distributed import runtime
 from dsft.errors import UserError
 from dsft.loss import TargetHead, loss_metrics, mean_loss
-from dsft.planning.activations import free_memory
+from dsft.planning.activations import SHARE, free_memory
 from dsft.planning.plan import RunPlan
 from dsft.validation.generation import Generator, TransformersGenerator
 from dsft.validation.statistics import wilson_interval
@@ -173,7 +173,7 @@ def _measure_loss(
     model, device = generator.model, generator.device
     [free] = runtime.min_over_ranks([free_memory(device, world)], device)
     plan = RunPlan.of_model(
-        model, model.dtype, device, ranks=world.size, free=free, longest=int(data.lengths.max()), trees=False
+        model, model.dtype, device, ranks=world.size, room=SHARE * free, longest=int(data.lengths.max()), trees=False
     )
     micro_batches = MicroBatches(data, plan.micro_batches, plan.cost, generator.tokenizer.pad_token_id)
     loss = mean_loss(model, TargetHead(model), micro_batches, world, device, show_progress=world.is_main)

@@ -44,6 +44,7 @@ def test_it_shows_rows_figures_and_findings_and_writes_what_is_asked_for(preview
         r"^fold +\d\.\d\dx fewer tokens with prefix trees, \d\.\d\dx with chains; training uses trees$", done.out, re.M
     )
     assert re.search(r"^batch .* per step; 1 micro-batch of at most 4,096 tokens on each of 2 ranks$", done.out, re.M)
+    assert re.search(r"^ +each rank computes \S+ tokens per step; the slowest takes \S+% longer", done.out, re.M)
     assert re.search(r"^ +220 to 239 +24  █{40}$", done.out, re.M)
     for name in ("histories", "end of turn", "start of answers", "rows", "val: rows"):
         assert re.search(rf"^ok +{name}: ", done.out, re.M)
@@ -57,6 +58,18 @@ def test_it_shows_rows_figures_and_findings_and_writes_what_is_asked_for(preview
     assert [html.unescape(re.sub("</?b>", "", part)) for part in parts] == learned
     assert len(learned) == 3
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "cache") == ["p.html", "p.json"]
+
+
+def test_the_memory_of_gpus_is_predicted_without_one_for_every_sharding(preview, tmp_path):
+    figures = tmp_path / "p.json"
+    done = preview(device_memory=80, ranks=8, nodes=2, rows=0, json=figures)
+    assert (done.status, done.err) == (0, "")
+    assert re.search(r"^memory .* 80\.00 GiB available; fsdp in bfloat16 on cuda$", done.out, re.M)
+    found = re.findall(r"^(?:sharding)? +(\w+)( \(chosen\))?: (\S+) GiB per rank$", done.out, re.M)
+    assert [(name, bool(mark)) for name, mark, _ in found] == [("full", False), ("hybrid", False), ("trainable", True)]
+    assert not re.search("^time", done.out, re.M)
+    assert re.search(r"^warning +batch: each GPU computes \d+ tokens per step", done.out, re.M)
+    assert json.loads(figures.read_text(encoding="utf-8"))["needs"]["seconds"] is None
 
 
 def test_the_words_of_a_training_run_are_taken_as_they_are(commands, trained_runs, tmp_path):

@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dsft.model.flops import count_flops, measure_matmul
 from dsft.model.lora import LoraOptions, add_lora
-from dsft.planning.activations import MOST_TOKENS, SHARE, ActivationMemory, checkpointed_layers, token_budget
+from dsft.planning.activations import MOST_TOKENS, ActivationMemory, checkpointed_layers, token_budget
 
 CPU = torch.device("cpu")
 TOKENS = 96
@@ -72,7 +72,7 @@ def test_predicted_activations_are_near_what_autograd_keeps(model, lora):
 
 def test_checkpointing_recomputes_only_what_memory_needs(model):
     memory = ActivationMemory.of(model, torch.float32)
-    enough = 1000 * memory.per_token(0) / SHARE
+    enough = 1000 * memory.per_token(0)
     assert checkpointed_layers(memory, enough, 1000) == 0
     assert 0 < checkpointed_layers(memory, 0.9 * enough, 1000) < memory.layers
     assert checkpointed_layers(memory, 1.0, 1000) == memory.layers
@@ -80,8 +80,8 @@ def test_checkpointing_recomputes_only_what_memory_needs(model):
 
 def test_the_budget_fills_the_memory_and_holds_the_longest_row(model):
     memory = ActivationMemory.of(model, torch.float32)
-    free = 1000.5 * memory.per_token(0) / SHARE
-    assert token_budget(memory, free, 10, 0, CPU) == 1000
-    assert token_budget(memory, free, 1500, 0, CPU) == 1500
+    room = 1000.5 * memory.per_token(0)
+    assert token_budget(memory, room, 10, 0, CPU) == 1000
+    assert token_budget(memory, room, 1500, 0, CPU) == 1500
     assert token_budget(memory, 1000 * GIB, 10, 0, CPU) == MOST_TOKENS["cpu"]
-    assert token_budget(memory, free, 10, memory.layers, CPU) > 1000
+    assert token_budget(memory, room, 10, memory.layers, CPU) > 1000

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from dsft.config import PreviewConfig, TrainConfig
 from dsft.errors import UserError
 from dsft.planning.out_of_memory import out_of_memory, refuse
-from dsft.planning.plan import Needs, backend_options, choose_sharding, order_rows
+from dsft.planning.plan import Needs, backend_options, choose_sharding, order_rows, plan_run
 from dsft.planning.prediction import ProcessMemory
-from dsft.previewing.preview import needs_findings
+from dsft.previewing.preview import few_tokens_finding, needs_findings
+from dsft.previewing.statistics import Batches
 from tests.helpers import message, token_dataset
 
 GIB = 2**30
@@ -127,3 +129,32 @@ def test_auto_does_not_trade_larger_micro_batches_for_whole_weights(shapes):
     tight = {"max_tokens_per_micro_batch": None}
     trainable = chosen(shapes, 99, sharding="trainable", **tight)[2]
     assert chosen(shapes, trainable, **tight)[0] != "trainable"
+
+
+@pytest.mark.parametrize("backend", ["fsdp", "zero3"])
+def test_on_a_gpu_layers_recompute_only_where_activations_would_not_fit(backend):
+    """A 7 B model and rows of 6,784 tokens: none of the layers with 80 GiB, most with 24 GiB, all with 16."""
+    config = AutoConfig.for_model(
+        "qwen2", vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+        num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    flags = TrainConfig(model="m", train_files=["t"], output_dir="out", backend=backend, lora_rank=64)
+    options = backend_options(flags, torch.device("cuda"), torch.bfloat16, ranks=8, ranks_per_node=8)
+    plans = [plan_run(flags, model, options, ProcessMemory(0.0, 0.0, size * GIB), 6784) for size in (80, 24, 10)]
+    assert plans[0].checkpointed_layers == 0
+    assert 14 < plans[1].checkpointed_layers < 28
+    assert plans[2].checkpointed_layers == 28
+    assert all(plan.micro_batches.token_budget >= 6784 for plan in plans)
+
+
+def test_gpus_with_too_few_tokens_are_named():
+    batches = Batches(5, 5, 128.0, 80_000.0, 9_000.0, 16, 1.0, 300.0, 0.1, 4096, 5)
+    [finding] = few_tokens_finding(batches, torch.device("cuda"))
+    assert finding.text == (
+        "each GPU computes 300 tokens per step, too few to be busy; --train_batch_size 437 would give it 1,024; "
+        "or use fewer GPUs"
+    )
+    assert few_tokens_finding(replace(batches, computed_per_rank=1024), torch.device("cuda")) == []
+    assert few_tokens_finding(batches, torch.device("cpu")) == []
