@@ -6,11 +6,11 @@
     python scripts/bench_throughput.py --train_files FILE --rows 128 --epochs 1 --dsft_tokens 2048   # peak memory
     python scripts/bench_throughput.py --repeats 3 --arms dsft:fsdp:batch,dsft:fsdp:batch@../dsft-old   # two checkouts
 
-An arm is dsft:BACKEND[:FOLD][@TREE] or trl:BACKEND[:ROWS], with ROWS per micro-batch: backends are fsdp and zero3, and
-for TRL plain (one process, not sharded). TREE is another checkout of dsft, whose speed is then printed relative to
-this one's. All arms train the same tokens in the same global batches, so the loss of the first step must be the same in
-all of them (1e-4 in float32, 1e-2 in bfloat16, relative); otherwise no time is printed and the status is 1. Times are
-those of the optimizer steps, without start-up and saving: the median of the epochs after the first. Peak memory is the
+An arm is dsft:BACKEND[:FOLD[:SHARDING]][@TREE] or trl:BACKEND[:ROWS], with ROWS per micro-batch: backends are fsdp and
+zero3, and for TRL plain (one process, not sharded). TREE is another checkout of dsft, whose speed is then printed
+relative to this one's. All arms train the same tokens in the same global batches, so the loss of the first step must be
+the same in all of them (1e-4 in float32, 1e-2 in bfloat16, relative); otherwise no time is printed and the status is 1.
+Times are those of the optimizer steps, without start-up and saving: the median of the epochs after the first. Peak memory is the
 resident memory of the largest rank as the kernel counts it, start-up included. CPU seconds are those of all ranks
 together, the same median: on a machine that others use too they say more than the clock.
 
@@ -56,6 +56,7 @@ TRL_PACKAGES = ("trl==1.16.0", "datasets==5.2.0", "dill==0.4.1", "multiprocess==
 COMPARED_PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed")
 BACKENDS = {"dsft": ("fsdp", "zero3"), "trl": ("fsdp", "zero3", "plain"), "trl-targets": ("fsdp", "zero3", "plain")}
 FOLDS = ["batch", "off"]
+SHARDINGS = ("full", "hybrid", "trainable")
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}  # of the first step's loss, relative
 SETTINGS = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 0.01, "clip_grad": 1.0, "seed": 1}
 WARMUP_RATIO = 0.1
@@ -80,9 +81,10 @@ class Arm:
     backend: str
     setting: str
     tree: Path = ROOT
+    sharding: str = ""
 
     def __str__(self) -> str:
-        name = f"{self.trainer}:{self.backend}:{self.setting}"
+        name = ":".join(filter(None, (self.trainer, self.backend, self.setting, self.sharding)))
         return name if self.tree == ROOT else f"{name}@{self.tree}"
 
 
@@ -91,7 +93,7 @@ def parse_arms(text: str, micro_batches: str = "1") -> list[Arm]:
     arms = []
     for word in text.split(","):
         name, _, tree = word.strip().partition("@")
-        trainer, backend, setting = [*name.split(":"), "", ""][:3]
+        trainer, backend, setting, sharding = [*name.split(":"), "", "", ""][:4]
         if backend not in BACKENDS.get(trainer, ()):
             stop(f"--arms: '{word}' is none of {', '.join(f'{t}:{b}' for t, those in BACKENDS.items() for b in those)}")
         settings = [setting] if setting else FOLDS if trainer == "dsft" else micro_batches.split(",")
@@ -100,7 +102,9 @@ def parse_arms(text: str, micro_batches: str = "1") -> list[Arm]:
             stop(f"--arms: '{word}' must end with {what}")
         if tree and not (trainer == "dsft" and Path(tree, "dsft", "train.py").is_file()):
             stop(f"--arms: '{word}': {tree} is not a checkout of dsft")
-        arms += [Arm(trainer, backend, one, Path(tree).resolve() if tree else ROOT) for one in settings]
+        if sharding and not (trainer == "dsft" and sharding in SHARDINGS):
+            stop(f"--arms: '{word}': the sharding of dsft is one of {', '.join(SHARDINGS)}")
+        arms += [Arm(trainer, backend, one, Path(tree).resolve() if tree else ROOT, sharding) for one in settings]
     return list(dict.fromkeys(arms))
 
 
@@ -237,6 +241,7 @@ def dsft_words(arm: Arm, case: Namespace, output: Path) -> list[str]:
     same = ("model", "train_files", "max_length", "train_batch_size", "dtype", "lora_rank", "lora_alpha")
     flags: dict[str, Any] = {name: getattr(case, name) for name in same} | SETTINGS
     flags |= {"backend": arm.backend, "fold": arm.setting, "output_dir": output, "save_steps": 0}
+    flags |= {"sharding": arm.sharding} if arm.sharding else {}
     flags |= {"max_train_rows": case.rows, "total_epochs": case.epochs, "warmup_ratio": WARMUP_RATIO}
     flags["betas"] = ",".join(map(str, SETTINGS["betas"]))
     if case.dsft_tokens is not None:

@@ -48,13 +48,24 @@ def test_help_says_how_to_call_it(script, commands):
 
 
 def test_arms_stand_for_every_fold_and_micro_batch_size():
-    arms = bench.parse_arms("dsft:fsdp,dsft:zero3:off,trl:fsdp,trl:zero3:2,trl:fsdp:1", "1,4")
-    names = ["dsft:fsdp:batch", "dsft:fsdp:off", "dsft:zero3:off", "trl:fsdp:1", "trl:fsdp:4", "trl:zero3:2"]
+    arms = bench.parse_arms("dsft:fsdp,dsft:zero3:off:full,trl:fsdp,trl:zero3:2,trl:fsdp:1", "1,4")
+    names = ["dsft:fsdp:batch", "dsft:fsdp:off", "dsft:zero3:off:full", "trl:fsdp:1", "trl:fsdp:4", "trl:zero3:2"]
     assert [str(arm) for arm in arms] == names
 
 
 @pytest.mark.parametrize(
-    "text", ["trl", "dsft:plain", "dsft:fsdp:all", "trl:fsdp:0", "", "axolotl:fsdp", "dsft:fsdp@tests"]
+    "text",
+    [
+        "trl",
+        "dsft:plain",
+        "dsft:fsdp:all",
+        "trl:fsdp:0",
+        "",
+        "axolotl:fsdp",
+        "dsft:fsdp@tests",
+        "dsft:fsdp:off:half",
+        "trl:fsdp:1:full",
+    ],
 )
 def test_unknown_arms_are_refused(text):
     with pytest.raises(SystemExit, match="error: --arms"):
