@@ -75,6 +75,8 @@ class ModelSource:
 
     def __init__(self, path: str, *, attn_implementation: str = "auto", trust_remote_code: bool = False) -> None:
         self.path = path
+        self.loads_whole = False
+        """Whether `skeleton` has loaded all weights, because transformers converts them while loading."""
         self._trust = {"trust_remote_code": trust_remote_code}
         attention = {} if attn_implementation == "auto" else {"attn_implementation": attn_implementation}
         self._options: dict[str, Any] = self._trust | attention
@@ -164,6 +166,7 @@ class ModelSource:
         ):  # saved without the head
             if all(name in found and found[name][1] == shape for name, shape in expected.items()):
                 return {name: found[name][0] for name in expected}
+        self.loads_whole = True
         whole = self.pretrained(dtype).state_dict()
         return {name: partial(whole.__getitem__, name) for name in whole}
 

@@ -34,6 +34,7 @@ from dsft.training.dry_run import dry_run
 from dsft.training.optimizer import make_optimizer
 from dsft.training.summary import end_lines, resume_hint, start_lines
 from dsft.training.tracking import Console, Tracker, warn
+from dsft.units import gib
 
 
 class Trainer:
@@ -67,6 +68,9 @@ class Trainer:
         self.model, self.head = build_model(
             config, base, self.plan, self.backend, self._make_optimizer, self.data.total_steps
         )
+        if world.is_main and base.source.loads_whole:
+            size = gib(self.plan.parameters * self.dtype.itemsize)
+            warn(f"transformers converts the weights of {config.model} while loading: each rank held all {size} of them")
         runtime.return_freed_memory()
         runtime.on_main(world, self._open_output)
         runtime.check_visible(self.folder.root if config.dry_run else self.folder.root / CONFIG)

@@ -112,6 +112,7 @@ def test_weights_that_transformers_renames_are_loaded_through_it(tmp_path):
     source = ModelSource(folder)
     whole, model = source.pretrained(torch.float32), source.skeleton(torch.float32)
     source.fill(model)
+    assert source.loads_whole
     assert not any(parameter.is_meta for parameter in model.parameters())
     assert torch.equal(model.lm_head.weight, whole.lm_head.weight)
 
