@@ -10,9 +10,9 @@ An arm is dsft:BACKEND[:FOLD[:SHARDING]][@TREE] or trl:BACKEND[:ROWS], with ROWS
 zero3, and for TRL plain (one process, not sharded). TREE is another checkout of dsft, whose speed is then printed
 relative to this one's. All arms train the same tokens in the same global batches, so the loss of the first step must be
 the same in all of them (1e-4 in float32, 1e-2 in bfloat16, relative); otherwise no time is printed and the status is 1.
-Times are those of the optimizer steps, without start-up and saving: the median of the epochs after the first. Peak memory is the
-resident memory of the largest rank as the kernel counts it, start-up included. CPU seconds are those of all ranks
-together, the same median: on a machine that others use too they say more than the clock.
+Times are those of the optimizer steps, without start-up and saving: the median of the epochs after the first. Peak
+memory is the resident memory of the largest rank as the kernel counts it, start-up included. CPU seconds are those of
+all ranks together, the same median: on a machine that others use too they say more than the clock.
 
 TRL runs in a virtual environment of its own in the cache folder, which the first call makes (10 MB; it shares dsft's
 torch, transformers, peft, accelerate and deepspeed). Its settings are those with which it is fastest: no gradient

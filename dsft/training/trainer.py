@@ -70,7 +70,7 @@ class Trainer:
         )
         if world.is_main and base.source.loads_whole:
             size = gib(self.plan.parameters * self.dtype.itemsize)
-            warn(f"transformers converts the weights of {config.model} while loading: each rank held all {size} of them")
+            warn(f"transformers converts the weights of {config.model} while loading: each rank has held all {size}")
         runtime.return_freed_memory()
         runtime.on_main(world, self._open_output)
         runtime.check_visible(self.folder.root if config.dry_run else self.folder.root / CONFIG)
