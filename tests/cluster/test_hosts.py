@@ -162,13 +162,21 @@ def ssh(hosts, tmp_path) -> dict[str, str]:
     return {"HOME": str(tmp_path), "PATH": f"{tmp_path}/bin:{BIN}:{os.environ['PATH']}"}
 
 
-def test_the_deepspeed_launcher_starts_hosts_over_ssh(hosts, ssh, words, expected, tmp_path):
+def test_the_deepspeed_launcher_starts_hosts_over_ssh_and_one_by_one(hosts, ssh, words, expected, tmp_path):
     out = tmp_path / "out"
     (tmp_path / "hostfile").write_text("".join(f"{host.address} slots=1\n" for host in hosts))
-    typed = ["deepspeed", "--hostfile", tmp_path / "hostfile", "--master_addr", hosts[0].address, "dsft/train.py"]
-    typed += ["--backend", "zero3", "--sharding", "trainable", *words, "--stop_after_steps", 6, "--output_dir", out]
-    launcher = hosts[0].start(typed, tmp_path / "log", env=ssh)
+    start = ["deepspeed", "--hostfile", tmp_path / "hostfile", "--master_addr", hosts[0].address]
+    typed = ["dsft/train.py", "--backend", "zero3", *words, "--output_dir", out, "--stop_after_steps"]
+    launcher = hosts[0].start([*start, *typed, 6], tmp_path / "log", env=ssh)
     wait_for(lambda: launcher.poll() is not None, tmp_path, hosts)
     assert launcher.poll() == 0, read(tmp_path)
     assert (tmp_path / "cache").is_dir()
     check(out, expected[:6], read(tmp_path))
+    launchers = [
+        host.start([*start, "--no_ssh", "--node_rank", index, *typed, 12], tmp_path / f"log{index}")
+        for index, host in enumerate(hosts)
+    ]
+    wait_for(lambda: all([process.poll() is not None for process in launchers]), tmp_path, hosts)
+    assert [process.returncode for process in launchers] == [0, 0], read(tmp_path)
+    assert "resuming at step 7" in read(tmp_path)
+    check(out, expected[:12], read(tmp_path))
