@@ -10,6 +10,7 @@ from dsft.model.flops import Cost
 
 SLACKS = (1.02, 1.3)  # how far a chunk may exceed the largest of the most even cut; one rank waits for none
 FILLED = (1.0, 1.02, 1.05, 1.1, 1.2)  # times a chunk's even share, to which dialogues are put together, see cut
+MAX_DIALOGUES = 4096  # of a batch; of more, a cut one is little of a chunk
 MAX_SEARCH = 50_000  # rows times chunks of a batch; beyond that only the most even cut is considered
 
 
@@ -85,7 +86,7 @@ def _orders(costs: np.ndarray, dialogue: np.ndarray, count: int) -> Iterator[np.
     """
     dialogues = np.split(np.arange(len(costs)), np.flatnonzero(np.diff(dialogue)) + 1)
     sizes = np.array([costs[rows].sum() for rows in dialogues])
-    for factor in FILLED if len(dialogues) > 1 else ():
+    for factor in FILLED if 1 < len(dialogues) <= MAX_DIALOGUES else ():
         load, room = np.zeros(count), factor * sizes.sum() / count
         chunk_of = np.zeros(len(dialogues), np.int64)
         for index in np.argsort(-sizes, kind="stable"):

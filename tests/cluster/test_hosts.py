@@ -176,7 +176,7 @@ def test_the_deepspeed_launcher_starts_hosts_over_ssh_and_one_by_one(hosts, ssh,
         host.start([*start, "--no_ssh", "--node_rank", index, *typed, 12], tmp_path / f"log{index}")
         for index, host in enumerate(hosts)
     ]
-    wait_for(lambda: all([process.poll() is not None for process in launchers]), tmp_path, hosts)
+    wait_for(lambda: all(process.poll() is not None for process in launchers), tmp_path, hosts)
     assert [process.returncode for process in launchers] == [0, 0], read(tmp_path)
     assert "resuming at step 7" in read(tmp_path)
     check(out, expected[:12], read(tmp_path))
