@@ -224,7 +224,7 @@ class Run:
             time.sleep(late if rank else 0)
             typed = [str(rank) if word == NODE_RANK else word for word in words]
             self._started.append(host.start(typed, Path(f"{log}.err"), env=environment))
-        shutil.copy(os.devnull, f"{log}.out")
+        Path(f"{log}.out").touch()
 
     @property
     def process(self) -> psutil.Popen:

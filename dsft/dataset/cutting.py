@@ -67,12 +67,11 @@ def cut(
     as_sorted = cutter(rows)
     count = ranks * math.ceil(len(as_sorted.greedy(math.inf)) / ranks)
     orders = _orders(as_sorted.costs, dialogue, count) if ranks > 1 else ()
-    cutters = [as_sorted, *map(cutter, orders)]
-    found = [filled(one.even(count)) for one in cutters]
-    best = cutters[int(np.argmin([slowest(chunks) for chunks in found]))]
+    even = {one: filled(one.even(count)) for one in (as_sorted, *map(cutter, orders))}
+    best, found = min(even, key=lambda one: slowest(even[one])), list(even.values())
     slacks = SLACKS if ranks > 1 else (math.inf,)
     for one in dict.fromkeys((as_sorted, best)) if len(rows) * count <= MAX_SEARCH else ():
-        largest = max(chunk.cost for chunk in one.even(count))
+        largest = max(chunk.cost for chunk in even[one])
         cuts = [one.cheapest(largest * slack, most) for slack in slacks for most in (count, count + ranks)]
         found += [filled(chunks) for chunks in cuts if chunks is not None]
     return [_recounted(chunk, cutter) for chunk in min(found, key=slowest)]

@@ -32,9 +32,7 @@ from dsft.previewing.statistics import Batches, Folding, SetStatistics, batches_
 from dsft.previewing.template_checks import inspect_template, start_finding, template_findings
 from dsft.units import GIB, gib
 
-FEW_TOKENS = (
-    1024  # a step of fewer on a GPU is limited by reading weights: an H100 multiplies 295 times in the time of a byte
-)
+FEW_TOKENS = 1024  # on a GPU; with fewer, reading the weights may take longer than computing. Not measured.
 
 
 @dataclass
@@ -149,10 +147,12 @@ def _add_plan(preview: Preview, sets: SeparatedSets, config: PreviewConfig, path
         for sharding in () if on_this_machine else get_args(Sharding):
             given = replace(config, sharding=sharding)
             options = backend_options(given, device, dtype, **layout)
-            if options.sharding == sharding:
-                _, needs = choose_sharding(given, shapes, options, memory, *rows)
-                mark = " (chosen)" if sharding == plan.sharding else ""
-                preview.shardings.append(f"{sharding}{mark}: {gib(needs.memory.peak)} per rank")
+            needs, mark = preview.needs, " (chosen)"
+            if options.sharding != sharding:  # these ranks and flags do not allow it
+                continue
+            if sharding != plan.sharding:
+                (_, needs), mark = choose_sharding(given, shapes, options, memory, *rows), ""
+            preview.shardings.append(f"{sharding}{mark}: {gib(needs.memory.peak)} per rank")
         preview.batches, preview.folding = batches_and_folding(train, order, plan, preview.needs.total_steps)
         preview.findings += needs_findings(preview.needs, plan.trained, config)
         preview.findings += few_tokens_finding(preview.batches, device)

@@ -54,6 +54,8 @@ def work():
     if trainer.config.lora_rank:
         trainer.start_from_seeded_lora()
     before = trainer.parameters()
+    if trainer.config.backend == "zero3":  # a GPU allocates the whole bucket
+        assert trainer.backend._zero.reduce_bucket_size == sum(values.numel() for values in before.values())
     trainer._step(StopSignals())
     gradients = {name: (before[name] - after) / RATE for name, after in trainer.parameters().items()}
     if trainer.world.is_main:

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.helpers import BIN, COMMANDS, ROOT, SAMPLE_TRAIN, SAMPLE_VAL, flags, metrics, run, start_words
@@ -208,6 +209,21 @@ def test_a_config_file_gives_defaults_and_flags_take_precedence(commands, tiny_m
 
 
 @pytest.mark.slow
+def test_a_start_says_that_weights_were_loaded_whole(commands, tiny_model, tmp_path):
+    """transformers renames these while it loads them."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    [file] = model.glob("*.safetensors")
+    weights = {name.replace("model.", "transformer.model."): values for name, values in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    words = flags(
+        model=model, train_files=SAMPLE_TRAIN, dtype="float32", total_training_steps=1, output_dir=tmp_path / "out"
+    )
+    done = commands.run("dsft.train", words)
+    assert done.status == 0, done.err
+    assert f"warning: transformers converts the weights of {model} while loading: each rank has held all" in done.err
+
+
 def test_wandb_offline_gets_the_config_and_its_absence_stops_nothing(tiny_model, tmp_path):
     words = flags(
         model=tiny_model, train_files=SAMPLE_TRAIN, max_train_rows=4, lora_rank=4, logger="console,wandb,tensorboard"

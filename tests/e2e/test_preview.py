@@ -182,6 +182,8 @@ def test_a_micro_batch_smaller_than_a_row_is_refused(preview):
         ({"rows": -1}, "rows must be 0 or more, got -1"),
         ({"row_numbers": "3,-2"}, "row_numbers must be 0 or more, got 3,-2"),
         ({"ranks": 0}, "ranks must be 1 or more, got 0"),
+        ({"device_memory": 0}, "device_memory must be above 0, got 0.0"),
+        ({"device_memory": "80GiB"}, "device_memory: expected float, got '80GiB'"),
         ({"ranks": 7, "nodes": 2}, "ranks must be a multiple of nodes, got 7 ranks on 2 nodes"),
         ({"lr": 0}, "lr must be above 0, got 0.0"),
         ({"html": ROOT / "docs"}, f"html must be a file name, got '{ROOT / 'docs'}'"),

@@ -115,6 +115,14 @@ def test_auto_is_the_first_sharding_that_fits(shapes, backend, tmp_path):
     assert reason == f"trainable would take {trainable:.2f} GiB per rank; hybrid would take {hybrid:.2f} GiB per rank"
 
 
+def test_auto_leaves_memory_for_activations(shapes):
+    """With 3 GiB a frozen base that is whole on each rank would leave less than 4,096 tokens."""
+    found = chosen(shapes, 3, max_tokens_per_micro_batch=None)
+    assert found[0] == "full"
+    assert "trainable would leave too little memory for activations" in found[1]
+    assert chosen(shapes, 5, max_tokens_per_micro_batch=None)[0] == "trainable"
+
+
 def test_sharding_follows_what_is_trained_nodes_and_offload(shapes):
     assert chosen(shapes, 99, lora_rank=0)[0] == "hybrid"
     assert chosen(shapes, 99, lora_rank=0, node=8)[:2] == ("full", "")
