@@ -2,7 +2,7 @@
 
 Instead of a loss mask over all logits, a MicroBatch lists its targets: `logit_positions`, `labels`, `loss_weights`. The
 output head and the cross-entropy run on those together, in chunks (fused linear cross-entropy), so the logits of a
-whole micro-batch never exist. The loss is a sum; the Trainer divides by the targets of the global batch.
+whole micro-batch never exist. The loss is a weighted sum; the Trainer divides by the weights of the global batch.
 """
 
 import math
@@ -167,16 +167,16 @@ def mean_loss(
     *,
     show_progress: bool = False,
 ) -> float:
-    """Mean negative log-likelihood per target over all rows and ranks, the same on all ranks; it may be inf or nan.
+    """Weighted mean negative log-likelihood of all targets, the same on all ranks; it may be inf or nan.
 
-    A sum over a sum, so independent of micro-batches and the number of ranks. Collective.
+    A sum over the sum of weights, so independent of micro-batches and the number of ranks. Collective.
     """
     plan = micro_batches.plan(np.arange(micro_batches.rows))
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     for part in tqdm(plan.parts[world.rank], desc="loss", unit=" batches", disable=None if show_progress else True):
         loss_sum += summed_loss(model, head, micro_batches.make(part).to(device))
     (total,) = runtime.sum_over_ranks([loss_sum.item()], device)
-    return total / plan.targets
+    return total / plan.weight
 
 
 def loss_metrics(loss: float) -> dict[str, float]:

@@ -88,8 +88,8 @@ def make_rows(case: str, tokenizer: Any, *, length: int, rows: int, dialogues: i
     form = ChatFormat(tokenizer)
 
     def tokens_of(row: dict[str, Any]) -> int:
-        segments = form.prompt_and_response(row["prompt"], row["response"], Cell("made up", 0))
-        return len(form.tokenize([segments])[0][0])
+        rendered = form.prompt_and_response(row["prompt"], row["response"], Cell("made up", 0))
+        return len(form.tokenize([rendered])[0][0].tokens)
 
     def words_for_length(make: Callable[[int], dict[str, Any]]) -> int:
         ten, twenty = tokens_of(make(10)), tokens_of(make(20))  # tokens grow evenly with words

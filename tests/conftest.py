@@ -95,9 +95,9 @@ def one_tokenizer(tiny_model, tiny_tokenizer, monkeypatch) -> None:
 
     load = preview.load_tokenizer
 
-    def load_once(path: str, *, trust_remote_code: bool):
-        is_known = Path(path).resolve() == tiny_model.resolve()
-        return tiny_tokenizer if is_known else load(path, trust_remote_code=trust_remote_code)
+    def load_once(path: str, *, chat_template: str | None, **options):
+        is_known = Path(path).resolve() == tiny_model.resolve() and chat_template is None
+        return tiny_tokenizer if is_known else load(path, chat_template=chat_template, **options)
 
     monkeypatch.setattr(preview, "load_tokenizer", load_once)
 

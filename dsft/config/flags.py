@@ -80,6 +80,8 @@ class ModelFlags:
     """Compute dtype; auto is bfloat16 if the hardware supports it, else float32."""
     attn_implementation: str = flag("auto")
     """Attention implementation of transformers: auto, sdpa, eager, flash_attention_2, …"""
+    chat_template: str | None = flag(None)
+    """File with a Jinja chat template, instead of the tokenizer's own; checkpoints and merged models get it."""
     trust_remote_code: bool = flag(False)
     """Allow Python code that comes with the model. Read that code before you turn this on."""
 
@@ -89,11 +91,21 @@ class RowFlags:
     """The columns of a row's text, and how long a row may be."""
 
     prompt_key: str = flag("prompt", section="Rows", run_identity=True)
-    """Column of the prompt: a string, or a list of {role, content}."""
+    """Column of the prompt: a string, or a list of messages."""
     response_key: str = flag("response", run_identity=True)
-    """Column of the response: a string, or one {role, content} message."""
+    """Column of the response: a string, or one message."""
     messages_key: str | None = flag(None, run_identity=True)
-    """Column of whole conversations; every assistant turn is a target. Replaces prompt_key and response_key."""
+    """Column of whole conversations, whose assistant turns are learned. Replaces prompt_key and response_key."""
+    learn: Literal["all", "last", "flagged"] = flag("all", run_identity=True)
+    """Assistant turns of a conversation that are learned: all, the last, or those whose message has train: true."""
+    tools_key: str | None = flag(None, run_identity=True)
+    """Column of the tools' schemas: a list, or JSON text of one."""
+    weight_key: str | None = flag(None, run_identity=True)
+    """Column of the rows' weights in the loss, 0 or more; a message may also have a weight of its own."""
+    system_prompt: str | None = flag(None, run_identity=True)
+    """System prompt for rows that have none: a text, or the name of a text file."""
+    template_arguments: dict[str, object] | None = flag(None, run_identity=True)
+    """Arguments of the chat template, as JSON: '{"enable_thinking": false}'."""
     prompt_dict_keys: list[str] | None = flag(None, run_identity=True)
     """Keys that lead to the prompt in a nested prompt column, outermost first."""
     response_dict_keys: list[str] | None = flag(None, run_identity=True)
@@ -108,4 +120,12 @@ class RowFlags:
     def columns(self) -> tuple[list[str], list[str]]:
         """The columns that are read, and the flag that names each."""
         names = ["prompt_key", "response_key"] if self.messages_key is None else ["messages_key"]
+        names += [name for name in ("tools_key", "weight_key") if getattr(self, name) is not None]
         return [getattr(self, name) for name in names], names
+
+    def row_problems(self) -> Iterator[str]:
+        """What is wrong with these flags."""
+        if self.messages_key is not None and self.with_thinking:
+            yield "with_thinking needs prompt and response columns; it cannot be combined with messages_key"
+        if self.messages_key is None and self.learn != "all":
+            yield f"learn {self.learn} chooses turns of conversations; name their column with messages_key, or drop it"

@@ -16,7 +16,7 @@ PLAYERS = (BASE, TUNED, *SCRIPTED_PLAYERS)
 ONLY_GAMES = (
     "levels", "exclude_levels", "max_turns", "max_steps", "max_depth", "transcripts", "style", "history_turns",
 )  # fmt: skip
-ONLY_DIALOGUES = tuple(f.name for f in fields(RowFlags) if f.name != "with_thinking")
+ONLY_DIALOGUES = tuple(f.name for f in fields(RowFlags) if f.name not in ("with_thinking", "template_arguments"))
 
 
 def changed_flags(config: Any, names: Iterable[str]) -> str:
@@ -141,6 +141,7 @@ class ValidateConfig(PromptFlags, EnvironmentFlags, RowFlags, ModelFlags, Common
             yield f"--model {self.model} has no weights; drop --adapter"
         if self.data is not None and self.messages_key is not None:
             yield "--data needs prompt and response columns; it cannot be combined with messages_key"
+        yield from self.row_problems()
         unread = ONLY_DIALOGUES if self.env else ONLY_GAMES if self.data else ()
         if changed := changed_flags(self, unread):
             yield f"{changed} belongs to {'--data' if self.env else '--env'}; drop one of them"

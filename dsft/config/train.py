@@ -130,8 +130,7 @@ class TrainConfig(RowFlags, ModelFlags, CommonFlags):
             yield f"logger must be any of console, wandb, tensorboard, got {', '.join(unknown)}"
         if self.ds_config is not None and self.backend != "zero3":
             yield f"ds_config is for --backend zero3, got --backend {self.backend}; drop one of them"
-        if self.messages_key is not None and self.with_thinking:
-            yield "with_thinking needs prompt and response columns; it cannot be combined with messages_key"
+        yield from self.row_problems()
         if Path(self.output_dir).exists() and not Path(self.output_dir).is_dir():
             yield f"output_dir {self.output_dir} is a file; name a folder"
 

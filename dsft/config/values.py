@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import json
 import types
 import typing
 from collections.abc import Sequence
@@ -125,7 +126,9 @@ def read_value(value: Any, kind: Any) -> Any:
         if number != number or abs(number) == float("inf"):
             raise ValueError
         return number
-    if kind == SECTION:
+    if origin is dict:
+        if isinstance(value, str) and kind != SECTION:
+            value = json.loads(value)  # its JSONDecodeError is a ValueError
         if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
             raise ValueError
         return value
@@ -147,6 +150,8 @@ def as_words(config: Any) -> list[str]:
 
 def value_text(value: Any) -> str:
     """A flag's value as it is typed."""
+    if isinstance(value, dict):
+        return json.dumps(value)
     return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
@@ -166,7 +171,7 @@ def type_text(kind: Any) -> str:
     if origin is tuple:
         return f"{len(arguments)} floats"
     if origin is dict:
-        return "flags"
+        return "flags" if kind == SECTION else "JSON object"
     return str(kind.__name__)
 
 

@@ -1,50 +1,168 @@
-"""One row as tokens and a loss mask: template(prompt) + response + end-of-turn, of which the last two are targets.
+"""One row of a file as token rows: each answer as it will be asked for at inference.
 
-The prompt goes through the tokenizer's chat template; the response is tokenized on its own, so the boundary is exact.
-The mask comes from lengths, never from token ids: pad and end-of-turn are often the same id.
+An answer's prompt is what the chat template renders of the turns before it, with the generation prompt. The answer
+itself is what the template adds when the turn follows, up to its end of turn; a response given as a string is taken as
+it is. Prompt and answer are tokenized apart, so the boundary is exact. The mask comes from lengths, never from token
+ids: pad and end-of-turn are often the same id.
 """
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from dsft.config.flags import RowFlags
+from dsft.dataset.messages import (
+    Message,
+    MessageForm,
+    Tools,
+    in_form,
+    kind_of,
+    pop_flag,
+    pop_weight,
+    read_messages,
+    read_tools,
+)
+from dsft.dataset.piece_tokenizer import PieceTokenizer
 from dsft.dataset.readers import Cell
 from dsft.errors import UserError
 from dsft.text import one_line
 
 THINK = "<think>"
-PROBE_USER, PROBE_ANSWER = "probequestion", "probeanswer"
+PROBE_USER, PROBE_ANSWER, PROBE_ARGUMENT = "probequestion", "probeanswer", "probeargument"
+RENDER_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
 
 
 @dataclass(frozen=True)
-class Segment:
-    """A part of a row's text: context, or a target (then an end-of-turn token follows)."""
+class Answer:
+    """One answer and what stands before it.
 
+    prompt: with the generation prompt
+    text: what is learned
+    has_end: whether `text` ends with its end of turn; otherwise that token is appended
+    weight: of its targets in the loss
+    """
+
+    prompt: str
     text: str
-    is_target: bool
+    has_end: bool = False
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class RenderedRow:
+    """The answers of a row of a file that are learned, and the keys in it that the chat template ignores."""
+
+    answers: list[Answer]
+    ignored: list[str] = field(default_factory=list)
+
+
+class TokenRow(NamedTuple):
+    """One sequence to train on.
+
+    tokens: int32 [length]
+    is_target: bool [length]
+    weight: of its targets in the loss
+    history: tokens before the generation prompt of its first answer
+    """
+
+    tokens: np.ndarray
+    is_target: np.ndarray
+    weight: float
+    history: int
 
 
 class ChatFormat:
     """How one tokenizer turns prompts, responses and conversations into tokens."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, with_thinking: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        with_thinking: bool = False,
+        system_prompt: str | None = None,
+        template_arguments: dict[str, Any] | None = None,
+        learn: Literal["all", "last", "flagged"] = "all",
+    ) -> None:
         """Raises:
         UserError: the tokenizer has no token that could end a turn.
         """
         self.tokenizer = tokenizer
         self.with_thinking = with_thinking
+        self._system, self._arguments, self._learn = system_prompt, template_arguments or {}, learn
+        self._ids = PieceTokenizer(tokenizer)
         self.has_template = bool(tokenizer.chat_template)
         self.marks: list[str] = []
-        after_answer = ""
+        self._generation_prompt, after_answer = "", ""
+        self._form = MessageForm()
         if self.has_template:
-            probe = [{"role": "user", "content": PROBE_USER}, {"role": "assistant", "content": PROBE_ANSWER}]
-            before, _, rest = self._render(probe, None, generation=False).partition(PROBE_USER)
+            probe: list[Message] = [{"role": "user", "content": PROBE_USER}]
+            probe += [{"role": "assistant", "content": PROBE_ANSWER}]
+            self._form = self._find_form(
+                probe,
+                [MessageForm(), MessageForm(as_parts=True)],
+                lambda text: PROBE_USER in text and PROBE_ANSWER in text,
+            )
+            asked, generation = (self.render(probe[:1], generation=generation) for generation in (False, True))
+            self._generation_prompt = generation.removeprefix(asked) if generation.startswith(asked) else ""
+            before, _, rest = self.render(probe, generation=False).partition(PROBE_USER)
             between, _, after_answer = rest.partition(PROBE_ANSWER)
             self.marks = self._own_marks([before, between, after_answer])
         self.end_of_turn = self._find_end_of_turn(after_answer)
+        added = tokenizer.added_tokens_decoder.values()
+        self._special = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, flags: RowFlags) -> "ChatFormat":
+        """As the flags of a command say.
+
+        Raises:
+            UserError: as above, or the file of --system_prompt cannot be read.
+        """
+        return cls(
+            tokenizer,
+            with_thinking=flags.with_thinking,
+            system_prompt=read_system_prompt(flags),
+            template_arguments=flags.template_arguments,
+            learn=flags.learn,
+        )
+
+    def _find_form(
+        self, probe: Sequence[Message], forms: Sequence[MessageForm], is_right: Callable[[str], bool]
+    ) -> MessageForm:
+        """The first form in which the template renders the probe rightly, else the first in which it renders it."""
+        rendered = {}
+        for form in forms:
+            with suppress(*RENDER_ERRORS):
+                rendered[form] = self._apply(in_form(probe, form), None, generation=False)
+        right = [form for form, text in rendered.items() if is_right(text)]
+        return [*right, *rendered, *forms][0]
+
+    @cached_property
+    def _tool_form(self) -> MessageForm:
+        """The form for conversations with tool calls."""
+        call: Message = {
+            "type": "function",
+            "id": "abcdefghi",  # Mistral's template wants nine characters
+            "function": {"name": "probe", "arguments": {"key": PROBE_ARGUMENT}},
+        }
+        probe: list[Message] = [{"role": "user", "content": PROBE_USER}]
+        probe += [{"role": "assistant", "content": "", "tool_calls": [call]}]
+        forms = [
+            MessageForm(self._form.as_parts, null_content, json_arguments)
+            for json_arguments in (False, True)
+            for null_content in (True, False)
+        ]
+        wrong = ("None", "{'key'", '\\"key')  # a null, an object or JSON text printed by a template that wants another
+        return self._find_form(
+            probe, forms, lambda text: PROBE_ARGUMENT in text and not any(sign in text for sign in wrong)
+        )
 
     def _find_end_of_turn(self, after_answer: str) -> int:
         """The special token that the template puts after an answer; else the end-of-sequence token."""
@@ -64,88 +182,204 @@ class ChatFormat:
         marks = [token for token in dict.fromkeys(added) if token.strip() and any(token in text for text in texts)]
         return marks or [text.strip() for text in texts if text.strip()]
 
-    def _render(self, messages: list[dict[str, str]], cell: Cell | None, *, generation: bool) -> str:
+    # Rendering
+
+    def _apply(self, messages: list[Message], tools: Tools | None, *, generation: bool) -> str:
+        text = self.tokenizer.apply_chat_template(
+            messages,
+            tools=tools,  # type: ignore[arg-type]
+            tokenize=False,
+            add_generation_prompt=generation,
+            **self._arguments,
+        )
+        assert isinstance(text, str)
+        return text
+
+    def render(
+        self, messages: list[Message], tools: Tools | None = None, cell: Cell | None = None, *, generation: bool
+    ) -> str:
+        """What the chat template makes of messages, with or without the generation prompt.
+
+        Raises:
+            UserError: it refuses them.
+        """
+        form = self._tool_form if any(message.get("tool_calls") for message in messages) else self._form
+        if self._system is not None and messages[0]["role"] not in ("system", "developer"):
+            messages = [{"role": "system", "content": self._system}, *messages]
         try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+            return self._apply(in_form(messages, form), tools, generation=generation)
+        except RENDER_ERRORS as error:
             raise UserError(
                 f"{f'{cell}: ' if cell else ''}the chat template refuses the messages: {one_line(error)}; change the "
                 "row's roles, or name a --model whose template takes them"
             ) from error
-        assert isinstance(text, str)
-        return text
 
-    def prompt_and_response(self, prompt: Any, response: Any, cell: Cell) -> list[Segment]:
-        """A prompt (a string, or a list of messages) and a response (a string, or one message) as segments.
+    def _answer(self, turns: list[Message], tools: Tools | None, index: int, weight: float, cell: Cell) -> Answer:
+        """The turn of that index, given those before it."""
+        if not index:
+            raise UserError(
+                f"{cell}: turn 0 is an answer to no question; give it the weight 0, or put a user turn before it"
+            )
+        prompt = self.render(turns[:index], tools, cell, generation=True)
+        whole = self.render(turns[: index + 1], tools, cell, generation=False)
+        if not whole.startswith(prompt):
+            raise UserError(
+                f"{cell}: the chat template renders turn {index} otherwise than its generation prompt begins it, which "
+                f"ends with {prompt[-40:]!r}; name another --chat_template or --template_arguments, or write the turn "
+                "as prompt and response"
+            )
+        return Answer(prompt, *self._cut_end(whole[len(prompt) :]), weight)
+
+    def _cut_end(self, text: str) -> tuple[str, bool]:
+        """A rendered answer up to its end of turn, and whether it has one."""
+        end = str(self.tokenizer.convert_ids_to_tokens(self.end_of_turn))
+        before, found, after = text.rpartition(end)
+        for token in self._special:
+            after = after.replace(token, "")
+        if found and not after.strip():
+            return before + end, True
+        stripped = text.rstrip()  # a tool call may end otherwise than an answer
+        return (stripped, True) if stripped.endswith(tuple(self._special)) else (text, False)
+
+    def _ignored(
+        self, turns: list[Message], tools: Tools | None, render: Callable[[list[Message], Tools | None], object]
+    ) -> list[str]:
+        """The keys of messages, and tools, without which all is rendered the same."""
+        names = list(dict.fromkeys(key for turn in turns for key in turn if key not in ("role", "content")))
+        if not names and not tools:
+            return []
+        expected = render(turns, tools)
+
+        def is_ignored(turns: list[Message], tools: Tools | None) -> bool:
+            try:
+                return render(turns, tools) == expected
+            except UserError:
+                return False
+
+        without = {name: [{k: v for k, v in turn.items() if k != name} for turn in turns] for name in names}
+        ignored = [name for name, others in without.items() if is_ignored(others, tools)]
+        return ignored + (["tools"] if tools and is_ignored(turns, None) else [])
+
+    # Rows
+
+    def prompt_and_response(
+        self, prompt: Any, response: Any, cell: Cell, tools: Any = None, weight: float = 1.0
+    ) -> RenderedRow:
+        """A prompt (a string, or a list of messages) and a response (a string, or one message).
 
         Raises:
             UserError: values of another kind, with file and row.
         """
-        answer = _response_text(response, cell)
-        if isinstance(prompt, str):
-            text = prompt
-            if self.has_template and not any(mark in prompt for mark in self.marks):  # else formatted already
-                text = self._render([{"role": "user", "content": prompt}], cell, generation=True)
-        elif self.has_template:
-            text = self._render(_messages(prompt, "prompt", cell), cell, generation=True)
-        else:
-            raise UserError(
-                f"{cell}: the prompt is a list of messages, but the tokenizer has no chat template; write prompts "
-                "as strings, or name a --model with a template"
-            )
+        if isinstance(response, list) and len(response) == 1:
+            response = response[0]
+        given = read_tools(tools, cell)
+        is_formatted = isinstance(prompt, str) and (not self.has_template or any(mark in prompt for mark in self.marks))
+        turns: list[Message] = []
+        if isinstance(prompt, str) and not is_formatted:
+            turns = [{"role": "user", "content": prompt}]
+        elif not isinstance(prompt, str):
+            turns = read_messages(prompt, "prompt", cell)
+            if not self.has_template:
+                raise UserError(
+                    f"{cell}: the prompt is a list of messages, but the tokenizer has no chat template; write prompts "
+                    "as strings, or name a --model with a template"
+                )
+        if turns and isinstance(response, dict) and not self.with_thinking:
+            turns += read_messages([{**response, "role": "assistant"}], "response", cell)
+            weight *= pop_weight(turns[-1], len(turns) - 1, cell)
+
+            def answer(turns: list[Message], tools: Tools | None) -> list[Answer]:
+                return [self._answer(turns, tools, len(turns) - 1, weight, cell)]
+
+            answers = answer(turns, given) if weight else []
+            return RenderedRow(answers, self._ignored(turns, given, answer))
+
+        def ask(turns: list[Message], tools: Tools | None) -> str:
+            return self.render(turns, tools, cell, generation=True)
+
+        text, answer_text = ask(turns, given) if turns else str(prompt), _response_text(response, cell)
         if self.with_thinking:
             if not text.rstrip().endswith(THINK):
                 text += THINK
-            answer = answer.lstrip().removeprefix(THINK)
+            answer_text = answer_text.lstrip().removeprefix(THINK)
         if not text:
             raise UserError(f"{cell}: the prompt is empty, so nothing predicts the first response token; drop the row")
-        return [Segment(text, False), Segment(answer, True)]
+        answers = [Answer(text, answer_text, weight=weight)] if weight else []
+        return RenderedRow(answers, self._ignored(turns, given, ask) if turns else [])
 
-    def conversation(self, messages: Any, cell: Cell) -> list[Segment]:
-        """A whole conversation as segments; every assistant turn is a target.
+    def prompt(self, messages: Any, cell: Cell, tools: Any = None) -> np.ndarray:
+        """The tokens (int32 [length]) of a prompt that is to be answered."""
+        [answer] = self.prompt_and_response(messages, "", cell, tools).answers
+        return self._prompts([answer.prompt])[0]
+
+    def conversation(self, messages: Any, cell: Cell, tools: Any = None, weight: float = 1.0) -> RenderedRow:
+        """The assistant turns of a conversation that are learned, each given the turns before it.
 
         Raises:
-            UserError: not a list of messages, no assistant turn, or a template that rewrites earlier turns.
+            UserError: not a list of messages, no assistant turn, or a template that cannot render one of them.
         """
-        turns = _messages(messages, "conversation", cell)
+        turns = read_messages(messages, "conversation", cell)
         if not self.has_template:
             raise UserError(
                 f"{cell}: --messages_key needs a tokenizer with a chat template; name a --model with one, or use "
                 "prompt and response columns"
             )
-        end = str(self.tokenizer.convert_ids_to_tokens(self.end_of_turn))
-        segments: list[Segment] = []
-        so_far = ""
-        for index, turn in enumerate(turns):
-            if turn["role"] != "assistant":
-                continue
-            history = self._render(turns[:index], cell, generation=True) if index else ""
-            if not history.startswith(so_far) or not history:
-                raise UserError(
-                    f"{cell}: the chat template changes the turns before turn {index} (it may strip thinking, or need "
-                    "a user turn first); write one row per turn, with prompt and response"
-                )
-            segments += [Segment(history[len(so_far) :], False), Segment(turn["content"], True)]
-            so_far = history + turn["content"] + end
-        if not segments:
+        given = read_tools(tools, cell)
+        assistant = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
+        if not assistant:
             raise UserError(f"{cell}: the conversation has no assistant turn, so there is no target; drop the row")
-        return segments
+        weights = {index: weight * pop_weight(turns[index], index, cell) for index in assistant}
+        if self._learn == "last":
+            weights = {index: one for index, one in weights.items() if index == assistant[-1]}
+        elif self._learn == "flagged":
+            weights = {index: one for index, one in weights.items() if pop_flag(turns[index], index, cell)}
+        learned = [(index, one) for index, one in weights.items() if one]
 
-    def tokenize(self, rows: list[list[Segment]]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Rows of segments as (token ids int32 [length], is-target bool [length]), in one call to the tokenizer."""
-        texts = [segment.text for row in rows for segment in row]
-        encoded = iter(self.tokenizer(texts, add_special_tokens=False)["input_ids"])
-        start = [] if self.has_template else self._start_of_text()
-        result = []
-        for row in rows:
-            ids, mask = list(start), [False] * len(start)
-            for segment in row:
-                tokens = list(next(encoded)) + ([self.end_of_turn] if segment.is_target else [])
-                ids += tokens
-                mask += [segment.is_target] * len(tokens)
-            result.append((np.array(ids, np.int32), np.array(mask, bool)))
-        return result
+        def answers(turns: list[Message], tools: Tools | None) -> list[Answer]:
+            return [self._answer(turns, tools, index, one, cell) for index, one in learned]
 
+        return RenderedRow(answers(turns, given), self._ignored(turns, given, answers) if learned else [])
+
+    # Tokens
+
+    def tokenize(self, rows: Sequence[RenderedRow]) -> list[list[TokenRow]]:
+        """The sequences of each row: answers whose prompts continue each other, with the same weight, are one."""
+        answers = [answer for row in rows for answer in row.answers]
+        prompts = self._prompts([answer.prompt for answer in answers])
+        texts = self._ids([answer.text for answer in answers])
+        ids: Iterator[tuple[np.ndarray, np.ndarray]] = iter(zip(prompts, texts, strict=True))
+        return [self._sequences(row.answers, ids) for row in rows]
+
+    def _sequences(self, answers: Sequence[Answer], ids: Iterator[tuple[np.ndarray, np.ndarray]]) -> list[TokenRow]:
+        found: list[TokenRow] = []
+        suffix = self._suffix
+        for answer in answers:
+            prompt, text = next(ids)
+            if not answer.has_end:
+                text = np.append(text, np.int32(self.end_of_turn))
+            tokens, is_target = np.concatenate([prompt, text]), np.zeros(len(prompt) + len(text), bool)
+            is_target[len(prompt) :] = True
+            history = len(prompt)
+            if len(suffix) < len(prompt) and np.array_equal(prompt[history - len(suffix) :], suffix):
+                history -= len(suffix)
+            before = found[-1] if found else None
+            if before is not None and before.weight == answer.weight and _begins_with(prompt, before.tokens):
+                is_target[: len(before.is_target)] = before.is_target
+                found[-1] = TokenRow(tokens, is_target, answer.weight, before.history)
+            else:
+                found.append(TokenRow(tokens, is_target, answer.weight, history))
+        return found
+
+    @cached_property
+    def _suffix(self) -> np.ndarray:
+        """The tokens of the generation prompt."""
+        return self._ids([self._generation_prompt])[0]
+
+    def _prompts(self, texts: Sequence[str]) -> list[np.ndarray]:
+        start = [] if self.has_template else self._start_of_text
+        return [np.concatenate([np.array(start, np.int32), ids]) for ids in self._ids(texts)]
+
+    @cached_property
     def _start_of_text(self) -> list[int]:
         """What a tokenizer without a template puts before every text."""
         probe = self.tokenizer(PROBE_USER)["input_ids"]
@@ -153,29 +387,33 @@ class ChatFormat:
         return [bos] if bos is not None and probe and probe[0] == bos else []
 
 
-def _messages(value: Any, what: Literal["prompt", "conversation"], cell: Cell) -> list[dict[str, str]]:
-    if not isinstance(value, list) or not value:
-        kinds = "a string or a list of {role, content}" if what == "prompt" else "a list of {role, content}"
-        raise UserError(f"{cell}: the {what} must be {kinds}, got {_kind(value)}")
-    for index, message in enumerate(value):
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise UserError(f"{cell}: message {index} of the {what} must have a role and a content, both strings")
-    return [{"role": message["role"], "content": message["content"]} for message in value]
+def _begins_with(tokens: np.ndarray, prefix: np.ndarray) -> bool:
+    return len(prefix) <= len(tokens) and np.array_equal(tokens[: len(prefix)], prefix)
+
+
+def read_system_prompt(flags: RowFlags) -> str | None:
+    """--system_prompt, or the text of the file that it names.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    text = flags.system_prompt
+    if text is None or "\n" in text or len(text) > 255 or not Path(text).expanduser().is_file():
+        return text
+    try:
+        return Path(text).expanduser().read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--system_prompt {text} cannot be read: {one_line(error)}; name a UTF-8 text file") from error
 
 
 def _response_text(value: Any, cell: Cell) -> str:
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
     if isinstance(value, dict):
+        if extra := [key for key, one in value.items() if one is not None and key not in ("role", "content")]:
+            raise UserError(
+                f"{cell}: the response has {', '.join(extra)}, which the chat template renders only after a prompt of "
+                "messages and without --with_thinking; write it as text, or change the prompt"
+            )
         value = value.get("content")
     if not isinstance(value, str):
-        raise UserError(f"{cell}: the response must be a string or one {{role, content}} message, got {_kind(value)}")
+        raise UserError(f"{cell}: the response must be a string or one {{role, content}} message, got {kind_of(value)}")
     return value
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, (list, dict)):
-        return f"a {type(value).__name__} of {len(value)}"
-    return f"{type(value).__name__} {value!r}"[:60]

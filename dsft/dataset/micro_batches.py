@@ -40,6 +40,7 @@ class Plan:
 
     parts: list[list[Sequences]]  # the micro-batches of each rank; all ranks have the same number, some may be empty
     targets: int
+    weight: float  # of all targets, by which the summed loss is divided
     tokens: int  # computed, excluding padding
     row_tokens: int  # as if every row were computed by itself
     flops: float
@@ -56,7 +57,7 @@ class MicroBatch:
     input_ids: torch.Tensor  # int64 [sequences, length]; [1, tokens] if sequences are packed
     logit_positions: torch.Tensor  # int64 [targets], indices into the flattened input_ids whose next token is a target
     labels: torch.Tensor  # int64 [targets], those next tokens
-    loss_weights: torch.Tensor  # float32 [targets], number of rows in which each is a target
+    loss_weights: torch.Tensor  # float32 [targets], summed over the rows in which each is a target
     position_ids: torch.Tensor | None = None  # int64 [1, tokens], positions in the rows; None if these are the columns
     tree: "Tree | None" = None  # what each token attends to; None for causal attention
 
@@ -110,6 +111,7 @@ class MicroBatches:
         return Plan(
             parts=parts,
             targets=int(targets.sum()),
+            weight=float((targets * self._data.weight[rows]).sum()),
             tokens=tokens,
             row_tokens=int(lengths.sum()),
             flops=flops,
@@ -118,10 +120,10 @@ class MicroBatches:
 
     def make(self, sequences: Sequences) -> MicroBatch:
         """The tensors of one micro-batch, on CPU."""
-        folded = [fold([self._data[row] for row in rows]) for rows in sequences]
+        folded = [fold([self._data[row] for row in rows], self._data.weight[rows]) for rows in sequences]
         if not folded:
             nothing = np.zeros(1, np.int64)
-            folded = [Folded(nothing, nothing, nothing - 1, nothing + 1, nothing)]
+            folded = [Folded(nothing, nothing, nothing - 1, nothing + 1, np.zeros(1))]
         return packed(folded) if self._options.trees else padded(folded, self._pad_token)
 
 

@@ -4,8 +4,9 @@ import copy
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,36 +16,66 @@ from transformers import PreTrainedTokenizerBase
 
 from dsft.cache import build_once
 from dsft.config.flags import RowFlags
-from dsft.dataset.chat_format import ChatFormat, Segment
+from dsft.dataset.chat_format import ChatFormat, RenderedRow, read_system_prompt
 from dsft.dataset.folding import find_dialogues, sort_rows
+from dsft.dataset.messages import read_weight
 from dsft.dataset.readers import Cell, find_files, read_columns, read_field, walk
 from dsft.errors import UserError
 
-CACHE_FORMAT = 3  # raise it when the same input would give other files
+CACHE_FORMAT = 4  # raise it when the same input would give other files
 LEVEL_COLUMN, LEVEL_FIELD = "extra_info", "level"  # where dsft.generate writes it
 LEVEL_ID = re.compile("[0-9a-f]{16}")  # other datasets have a level there too, and mean a difficulty
 
 
 @dataclass
 class Counts:
-    """How many rows and tokens there are, and what truncation cost."""
+    """How many rows and tokens there are, and what became of those in the files.
+
+    rows, tokens, targets: as trained on
+    conversations: rows of the files with --messages_key
+    split_conversations, split_rows: of these, how many became several rows, and how many rows
+    rows_cut, tokens_cut, rows_dropped, tokens_dropped: by truncation
+    rows_without_weight: rows of the files of which nothing is learned
+    ignored: in how many rows of the files the chat template ignores a key of the messages
+    """
 
     rows: int = 0
     tokens: int = 0
     targets: int = 0
+    conversations: int = 0
+    split_conversations: int = 0
+    split_rows: int = 0
     rows_cut: int = 0
     tokens_cut: int = 0
     rows_dropped: int = 0
     tokens_dropped: int = 0
+    rows_without_weight: int = 0
+    ignored: dict[str, int] = field(default_factory=dict)
 
     def losses(self) -> str:
-        """What truncation cost, in words; empty if nothing."""
+        """What is not learned, in words; empty if nothing."""
         parts = []
+        if self.rows_without_weight:
+            parts.append(f"{self.rows_without_weight} rows with nothing to learn")
         if self.rows_cut:
             parts.append(f"{self.rows_cut} rows cut by {self.tokens_cut} tokens")
         if self.rows_dropped:
             parts.append(f"{self.rows_dropped} rows dropped with {self.tokens_dropped} tokens")
         return ", ".join(parts)
+
+    def conversations_text(self) -> str:
+        """How conversations became rows; empty if there are none."""
+        if not self.conversations:
+            return ""
+        if not self.split_conversations:
+            return "each conversation is one sequence, because the chat template keeps its history"
+        split = f"{self.split_conversations:,} of {self.conversations:,} conversations became {self.split_rows:,} rows"
+        return f"{split}, because the chat template rewrites their history or their answers differ in weight"
+
+    def ignored_text(self) -> str:
+        """The ignored keys, in words; empty if there are none."""
+        keys = ", ".join(f"{key} in {rows:,} row{'' if rows == 1 else 's'}" for key, rows in self.ignored.items())
+        return f"the chat template ignores keys of the messages: {keys}" if keys else ""
 
 
 class TokenDataset:
@@ -57,6 +88,7 @@ class TokenDataset:
     starts: np.ndarray  # int64, of a row's own tokens in `tokens`
     ends: np.ndarray
     targets: np.ndarray  # int64
+    weight: np.ndarray  # float64, of each target in the loss
     sorted_place: np.ndarray  # int64, ascending along rows sorted by their tokens: neighbours share prefixes
     dialogue: np.ndarray  # int64, see find_dialogues, before truncation; ascending along the sorted rows
     cut: np.ndarray  # int64, tokens removed by truncation
@@ -143,6 +175,8 @@ class Row(NamedTuple):
     """A row about to be saved; see TokenDataset.
 
     front: int32 [length], what truncation removed before `tokens`
+    history: of `front` and `tokens`, how many precede the generation prompt, for finding dialogues; 0 stands for all
+        that precede the first target
     """
 
     tokens: np.ndarray
@@ -151,6 +185,8 @@ class Row(NamedTuple):
     cut: int = 0
     level: int = 0
     source: tuple[int, int] = (0, 0)
+    weight: float = 1.0
+    history: int = 0
 
 
 def save_rows(folder: Path, rows: Sequence[Row], counts: Counts) -> None:
@@ -160,6 +196,7 @@ def save_rows(folder: Path, rows: Sequence[Row], counts: Counts) -> None:
     masks = [np.concatenate([np.zeros(len(row.front), bool), row.is_target]) for row in rows]
     bounds = np.cumsum([0, *map(len, whole)], dtype=np.int64)
     prompts = np.array([max(1, np.argmax(mask)) for mask in masks], np.int64)
+    histories = np.array([row.history or prompt for row, prompt in zip(rows, prompts.tolist(), strict=True)], np.int64)
     order = whole_order = sort_rows([row.tokens for row in rows])
     if fronts.any():
         whole_order = sort_rows(whole)
@@ -169,8 +206,9 @@ def save_rows(folder: Path, rows: Sequence[Row], counts: Counts) -> None:
         "starts": bounds[:-1] + fronts,
         "ends": bounds[1:],
         "targets": np.array([count_targets(row.is_target) for row in rows], np.int64),
+        "weight": np.array([row.weight for row in rows], np.float64),
         "sorted_place": np.argsort(order),
-        "dialogue": find_dialogues(whole, prompts, whole_order),
+        "dialogue": find_dialogues(whole, histories, whole_order),
         "cut": np.array([row.cut for row in rows], np.int64),
         "prompt_starts": bounds[:-1],
         "prompt_ends": bounds[:-1] + prompts,
@@ -221,25 +259,36 @@ def load_dataset(
     files = find_files(names, flag)
 
     def tokenize(folder: Path) -> None:
-        chat_format = ChatFormat(tokenizer, with_thinking=flags.with_thinking)
-        counts, kept_rows = Counts(), []
+        chat_format = ChatFormat.of(tokenizer, flags)
+        counts, kept_rows, ignored = Counts(), [], Counter[str]()
         index = {str(file): i for i, file in enumerate(files)}
         levels = read_field(files, LEVEL_COLUMN, LEVEL_FIELD)
         with tqdm(unit=" rows", desc="tokenizing", disable=None if show_progress else True) as bar:
             for rows in read_columns(files, *flags.columns(), max_rows):
-                segments = [row_segments(cells, cell, chat_format, flags) for cell, cells in rows]
-                for (cell, _), row in zip(rows, chat_format.tokenize(segments), strict=True):
-                    kept, level = truncate_row(*row, cell, flags, counts), _level_number(next(levels))
-                    if kept is not None:
-                        cut = len(row[0]) - len(kept[0])
-                        front = row[0][: cut if flags.truncation == "left" else 0]
-                        kept_rows.append(Row(*kept, front, cut, level, (index[cell.file], cell.row)))
+                rendered = [render_row(cells, cell, chat_format, flags) for cell, cells in rows]
+                for (cell, _), one, found in zip(rows, rendered, chat_format.tokenize(rendered), strict=True):
+                    ignored.update(one.ignored)
+                    counts.conversations += flags.messages_key is not None
+                    counts.split_conversations += len(found) > 1
+                    counts.split_rows += len(found) if len(found) > 1 else 0
+                    counts.rows_without_weight += not found
+                    level = _level_number(next(levels))
+                    for row in found:
+                        kept = truncate_row(row.tokens, row.is_target, cell, flags, counts)
+                        if kept is None:
+                            continue
+                        cut = len(row.tokens) - len(kept[0])
+                        front = row.tokens[: cut if flags.truncation == "left" else 0]
+                        source = (index[cell.file], cell.row)
+                        history = row.history if len(found) > 1 else 0
+                        kept_rows.append(Row(*kept, front, cut, level, source, row.weight, history))
                 bar.update(len(rows))
+        counts.ignored = dict(ignored)
         if not kept_rows:
-            raise UserError(
-                f"no row of {', '.join(index)} is left: {counts.losses()}; raise max_length ({flags.max_length}) or "
-                f"change truncation ({flags.truncation})"
-            )
+            remedy = f"raise max_length ({flags.max_length}) or change truncation ({flags.truncation})"
+            if counts.rows_without_weight:
+                remedy = "give some answer a weight above 0, or change --learn"
+            raise UserError(f"no row of {', '.join(index)} is left: {counts.losses()}; {remedy}")
         save_rows(folder, kept_rows, counts)
 
     key = _cache_key(files, tokenizer, flags, max_rows)
@@ -254,8 +303,9 @@ def _cache_key(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, flags:
                 digest.update(hashlib.file_digest(handle, "sha256").digest())
         except OSError as error:
             raise UserError(f"{file} cannot be read: {error.strerror}; make it readable, or choose another") from error
-    settings = {field.name: getattr(flags, field.name) for field in fields(RowFlags)}
+    settings = {flag.name: getattr(flags, flag.name) for flag in fields(RowFlags)}
     settings |= {name: list(settings[name] or ()) for name in ("prompt_dict_keys", "response_dict_keys")}
+    settings["system_prompt"] = read_system_prompt(flags)
     parts = [CACHE_FORMAT, settings, max_rows, tokenizer_fingerprint(tokenizer)]
     digest.update(json.dumps(parts, sort_keys=True).encode())
     return digest.hexdigest()[:32]
@@ -274,17 +324,21 @@ def _level_number(level: Any) -> int:
     return int(level, 16) if isinstance(level, str) and LEVEL_ID.fullmatch(level) else 0
 
 
-def row_segments(cells: tuple, cell: Cell, chat_format: ChatFormat, flags: RowFlags) -> list[Segment]:
-    """The text of a row, given the values of its columns.
+def render_row(cells: tuple, cell: Cell, chat_format: ChatFormat, flags: RowFlags) -> RenderedRow:
+    """The answers of a row, given the values of its columns.
 
     Raises:
         UserError: values of another kind than the flags say, with file and row.
     """
+    values = dict(zip(flags.columns()[1], cells, strict=True))
+    tools = values.get("tools_key")
+    weight = read_weight(values["weight_key"], str(cell)) if "weight_key" in values else 1.0
     if flags.messages_key is not None:
-        return chat_format.conversation(walk(cells[0], flags.prompt_dict_keys, cell, flags.messages_key), cell)
-    prompt = walk(cells[0], flags.prompt_dict_keys, cell, flags.prompt_key)
-    response = walk(cells[1], flags.response_dict_keys, cell, flags.response_key)
-    return chat_format.prompt_and_response(prompt, response, cell)
+        messages = walk(values["messages_key"], flags.prompt_dict_keys, cell, flags.messages_key)
+        return chat_format.conversation(messages, cell, tools, weight)
+    prompt = walk(values["prompt_key"], flags.prompt_dict_keys, cell, flags.prompt_key)
+    response = walk(values["response_key"], flags.response_dict_keys, cell, flags.response_key)
+    return chat_format.prompt_and_response(prompt, response, cell, tools, weight)
 
 
 def truncate_row(

@@ -57,13 +57,20 @@ def resolve_model(name: str) -> str:
     return str(folder.resolve())
 
 
-def load_tokenizer(path: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """The tokenizer of a resolved model.
+def load_tokenizer(path: str, *, trust_remote_code: bool, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a resolved model, with the chat template of a file if one is given.
 
     Raises:
-        UserError: it cannot be loaded.
+        UserError: one of them cannot be loaded.
     """
-    return _load(AutoTokenizer.from_pretrained, path, "tokenizer", trust_remote_code=trust_remote_code)
+    tokenizer = _load(AutoTokenizer.from_pretrained, path, "tokenizer", trust_remote_code=trust_remote_code)
+    if chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(chat_template).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            meant = did_you_mean_path(chat_template)
+            raise UserError(f"--chat_template {chat_template} cannot be read: {one_line(error)}{meant}") from error
+    return tokenizer
 
 
 class ModelSource:

@@ -173,6 +173,7 @@ class Needs:
     memory: peak of that rank and what it consists of
     available: bytes that a rank may have
     remedies: flags that lower the peak, where it is too high
+    fold_ratio: how many times fewer tokens are computed than the rows have
     step_flops: floating-point operations of a step on all ranks, mean of an epoch
     step_seconds: mean of an epoch; nan where the device's rate is not known
     steps_per_epoch: of the first epoch
@@ -183,6 +184,7 @@ class Needs:
     memory: Prediction
     available: float
     remedies: list[str]
+    fold_ratio: float
     step_flops: float
     step_seconds: float
     steps_per_epoch: int
@@ -248,7 +250,7 @@ def predict_needs(
     remedies: list[str] = []
     if predicted.peak > memory.available:
         remedies = prediction.remedies(predicted, setting, longest=int(data.lengths.max()), available=memory.available)
-    flops = prediction.epoch_flops(micro_batches, batches)
+    flops, fold_ratio = prediction.epoch_cost(micro_batches, batches)
     steps = batches.first_step(1)
     seconds = prediction.seconds_of(flops, matmul_rate, options.dtype, options.device)
     return Needs(
@@ -256,6 +258,7 @@ def predict_needs(
         memory=predicted,
         available=memory.available,
         remedies=remedies,
+        fold_ratio=fold_ratio,
         step_flops=flops / steps,
         step_seconds=seconds / steps,
         steps_per_epoch=steps,

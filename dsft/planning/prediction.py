@@ -170,11 +170,13 @@ def longest_micro_batch(
     return best[1], best[2], best[3]
 
 
-def epoch_flops(micro_batches: MicroBatches, batches: GlobalBatches) -> float:
-    """Operations of an epoch, from a few of its steps."""
+def epoch_cost(micro_batches: MicroBatches, batches: GlobalBatches) -> tuple[float, float]:
+    """Operations of an epoch, and how many times fewer tokens are computed than its rows have, from a few steps."""
     epoch = batches.epoch(0)
     looked_at = epoch[:: -(-len(epoch) // LOOKED_AT)]
-    return sum(micro_batches.plan(rows).flops for rows in looked_at) / len(looked_at) * len(epoch)
+    plans = [micro_batches.plan(rows) for rows in looked_at]
+    flops = sum(plan.flops for plan in plans) / len(plans) * len(epoch)
+    return flops, sum(plan.row_tokens for plan in plans) / sum(plan.tokens for plan in plans)
 
 
 def seconds_of(flops: float, matmul_rate: float, dtype: torch.dtype, device: torch.device) -> float:

@@ -7,16 +7,15 @@ from typing import NamedTuple
 import numpy as np
 
 from dsft.config import PreviewConfig
-from dsft.dataset.chat_format import ChatFormat, Segment
+from dsft.dataset.chat_format import ChatFormat
 from dsft.dataset.leaks import Leaks, separate
 from dsft.dataset.readers import find_files, read_columns
-from dsft.dataset.tokens import TokenDataset, load_dataset, row_segments
+from dsft.dataset.tokens import TokenDataset, load_dataset, render_row
 from dsft.errors import UserError
 from dsft.previewing.row_checks import Finding, Scan, excerpt
 from dsft.previewing.template_checks import ChatTemplate
 
 NO_LIMIT = 2**31 - 1
-MAX_COMPARED = 100  # rows whose prompts are tokenized again, as for generation
 NO_LEAK = "no validation row shares its text, prompt, dialogue or level with a training row"
 
 
@@ -28,7 +27,6 @@ class LoadedSet:
     scan: of their text
     whole: before truncation; None where they cannot be read
     data: as trained on; None where training would refuse them
-    segments: of the sampled rows, by their number
     error: why there is no `whole` or no `data`
     """
 
@@ -36,7 +34,6 @@ class LoadedSet:
     scan: Scan
     whole: TokenDataset | None = None
     data: TokenDataset | None = None
-    segments: dict[int, list[Segment]] = field(default_factory=dict)
     error: str = ""
 
     @property
@@ -68,17 +65,11 @@ def load_set(config: PreviewConfig, flag: str, chat_format: ChatFormat, template
     loaded.data = loaded.whole = tokenize(config)
     if loaded.data is None or loaded.data.counts.losses():
         loaded.whole = tokenize(replace(config, max_length=NO_LIMIT, truncation="error"))
-    sampled: set[int] = set()
-    if is_train and loaded.whole is not None:
-        rows = len(loaded.whole)
-        sampled = set(np.linspace(0, rows - 1, min(rows, MAX_COMPARED)).astype(int).tolist())
     columns, flags = config.columns()
     try:
         for chunk in read_columns(files, columns, flags, max_rows):
             for cell, values in chunk:
-                make = partial(row_segments, values, cell, chat_format, config)
-                if scan.rows in sampled:
-                    loaded.segments[scan.rows] = make()
+                make = partial(render_row, values, cell, chat_format, config)
                 scan.see(values, cell, make if loaded.whole is None else None)
     except UserError as error:
         loaded.error = loaded.error or str(error)

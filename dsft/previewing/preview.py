@@ -26,7 +26,7 @@ from dsft.planning.disk import disk_warning
 from dsft.planning.plan import Needs, backend_options, choose_sharding, order_rows, plan_run
 from dsft.planning.prediction import ProcessMemory
 from dsft.previewing.loading import LoadedSet, SeparatedSets, load_set, separate_sets
-from dsft.previewing.row_checks import Finding, duplicates_finding, truncation_finding
+from dsft.previewing.row_checks import Finding, duplicates_finding, ignored_finding, truncation_finding
 from dsft.previewing.rows import RowView, choose_rows, view_row
 from dsft.previewing.statistics import Batches, Folding, SetStatistics, batches_and_folding, fold_ratios, set_statistics
 from dsft.previewing.template_checks import inspect_template, start_finding, template_findings
@@ -78,8 +78,8 @@ def make_preview(config: PreviewConfig) -> Preview:
     initial = find_initial_weights(config, path, None, check=False)
     if initial is not None and not initial.is_adapter:
         path = str(initial.folder)
-    tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
-    chat_format = ChatFormat(tokenizer, with_thinking=config.with_thinking)
+    tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code, chat_template=config.chat_template)
+    chat_format = ChatFormat.of(tokenizer, config)
     template = inspect_template(chat_format)
     train = load_set(config, "train_files", chat_format, template)
     val = load_set(config, "val_files", chat_format, template) if config.val_files else None
@@ -93,9 +93,7 @@ def make_preview(config: PreviewConfig) -> Preview:
         preview.findings.append(Finding("refused", "run", str(error)))
     preview.rows = list(_rows(train, sets, config, tokenizer))
     preview.findings += template_findings(template, train.scan, chat_format, _stops(path))
-    if (whole := train.whole) is not None:
-        rows = [(whole.place(row), segments, *whole[row]) for row, segments in train.segments.items()]
-        preview.findings.append(start_finding(template, chat_format, rows))
+    preview.findings.append(start_finding(template))
     for loaded in (train, val):
         if loaded is not None:
             preview.findings += _data_findings(loaded, config)
@@ -198,13 +196,17 @@ def _rows(
         view = view_row(number, Cell(whole.files[file], row), whole[number], tokenizer, config)
         if sets.left_out is not None and sets.left_out[number]:
             view = replace(view, cut="; ".join(filter(None, (reason, view.cut))))
-        yield view
+        yield replace(view, weight=float(whole.weight[number]))
 
 
 def _data_findings(loaded: LoadedSet, config: PreviewConfig) -> list[Finding]:
     findings = list(loaded.scan.findings())
     if loaded.whole is not None:
-        found = duplicates_finding(loaded.whole), truncation_finding(loaded.whole, config)
+        found = (
+            duplicates_finding(loaded.whole),
+            truncation_finding(loaded.whole, config),
+            ignored_finding(loaded.whole),
+        )
         findings += filter(None, found)
     if loaded.error and not any(finding.kind == "refused" for finding in findings):  # it has the same with its count
         findings.append(Finding("refused", "load", loaded.error))

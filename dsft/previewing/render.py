@@ -55,10 +55,14 @@ def _named_lines(preview: Preview) -> Iterator[tuple[str, str]]:
 
 def _set_lines(of: SetStatistics) -> Iterator[str]:
     yield f"{of.rows:,} rows, {of.tokens:,} tokens, {of.targets:,} targets ({of.target_share:.1%})"
+    if of.conversations_text:
+        yield of.conversations_text
     yield f"{of.shortest:,} to {of.longest:,} tokens per row, mean {of.mean:,.0f}, median {of.median:,.0f}"
     if of.rows_cut or of.rows_dropped:
         dropped = f"{of.rows_dropped:,} rows with {of.tokens_dropped:,} tokens dropped"
         yield f"{of.rows_cut:,} rows cut by {of.tokens_cut:,} tokens, {dropped}"
+    if of.rows_without_weight:
+        yield f"{of.rows_without_weight:,} rows have nothing to learn"
     if of.duplicates:
         yield f"{of.duplicates:,} rows repeat an earlier one"
     yield f"padding would be {of.padding:.1%} in random batches, {of.padding_to_max_length:.1%} to max_length"
@@ -124,7 +128,8 @@ def _one_line(text: str) -> str:
 
 def _head(row: RowView) -> str:
     head = f"row {row.number} ({row.place}): {row.tokens:,} tokens, {row.targets:,} targets, from {OPEN} to {CLOSE}"
-    return _one_line(head + (f"; {row.cut}" if row.cut else ""))
+    weight = "" if row.weight == 1 else f"; weight {row.weight:g}"
+    return _one_line(head + weight + (f"; {row.cut}" if row.cut else ""))
 
 
 def coloured(row: RowView) -> Text:

@@ -356,6 +356,12 @@ def duplicates_finding(whole: TokenDataset) -> Finding | None:
     return Finding("warning", "duplicates", text)
 
 
+def ignored_finding(whole: TokenDataset) -> Finding | None:
+    """Keys of messages that change nothing of what is trained on."""
+    text = whole.counts.ignored_text()
+    return Finding("warning", "ignored keys", text) if text else None
+
+
 def truncation_finding(whole: TokenDataset, flags: RowFlags) -> Finding | None:
     """What max_length costs, other than the start of prompts."""
     how, total = flags.truncation, len(whole)

@@ -35,6 +35,7 @@ class RowView:
     spans: its text as trained on; all of it where it is not trained on
     tokens, targets: their numbers
     cut: what truncation does to it; empty where it is whole
+    weight: of its targets in the loss
     """
 
     number: int
@@ -43,6 +44,7 @@ class RowView:
     tokens: int
     targets: int
     cut: str = ""
+    weight: float = 1.0
 
 
 def choose_rows(lengths: np.ndarray, count: int, numbers: Sequence[int] | None = None) -> list[int]:

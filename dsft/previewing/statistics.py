@@ -32,7 +32,7 @@ class SetStatistics:
     target_share: targets to tokens
     shortest, longest, mean, median: tokens per row, after truncation
     lengths: histogram before truncation
-    rows_cut, tokens_cut, rows_dropped, tokens_dropped: by truncation
+    conversations and all up to `ignored`: see Counts
     duplicates: rows with the tokens and targets of an earlier row
     padding: share of padding if batches were drawn row by row, each padded to its longest row
     padding_to_max_length: the same if each row were padded to max_length
@@ -47,10 +47,16 @@ class SetStatistics:
     mean: float
     median: float
     lengths: list[Bin]
+    conversations: int
+    split_conversations: int
+    split_rows: int
+    conversations_text: str
     rows_cut: int
     tokens_cut: int
     rows_dropped: int
     tokens_dropped: int
+    rows_without_weight: int
+    ignored: dict[str, int]
     duplicates: int
     padding: float
     padding_to_max_length: float
@@ -63,6 +69,7 @@ def set_statistics(data: TokenDataset, whole_lengths: np.ndarray, config: TrainC
     padded = sum(len(batch) * int(lengths[batch].max()) for batch in batches)
     return SetStatistics(
         **asdict(counts),
+        conversations_text=counts.conversations_text(),
         target_share=counts.targets / counts.tokens,
         shortest=int(lengths.min()),
         longest=int(lengths.max()),

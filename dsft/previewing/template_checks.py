@@ -3,14 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import jinja2
-import numpy as np
-
-from dsft.dataset.chat_format import THINK, ChatFormat, Segment
+from dsft.dataset.chat_format import THINK, ChatFormat
+from dsft.errors import UserError
 from dsft.previewing.row_checks import END_THINK, Finding, Scan, excerpt, rows_of
+from dsft.text import one_line
 
 QUESTION, ANSWER, NEXT, SYSTEM, THOUGHT = "probequestion", "probeanswer", "probenext", "probesystem", "probethought"
-TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError)
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ def inspect_template(chat_format: ChatFormat) -> ChatTemplate:
     def render(*contents: str, system: str | None = None, generation: bool = False) -> str:
         messages = [] if system is None else [{"role": "system", "content": system}]
         messages += [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation))
+        return chat_format.render(messages, generation=generation)
 
     try:
         asked = render(QUESTION)
@@ -59,8 +57,8 @@ def inspect_template(chat_format: ChatFormat) -> ChatTemplate:
         thought = f"{THINK}{THOUGHT}{END_THINK}"
         thinking = render(QUESTION, thought + ANSWER, NEXT, generation=True)
         ends_answers = render(QUESTION, ANSWER).partition(ANSWER)[2].startswith(end)
-    except TEMPLATE_ERRORS as error:
-        return ChatTemplate(source, end, error=" ".join(str(error).split()))
+    except UserError as error:
+        return ChatTemplate(source, end, error=one_line(error.__cause__))
     strips_thinking, rewrites = THOUGHT not in thinking, None
     starts_answers = history.startswith(trained)
     if not history.startswith(trained[: len(asked)]):
@@ -69,7 +67,7 @@ def inspect_template(chat_format: ChatFormat) -> ChatTemplate:
         rewrites = _difference(trained.replace(ANSWER, thought + ANSWER), thinking)
     try:
         default_system = _default_system(asked, render(QUESTION, system=SYSTEM))
-    except TEMPLATE_ERRORS:  # some take no system turn
+    except UserError:  # some take no system turn
         default_system = ""
     return ChatTemplate(
         source,
@@ -123,21 +121,19 @@ def _history_finding(template: ChatTemplate, scan: Scan) -> Finding:
     if template.rewrites is not None:
         text = (
             f"the chat template changes a turn once another follows: {template.rewrites}; the rows of a dialogue "
-            "share less than their texts do, and --messages_key is refused"
-        )
-        return Finding("warning", name, text)
-    if template.strips_thinking and thinking.count:
-        text = (
-            f"the chat template strips thinking from earlier turns: {rows_of(thinking.count, scan.rows)} lose some, "
-            f"e.g. {thinking.example}; the model is trained on histories that it would not have written"
+            "share less than their texts do, and a conversation becomes one row per answer"
         )
         return Finding("warning", name, text)
     text = "every conversation is rendered as a prefix of its continuation"
-    if template.strips_thinking:
+    if template.strips_thinking and thinking.count:
+        rows = rows_of(thinking.count, scan.rows)
+        text = f"the chat template strips thinking from earlier turns, here as at inference: in {rows}, "
+        text += f"e.g. {thinking.example}; a conversation becomes one row per answer"
+    elif template.strips_thinking:
         text += "; thinking is stripped from earlier turns, but the rows have none there"
     if template.default_system and no_system.count:
         rows = rows_of(no_system.count, scan.rows)
-        text += f"; {rows} have no system turn and get the template's: {excerpt(template.default_system)}"
+        text += f"; {rows} have no system turn and get this one: {excerpt(template.default_system)}"
     return Finding("ok", name, text)
 
 
@@ -163,46 +159,13 @@ def _end_finding(template: ChatTemplate, scan: Scan, chat_format: ChatFormat, st
     return Finding("warning", name, text)
 
 
-def start_finding(
-    template: ChatTemplate, chat_format: ChatFormat, rows: Sequence[tuple[str, list[Segment], np.ndarray, np.ndarray]]
-) -> Finding:
-    """Whether generation starts exactly where the targets begin.
-
-    The prompt of every answer is tokenized in one piece, as dsft.validate does, and compared with the tokens before the
-    answer's targets. A row is its place, its segments, and its untruncated tokens and targets.
-    """
-    compared = different = 0
-    example = ""
-    for place, segments, tokens, is_target in rows:
-        starts = np.flatnonzero(is_target & ~np.concatenate([[False], is_target[:-1]]))
-        # Answers that follow each other directly make one run of targets, whose first prompt is compared.
-        texts = _prompts(segments, template.end_of_turn)[: len(starts)]
-        prompts = [ids for ids, _ in chat_format.tokenize([[Segment(text, False)] for text in texts])]
-        unequal = sum(not np.array_equal(ids, tokens[:start]) for ids, start in zip(prompts, starts, strict=True))
-        compared, different = compared + len(prompts), different + unequal
-        example = example or (place if unequal else "")
+def start_finding(template: ChatTemplate) -> Finding:
+    """Whether the template begins an answer in a history as a generation prompt ends."""
     name = "start of answers"
-    if different:
-        text = (
-            f"{different:,} of {compared:,} prompts tokenize differently for generation than in training, "
-            f"e.g. {example}; use one row per turn, with prompt and response"
-        )
-        return Finding("warning", name, text)
     if not template.starts_answers:
         text = (
             "the chat template ends a generation prompt otherwise than it begins an answer in a history, so answers "
             "are trained after one and read after the other"
         )
         return Finding("warning", name, text)
-    return Finding("ok", name, f"generation starts where the targets begin, in {compared:,} prompts compared")
-
-
-def _prompts(segments: Sequence[Segment], end: str) -> list[str]:
-    """The text before each answer of a row."""
-    texts, so_far, after_answer = [], "", False
-    for segment in segments:
-        if segment.is_target and not after_answer:
-            texts.append(so_far)
-        so_far += segment.text + (end if segment.is_target else "")
-        after_answer = segment.is_target or (after_answer and not segment.text)
-    return texts
+    return Finding("ok", name, "each prompt is rendered and tokenized as it is for generation")

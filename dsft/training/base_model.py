@@ -57,7 +57,8 @@ def find_base_model(
     if initial is not None and not initial.is_adapter:
         path, name, initial = str(initial.folder), str(initial.folder), None
     trust = config.trust_remote_code
-    tokenizer = runtime.together(lambda: load_tokenizer(path, trust_remote_code=trust))
+    template = config.chat_template
+    tokenizer = runtime.together(lambda: load_tokenizer(path, trust_remote_code=trust, chat_template=template))
     source = ModelSource(path, attn_implementation=config.attn_implementation, trust_remote_code=trust)
     runtime.together(source.check)
     return BaseModel(path, name, source, tokenizer, initial, shapes=source.empty(dtype))

@@ -62,6 +62,9 @@ def load_data(
         "the rows of --train_files or --val_files",
         "give all machines the same files and model",
     )
+    for name, data in (("train_files", train), ("val_files", val)):
+        if world.is_main and data is not None and (text := data.counts.ignored_text()):
+            warn(f"--{name}: {text}")
     separation = runtime.on_main(world, lambda: separate(train, val, config, warn))
     train, val = separation.apply(train, val)
     batches = order_rows(train, config)

@@ -71,7 +71,7 @@ def dry_run(
     backend.model.train()
     started = time.perf_counter()
     loss = summed_loss(backend.model, head, batch)
-    backend.backward(loss / plan.targets, last_micro_batch=True)
+    backend.backward(loss / plan.weight, last_micro_batch=True)
     [total] = runtime.sum_over_ranks([loss.item()], device)
     seconds = time.perf_counter() - started
     measured = max(runtime.gather_objects(runtime.peak_memory_gib(device) * GIB))

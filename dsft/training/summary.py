@@ -32,6 +32,8 @@ def start_lines(
         ),
         ("data", rows_text(len(train), train.counts.tokens, train.counts.targets, train.counts.losses())),
     ]
+    if text := train.counts.conversations_text():
+        block.append(("", text))
     if val is not None:
         split = f", {config.val_fraction:g} of the rows by whole dialogues" if config.val_fraction else ""
         block.append(("val", rows_text(len(val), val.counts.tokens, val.counts.targets, val.counts.losses(), split)))
@@ -44,7 +46,7 @@ def start_lines(
             f"{plan.micro_batches.token_budget:,} tokens per micro-batch; {needs.steps_per_epoch:,} steps per epoch, "
             f"{needs.total_steps:,} in all",
         ),
-        ("fold", _fold_text(plan)),
+        ("fold", _fold_text(plan, needs.fold_ratio)),
         (
             "backend",
             f"{config.backend} on {device.type}{_network()}, {torch.get_num_threads()} threads per rank; "
@@ -72,13 +74,15 @@ def _network() -> str:
     return f" over {interface}" if interface else ""
 
 
-def _fold_text(plan: RunPlan) -> str:
+def _fold_text(plan: RunPlan, ratio: float) -> str:
     if not plan.micro_batches.fold:
         text = "off: rows are shuffled one by one, each computed by itself"
     elif plan.micro_batches.trees:
         text = "the rows of a dialogue share a batch, and their common prefixes are computed once"
     else:
         text = f"only rows that continue each other, because {plan.tree_unsupported_reason}"
+    if plan.micro_batches.fold:
+        text += f" ({ratio:.2f}x fewer tokens)"
     if plan.checkpointed_layers:
         text += f"; {plan.checkpointed_layers} layers recompute their activations"
     return text

@@ -246,7 +246,7 @@ class Trainer:
             batch = batches.make(part).to(self.device)
             data_seconds += time.perf_counter() - before
             loss = summed_loss(self.backend.model, self.head, batch)
-            self.backend.backward(loss / plan.targets, last_micro_batch=index == len(parts) - 1)
+            self.backend.backward(loss / plan.weight, last_micro_batch=index == len(parts) - 1)
             loss_sum += loss.detach()
         total, stopped, save_by_time = self._agree(loss_sum.item(), stop)
         self._refuse_non_finite(total, f"the loss of step {state.step + 1}")
@@ -259,7 +259,7 @@ class Trainer:
         state.validation_due = False
         seconds = time.perf_counter() - started
         metrics = {
-            "train/loss": total / plan.targets,
+            "train/loss": total / plan.weight,
             "train/grad_norm": norm,
             "train/lr": rate,
             "train/targets": plan.targets,

@@ -4,7 +4,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tqdm import tqdm
@@ -69,7 +69,7 @@ def normalize(question: str) -> str:
     return " ".join("".join(kept).split())
 
 
-def earlier_questions(prompt: str | list[dict[str, str]]) -> frozenset[str]:
+def earlier_questions(prompt: str | list[dict[str, Any]]) -> frozenset[str]:
     """The normalized questions that a prompt's assistant turns have asked.
 
     A plain string has no turns, so there every answer block counts. The examples in instructions do not: they lack
@@ -78,7 +78,7 @@ def earlier_questions(prompt: str | list[dict[str, str]]) -> frozenset[str]:
     if isinstance(prompt, str):
         blocks = BLOCK.findall(prompt)
     else:
-        turns = [message["content"] for message in prompt if message["role"] == "assistant"]
+        turns = [str(message.get("content") or "") for message in prompt if message["role"] == "assistant"]
         blocks = [block for turn in turns for block in BLOCK.findall(turn) or [turn]]
     questions = (parts["Question"] for parts in map(_parts, blocks) if list(parts) == ["Question"])
     return frozenset(filter(None, map(normalize, questions)))
@@ -147,15 +147,13 @@ def _read_dialogues(
             f"--max_length {config.max_length} leaves no tokens for a prompt with --max_new_tokens "
             f"{config.max_new_tokens}; raise the first or lower the second"
         )
-    chat_format = ChatFormat(tokenizer, with_thinking=config.with_thinking)
-    columns = [config.prompt_key, config.response_key]
+    chat_format = ChatFormat.of(tokenizer, config)
+    columns = replace(config, weight_key=None).columns()
     dialogues = []
-    for rows in read_columns(find_files(names, "data"), columns, ["prompt_key", "response_key"], config.episodes):
-        for cell, (prompt, response) in rows:
+    for rows in read_columns(find_files(names, "data"), *columns, config.episodes):
+        for cell, (prompt, _, *tools) in rows:
             prompt = walk(prompt, config.prompt_dict_keys, cell, config.prompt_key)
-            response = walk(response, config.response_dict_keys, cell, config.response_key)
-            read_only = chat_format.prompt_and_response(prompt, response, cell)[:1]
-            ids, _ = chat_format.tokenize([read_only])[0]
+            ids = chat_format.prompt(prompt, cell, *tools)
             if len(ids) > available and config.truncation == "error":
                 raise UserError(
                     f"{cell} has a prompt of {len(ids)} tokens, --max_length {config.max_length} leaves {available} "

@@ -65,7 +65,7 @@ class TransformersGenerator:
 
     def __init__(self, config: ValidateConfig, path: str, adapter: Path | None, device: torch.device) -> None:
         trust = config.trust_remote_code
-        self.tokenizer = tokenizer = load_tokenizer(path, trust_remote_code=trust)
+        self.tokenizer = tokenizer = load_tokenizer(path, trust_remote_code=trust, chat_template=config.chat_template)
         self.device = device
         source = ModelSource(path, attn_implementation=config.attn_implementation, trust_remote_code=trust)
         source.check()
@@ -122,7 +122,9 @@ class VllmGenerator:
         from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
         from vllm.lora.request import LoRARequest  # type: ignore[import-not-found]
 
-        self.tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
+        self.tokenizer = load_tokenizer(
+            path, trust_remote_code=config.trust_remote_code, chat_template=config.chat_template
+        )
         lora: dict[str, Any] = {}
         self._request = None
         if adapter is not None:

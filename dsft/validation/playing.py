@@ -74,16 +74,16 @@ class ModelPlayer:
     def __init__(self, generator: Generator, config: ValidateConfig) -> None:
         self._generator = generator
         self._config = config
-        self._format = ChatFormat(generator.tokenizer, with_thinking=config.with_thinking)
+        self._format = ChatFormat.of(generator.tokenizer, config)
 
     def __call__(self, games: Sequence[Game]) -> list[str]:
         """The model's answers."""
-        rows = []
+        prompts = []
         for game in games:
             prompt = game.conversation.prompt(self._config.style, self._config.history_turns)
             cell = Cell(f"the level of seed {game.level.seed}", len(game.conversation.answers))
-            rows.append(self._format.prompt_and_response(prompt, "", cell)[:1])
-        return self._generator([tokens.tolist() for tokens, _ in self._format.tokenize(rows)])
+            prompts.append(self._format.prompt(prompt, cell).tolist())
+        return self._generator(prompts)
 
 
 def choose_levels(config: ValidateConfig) -> list[Level]:

@@ -240,7 +240,7 @@ def test_random_rows_have_the_length_asked_for_and_fold(tokenizer):
     def tokens(kind):
         rows = bench_gpu.make_rows(kind, tokenizer, length=512, rows=2, dialogues=2, turns=8)
         parts = [form.prompt_and_response(row["prompt"], row["response"], Cell("", 0)) for row in rows]
-        return [ids.tolist() for ids, _ in form.tokenize(parts)]
+        return [row.tokens.tolist() for [row] in form.tokenize(parts)]
 
     assert [len(ids) for ids in tokens("single")] == [512, 512]
     turns = tokens("turns")

@@ -42,7 +42,8 @@ def with_template(tokenizer, template: str):
 
 
 def encode(chat_format: ChatFormat, segments) -> tuple[list[int], list[bool]]:
-    [(tokens, mask)] = chat_format.tokenize([segments])
+    [[(tokens, mask, weight, _)]] = chat_format.tokenize([segments])
+    assert weight == 1
     assert (tokens.dtype, mask.dtype) == (np.int32, np.bool_)
     return tokens.tolist(), mask.tolist()
 
@@ -242,7 +243,7 @@ def test_a_conversation_of_one_answer_equals_prompt_and_response(tokenizer):
     assert conversation(tokenizer, [USER, ANSWER]) == reference(tokenizer, [USER], "Hi!")
 
 
-def test_a_template_that_rewrites_history_is_refused(tokenizer):
+def test_a_template_that_rewrites_history_makes_a_row_of_each_answer(tokenizer):
     forgetting = with_template(
         tokenizer,
         "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -250,14 +251,31 @@ def test_a_template_that_rewrites_history_is_refused(tokenizer):
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
     )
     thinking = [USER, {"role": "assistant", "content": "<think>a</think>b"}, USER, ANSWER]
-    told = message(conversation, forgetting, thinking)
-    assert told.startswith("f.parquet, row 7: the chat template changes the turns before turn 3")
+    chat_format = ChatFormat(forgetting)
+    [rows] = chat_format.tokenize([chat_format.conversation(thinking, CELL)])
+    first, second = [(row.tokens.tolist(), row.is_target.tolist()) for row in rows]
+    assert first == reference(forgetting, [USER], "<think>a</think>b")
+    assert second == reference(forgetting, [USER, {"role": "assistant", "content": "b"}, USER], "Hi!")
     assert conversation(forgetting, [USER, ANSWER, USER, ANSWER])
 
 
 def test_a_conversation_that_starts_with_the_assistant_is_refused(tokenizer):
     told = message(conversation, tokenizer, [ANSWER, USER])
-    assert told.startswith("f.parquet, row 7: the chat template changes the turns before turn 0")
+    assert told.startswith("f.parquet, row 7: turn 0 is an answer to no question; give it the weight 0")
+    greeting = [{**ANSWER, "weight": 0}, USER, ANSWER]
+    assert target_text(tokenizer, conversation(tokenizer, greeting)) == f"Hi!{END}"
+
+
+def test_a_template_that_starts_answers_otherwise_is_refused(tokenizer):
+    other = with_template(
+        tokenizer,
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}",
+    )
+    told = message(conversation, other, [USER, ANSWER])
+    assert told.startswith("f.parquet, row 7: the chat template renders turn 1 otherwise than its generation prompt")
+    assert r"im_start|>assistant\n<think>\n'" in told
+    assert "--chat_template or --template_arguments" in told
 
 
 def test_a_conversation_without_an_assistant_turn_is_refused(tokenizer):
@@ -268,19 +286,50 @@ def test_a_conversation_without_an_assistant_turn_is_refused(tokenizer):
 @pytest.mark.parametrize(
     ("value", "end"),
     [
-        (None, "the conversation must be a list of {role, content}, got null"),
-        ("text", "the conversation must be a list of {role, content}, got str 'text'"),
-        ([], "the conversation must be a list of {role, content}, got a list of 0"),
-        ([USER, {"role": "assistant"}], "message 1 of the conversation must have a role and a content, both strings"),
+        (None, "the conversation must be a list of messages, got null"),
+        ("text", "the conversation must be a list of messages, got str 'text'"),
+        ([], "the conversation must be a list of messages, got a list of 0"),
+        ([USER, {"content": "x"}], "message 1 of the conversation must have a role and a content, got a dict of 1"),
+        ([USER, {"role": "assistant"}], "message 1 of the conversation has no content and no tool_calls"),
+        ([{**USER, "content": [{"type": "image"}]}], "message 0 of the conversation must have text as its content"),
+        ([{**ANSWER, "tool_calls": 3}], "message 0 of the conversation must have a list of objects as its tool_calls"),
+        (
+            [{**ANSWER, "tool_calls": [{"function": {"name": "find", "arguments": "{city"}}]}],
+            "message 0 of the conversation: the arguments of find are not valid JSON: Expecting property name",
+        ),
     ],
+    ids=["null", "text", "empty", "no role", "no content", "image", "calls", "arguments"],
 )
 def test_what_is_no_conversation_is_refused_with_file_and_row(tokenizer, value, end):
     assert message(conversation, tokenizer, value).startswith(f"f.parquet, row 7: {end}")
+
+
+def test_tools_of_another_kind(tokenizer):
+    chat_format = ChatFormat(tokenizer)
+    told = message(chat_format.conversation, [USER, ANSWER], CELL, 3)
+    assert told.startswith("f.parquet, row 7: the tools must be a list of schemas, or JSON text of one, got int 3")
+    told = message(chat_format.conversation, [USER, ANSWER], CELL, "[{")
+    assert told.startswith("f.parquet, row 7: tools are not valid JSON: ")
+
+
+def test_a_weight_or_flag_of_another_kind(tokenizer):
+    for weight in (-1, "heavy", True, float("nan")):
+        told = message(conversation, tokenizer, [USER, {**ANSWER, "weight": weight}])
+        assert told == f"f.parquet, row 7: turn 1 has the weight {weight!r}; a weight is a number, 0 or more"
+    flagged = ChatFormat(tokenizer, learn="flagged")
+    told = message(flagged.conversation, [USER, {**ANSWER, "train": "yes"}], CELL)
+    assert told == "f.parquet, row 7: turn 1 has train 'yes'; write true or false"
+
+
+def test_a_response_with_keys_needs_a_template(tokenizer):
+    thinking = ChatFormat(tokenizer, with_thinking=True)
+    told = message(thinking.prompt_and_response, [USER], {**ANSWER, "reasoning_content": "x"}, CELL)
+    assert told.startswith("f.parquet, row 7: the response has reasoning_content, which the chat template renders only")
 
 
 def test_rows_are_tokenized_as_if_each_were_alone(tokenizer):
     chat_format = ChatFormat(tokenizer)
     rows = [chat_format.prompt_and_response(p, r, CELL) for p, r in (("a", "b"), ("c c c", ""), ([USER], "Hi!"))]
     rows.append(chat_format.conversation(LONG, CELL))
-    together = [(tokens.tolist(), mask.tolist()) for tokens, mask in chat_format.tokenize(rows)]
+    together = [(row.tokens.tolist(), row.is_target.tolist()) for [row] in chat_format.tokenize(rows)]
     assert together == [encode(chat_format, row) for row in rows]

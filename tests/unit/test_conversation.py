@@ -190,7 +190,7 @@ def test_chatml_and_messages_are_the_same_tokens_to_train_on(tokenizer, conversa
         chat_format.prompt_and_response(conversation.prompt(style, history_turns), format_answer(action), CELL)
         for style in ("messages", "chatml")
     ]
-    [messages, chatml] = [(tokens.tolist(), mask.tolist()) for tokens, mask in chat_format.tokenize(rows)]
+    [messages, chatml] = [(row.tokens.tolist(), row.is_target.tolist()) for [row] in chat_format.tokenize(rows)]
     assert chatml == messages
 
 

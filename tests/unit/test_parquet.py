@@ -166,7 +166,7 @@ def test_one_column_may_serve_twice(folder):
 @pytest.mark.parametrize(
     ("row", "message_end"),
     [
-        ({"prompt": None, "response": "r"}, "the prompt must be a string or a list of {role, content}, got null"),
+        ({"prompt": None, "response": "r"}, "the prompt must be a string or a list of messages, got null"),
         ({"prompt": "p", "response": None}, "the response must be a string or one {role, content} message, got null"),
     ],
     ids=["prompt", "response"],
@@ -181,22 +181,18 @@ def test_a_null_cell_names_file_and_row(tmp_path, tokenizer, monkeypatch, row, m
 @pytest.mark.parametrize(
     ("rows", "message_end"),
     [
-        ([{"prompt": 3, "response": "r"}], "the prompt must be a string or a list of {role, content}, got int 3"),
+        ([{"prompt": 3, "response": "r"}], "the prompt must be a string or a list of messages, got int 3"),
         (
             [{"prompt": "p", "response": 2.5}],
             "the response must be a string or one {role, content} message, got float 2.5",
         ),
         (
             [{"prompt": [], "response": "r"}],
-            "the prompt must be a string or a list of {role, content}, got a list of 0",
-        ),
-        (
-            [{"prompt": [{"role": "user", "content": None}], "response": "r"}],
-            "message 0 of the prompt must have a role and a content, both strings",
+            "the prompt must be a string or a list of messages, got a list of 0",
         ),
         (
             [{"prompt": [{"role": "user", "text": "x"}], "response": "r"}],
-            "message 0 of the prompt must have a role and a content, both strings",
+            "message 0 of the prompt has no content and no tool_calls",
         ),
         (
             [{"prompt": "p", "response": [{"role": "assistant", "content": "a"}] * 2}],

@@ -25,7 +25,8 @@ def needs(available: float, *, remedies=("--dtype bfloat16",), **changes) -> Nee
     """Of a run whose peak is 3 GiB by prediction."""
     values = {
         "computes": "fsdp in float32 on cpu", "memory": SimpleNamespace(peak=3.0 * GIB, parts=dict),
-        "available": available * GIB, "remedies": list(remedies), "step_flops": 1.0, "step_seconds": 1.0,
+        "available": available * GIB, "remedies": list(remedies), "fold_ratio": 1.0, "step_flops": 1.0,
+        "step_seconds": 1.0,
         "steps_per_epoch": 4, "total_steps": 8,
     }  # fmt: skip
     return Needs(**values | changes)

@@ -68,9 +68,11 @@ def preview(model: Path | str, files: list[Path], **flags) -> Preview:
 
 @pytest.fixture
 def look(tiny_model, tmp_path):
-    """The findings on rows that are not ok, as (kind, name, text)."""
+    """The findings on rows, those that are not ok by default, as (kind, name, text)."""
 
-    def look(rows: list[dict], template: str | None = None, **flags) -> list[tuple[str, str, str]]:
+    def look(
+        rows: list[dict], template: str | None = None, kinds=("warning", "refused"), **flags
+    ) -> list[tuple[str, str, str]]:
         model = tiny_model
         if template is not None:
             model = tmp_path / "model"
@@ -78,7 +80,7 @@ def look(tiny_model, tmp_path):
             (model / "chat_template.jinja").write_text(template, encoding="utf-8")
         found = preview(model, [write_parquet(tmp_path / "f.parquet", rows)], **flags).findings
         assert all("\n" not in finding.text for finding in found)
-        return [(f.kind, f.name, f.text.replace(str(tmp_path), "")) for f in found if f.kind != "ok"]
+        return [(f.kind, f.name, f.text.replace(str(tmp_path), "")) for f in found if f.kind in kinds]
 
     return look
 
@@ -366,10 +368,9 @@ def test_a_prompt_that_is_cut_in_front_is_no_fault(look, rows):
 
 def test_a_template_that_strips_thinking(look, rows, sound):
     have = with_history(sound)
-    [(kind, name, text)] = look(rows, FORGETFUL)
-    assert (kind, name) == ("warning", "histories")
-    assert text.startswith(
-        f"the chat template strips thinking from earlier turns: {len(have)} of 40 rows lose some, "
+    [histories] = [text for kind, name, text in look(rows, FORGETFUL, kinds=("ok",)) if name == "histories"]
+    assert histories.startswith(
+        f"the chat template strips thinking from earlier turns, here as at inference: in {len(have)} of 40 rows, "
         f"e.g. /f.parquet, row {have[0]};"
     )
 
@@ -421,10 +422,10 @@ def test_the_templates_own_system_prompt_is_told(tiny_model, tmp_path):
     rows = [{"prompt": [{"role": "user", "content": row["prompt"]}], "response": row["response"]} for row in rows]
     found = preview(tiny_model, [write_parquet(tmp_path / "f.parquet", rows)]).findings
     assert found[0].kind == "ok"
-    assert "all 4 rows have no system turn and get the template's: 'You are a helpful AI assistant" in found[0].text
+    assert "all 4 rows have no system turn and get this one: 'You are a helpful AI assistant" in found[0].text
 
 
-def test_prompts_that_generation_would_make_into_other_tokens(tmp_path, tiny_model):
+def test_an_answer_that_melts_into_its_header_makes_a_row_of_each_answer(tmp_path, tiny_model):
     """In a conversation, an answer that begins with blanks melts into the header before it once it is history."""
     turns = [
         {"role": "user", "content": "Hello"},
@@ -433,12 +434,10 @@ def test_prompts_that_generation_would_make_into_other_tokens(tmp_path, tiny_mod
         {"role": "assistant", "content": "Bye"},
     ]
     file = write_parquet(tmp_path / "f.parquet", [{"messages": turns}, {"messages": turns[:1] + turns[3:]}])
-    found = {f.name: f for f in preview(tiny_model, [file], messages_key="messages").findings}
-    assert found["start of answers"].kind == "warning"
-    assert found["start of answers"].text.startswith(
-        "1 of 3 prompts tokenize differently for generation than in training"
-    )
-    assert f"e.g. {file}, row 0;" in found["start of answers"].text
+    made = preview(tiny_model, [file], messages_key="messages", rows=3)
+    assert [row.place for row in made.rows] == [f"{file}, row 0", f"{file}, row 0", f"{file}, row 1"]
+    assert made.train.conversations_text.startswith("1 of 2 conversations became 2 rows, because the chat template")
+    assert {f.kind for f in made.findings if f.name == "start of answers"} == {"ok"}
 
 
 def test_faults_of_the_validation_set_are_told_as_its_own(tiny_model, tmp_path, rows):

@@ -89,17 +89,17 @@ def test_the_colour_of_targets_is_on_exactly_the_response_and_its_end(tokenizer,
 def test_every_assistant_turn_of_a_conversation_is_marked(tokenizer):
     chat_format = ChatFormat(tokenizer)
     turns = [("user", "Hello"), ("assistant", "Hi!"), ("user", "And now?"), ("assistant", "Bye")]
-    segments = chat_format.conversation([{"role": r, "content": c} for r, c in turns], CELL)
-    [row] = chat_format.tokenize([segments])
-    text = plain_text(view_row(0, CELL, row, tokenizer, RowFlags()))
+    rendered = chat_format.conversation([{"role": r, "content": c} for r, c in turns], CELL)
+    [[row]] = chat_format.tokenize([rendered])
+    text = plain_text(view_row(0, CELL, row[:2], tokenizer, RowFlags()))
     assert re.findall("⟦(.*?)⟧", text) == [f"Hi!{END}", f"Bye{END}"]
 
 
 @pytest.mark.parametrize("text", ["naïve 我头疼 👩‍⚕️ \u0301", " leading", "a\n\nb\t", "<|im_end|> inside", ""])
 def test_characters_of_several_tokens_stay_whole(tokenizer, text):
     chat_format = ChatFormat(tokenizer)
-    [row] = chat_format.tokenize([chat_format.prompt_and_response("Hello 你好", text, CELL)])
-    assert learned(view_row(0, CELL, row, tokenizer, RowFlags())) == text + END
+    [[row]] = chat_format.tokenize([chat_format.prompt_and_response("Hello 你好", text, CELL)])
+    assert learned(view_row(0, CELL, row[:2], tokenizer, RowFlags())) == text + END
 
 
 def test_special_tokens_are_spans_of_their_own(tokenizer):
