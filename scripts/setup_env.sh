@@ -32,9 +32,10 @@ setup_env() {
     wanted=$(environment_stamp "requirements-$torch_build.txt" "$@")
     if ! grep -qsx "$wanted" "$stamp"; then
         echo "== installing the pinned requirements ($torch_build build of torch); this can take some minutes"
-        # torch first and by its exact version: any other order lets a package choose another build.
+        # torch first and by its exact version: any other order lets a package choose another build. The other files
+        # list all packages, so none is resolved; of trl, whose chat templates the tests read, none is wanted.
         .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "requirements-$torch_build.txt" &&
-            .venv/bin/python -m pip install --quiet --disable-pip-version-check "${@/#/-r}" &&
+            .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "${@/#/-r}" &&
             .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable . || return 1
         echo "$wanted" >>"$stamp"
     fi

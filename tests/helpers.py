@@ -1,6 +1,7 @@
 """What several tests need: running a command as a user types it, and reading what a run wrote."""
 
 import ast
+import importlib.util
 import json
 import os
 import re
@@ -91,6 +92,13 @@ def metrics(output_dir: Path, key: str = "train/loss") -> list[dict[str, Any]]:
     """The lines of metrics.jsonl that have a key."""
     lines = (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [line for line in map(json.loads, lines) if key in line]
+
+
+def trl_templates() -> Path:
+    """The folder of chat templates that TRL ships. TRL is installed without its dependencies and never imported."""
+    spec = importlib.util.find_spec("trl")
+    assert spec is not None
+    return Path((spec.submodule_search_locations or [""])[0], "chat_templates")
 
 
 def write_parquet(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -67,4 +67,4 @@ def _splits_at_added_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
         token.lstrip or token.rstrip or token.single_word or (token.normalized and backend.normalizer is not None)
         for token in tokenizer.added_tokens_decoder.values()
     )
-    return not looks_around and '"prepend_scheme":"first"' not in backend.to_str()
+    return not looks_around and "prepend_scheme=first" not in repr(backend.pre_tokenizer)

@@ -21,7 +21,7 @@ def rows_to_split_off(data: "TokenDataset", fraction: float, seed: int) -> np.nd
     Raises:
         UserError: all rows are of one dialogue.
     """
-    groups = join_rows([data.dialogue + 1, data.level, data.row_hash])
+    groups = join_rows([data.dialogue + 1, data.level, data.row_hash, data.file_row])
     _, group, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     if len(sizes) < 2:
         raise UserError(

@@ -128,6 +128,11 @@ class TokenDataset:
         """Tokens per row, int64 [rows]."""
         return self.ends - self.starts
 
+    @property
+    def file_row(self) -> np.ndarray:
+        """Equal for the rows that a row of the files became, int64 [rows]; above 0."""
+        return (self.source[:, 0] << 40) + self.source[:, 1] + 1
+
     def prompt(self, row: int) -> np.ndarray:
         """Tokens before a row's first target, before truncation: int32 [length]."""
         return self.tokens[self.prompt_starts[row] : self.prompt_ends[row]]

@@ -138,8 +138,7 @@ def separate_sets(
 
 def _rows_of(whole: TokenDataset, data: TokenDataset, rows: np.ndarray) -> np.ndarray:
     """Which of the whole rows are these of `data`, from which truncation may have dropped some: bool [rows]."""
-    places = [(source[:, 0] << 40) + source[:, 1] for source in (whole.source, data.source[rows])]
-    return np.isin(*places)
+    return np.isin(whole.file_row, data.file_row[rows])
 
 
 def leak_findings(

@@ -3,11 +3,13 @@
 A check of the text sees the rows one by one as they are in the parquet files, so a set of any size is never held.
 """
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -67,11 +69,16 @@ class Row:
         return cls(cell, prompt, walk(values[1], response_keys, cell, flags.response_key))
 
     @cached_property
+    def messages(self) -> list[dict[str, Any]]:
+        """The messages that have a role."""
+        messages = self.prompt if isinstance(self.prompt, list) else []
+        return [m for m in messages if isinstance(m, dict) and isinstance(m.get("role"), str)]
+
+    @cached_property
     def turns(self) -> list[tuple[str, str]]:
-        """(role, content) of the messages that have both as strings."""
-        messages = [m for m in self.prompt if isinstance(m, dict)] if isinstance(self.prompt, list) else []
-        pairs = [(message.get("role"), message.get("content")) for message in messages]
-        return [(role, content) for role, content in pairs if isinstance(role, str) and isinstance(content, str)]
+        """(role, content) of the messages that have text; those that only call tools have none."""
+        pairs = ((message["role"], _text(message)) for message in self.messages)
+        return [(role, text) for role, text in pairs if text is not None]
 
     @cached_property
     def assistant_turns(self) -> list[str]:
@@ -89,8 +96,17 @@ class Row:
         """The texts that are learned; none for a response that is not text."""
         if self.is_conversation:
             return self.assistant_turns
-        text = self.message.get("content") if isinstance(self.message, dict) else self.message
+        text = _text(self.message) if isinstance(self.message, dict) else self.message
         return [text] if isinstance(text, str) else []
+
+
+def _text(message: dict[str, Any]) -> str | None:
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "".join(str(part.get("text", "")) if isinstance(part, dict) else str(part) for part in content)
+    if content is None or (not content and message.get("tool_calls")):
+        return None
+    return content if isinstance(content, str) else None
 
 
 def answer_text(answer: str) -> str:
@@ -255,6 +271,42 @@ def _is_empty(row: Row) -> bool:
     return not all(map(answer_text, row.answers))
 
 
+def _calls(message: dict[str, Any]) -> list[Any]:
+    calls = message.get("tool_calls")
+    return calls if isinstance(calls, list) else []
+
+
+def _has_result_without_call(row: Row) -> bool:
+    open_calls: set[Any] = set()
+    for message in row.messages:
+        if message["role"] == "tool":
+            if not open_calls or message.get("tool_call_id", None) not in {None, *open_calls}:
+                return True
+        elif message["role"] == "assistant":
+            open_calls = {call.get("id", "") for call in _calls(message) if isinstance(call, dict)}
+        else:
+            open_calls = set()
+    return False
+
+
+def _has_invalid_arguments(row: Row) -> bool:
+    answered = [row.message] if isinstance(row.message, dict) else []
+    for call in (call for message in (*row.messages, *answered) for call in _calls(message)):
+        function = call.get("function", call) if isinstance(call, dict) else {}
+        arguments = function.get("arguments") if isinstance(function, dict) else None
+        if isinstance(arguments, str) and arguments:
+            try:
+                json.loads(arguments)
+            except json.JSONDecodeError:
+                return True
+    return False
+
+
+def _answers_no_question(row: Row) -> bool:
+    roles = [message["role"] for message in row.messages if message["role"] not in ("system", "developer")]
+    return roles[:1] == ["assistant"] or ("assistant", "assistant") in pairwise(roles)
+
+
 def _lost_history(row: Row) -> bool:
     history = [thinks(content) for content in row.assistant_turns if content.strip()]
     return bool(history) and not all(history) and any(map(thinks, row.answers))
@@ -290,6 +342,24 @@ class Scan:
                 "{rows} have thinking in the answer but not in every earlier assistant turn, e.g. {example}; "
                 "keep it in all of them, or remove it everywhere",
             ),
+            RowCheck(
+                "tool results",
+                _has_result_without_call,
+                "{rows} have a tool result that no call before it asks for, e.g. {example}; keep both, or drop both",
+            ),
+            RowCheck(
+                "tool arguments",
+                _has_invalid_arguments,
+                "{rows} have a tool call whose arguments are not valid JSON, e.g. {example}; correct them",
+                refused=True,
+            ),
+            RowCheck(
+                "questions",
+                _answers_no_question,
+                "{rows} have an answer to no question, e.g. {example}; give it the weight 0, or join it to the one "
+                "before",
+                refused=True,
+            ),
             unclosed if flags.with_thinking else ThinkingInAnswers(),
             RowCheck(
                 "end-of-turn in answers",
@@ -301,7 +371,11 @@ class Scan:
         ]
         # No faults by themselves; what they mean depends on the template.
         self.history_thinks = RowCheck(
-            "", lambda row: any(map(thinks, row.assistant_turns[: -1 if row.is_conversation else None]))
+            "",
+            lambda row: (
+                any(map(thinks, row.assistant_turns[: -1 if row.is_conversation else None]))
+                or any(message.get("reasoning_content") for message in row.messages[:-1])
+            ),
         )
         self.no_system_turn = RowCheck("", lambda row: bool(row.turns) and row.turns[0][0] != "system")
         self._flags = flags

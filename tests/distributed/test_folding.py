@@ -191,6 +191,79 @@ def test_bfloat16_gradients_are_added_up_in_float32(commands, backend, tiny_mode
     assert often == pytest.approx(once, rel=1e-4)
 
 
+# Conversations, each answer given what its template renders before it
+
+THINKING_STRIPPED = """\
+{%- for m in messages -%}
+<|im_start|>{{ m.role }}
+{% if m.role == 'assistant' and loop.last and m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif -%}
+{{ m.content }}<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt -%}<|im_start|>assistant
+{% endif -%}
+"""
+
+
+def thinking_conversations() -> list[dict]:
+    """Of one to five turns, with weights: 1, 0.25, 0 and 3 among them, and of whole rows."""
+    rows = []
+    for number, turns in enumerate((1, 5, 2, 3, 4)):
+        messages = []
+        for turn in range(turns):
+            thought = f"{number} and {turn} " * (turn + 1)
+            messages.append({"role": "user", "content": f"Question {turn} of {number}? " * (1 + number)})
+            messages.append({"role": "assistant", "content": f"Answer {turn}", "reasoning_content": thought})
+            messages[-1]["weight"] = (1, 0.25, 1, 0, 3)[turn]
+        rows.append({"messages": messages, "importance": 1 + number % 2})
+    return rows
+
+
+def plain_loss(tiny_model, tokenizer) -> tuple[float, float]:
+    """The weighted mean over the answers, each computed by itself, and the norm of its gradient."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    losses, weights = [], 0.0
+    for row in thinking_conversations():
+        for index in range(1, len(row["messages"]), 2):
+            texts = [
+                tokenizer.apply_chat_template(
+                    row["messages"][: index + more],
+                    chat_template=THINKING_STRIPPED,
+                    tokenize=False,
+                    add_generation_prompt=not more,
+                )
+                for more in (0, 1)
+            ]
+            answer_text = texts[1].removeprefix(texts[0]).removesuffix("\n")
+            assert answer_text.startswith("<think>")
+            prompt, answer = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (texts[0], answer_text))
+            predicting = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+            weight = row["messages"][index]["weight"] * row["importance"]
+            losses.append(weight * F.cross_entropy(predicting, torch.tensor(answer), reduction="sum"))
+            weights += weight * len(answer)
+    loss = sum(losses) / weights
+    loss.backward()
+    return loss.item(), torch.sqrt(sum((p.grad.double() ** 2).sum() for p in model.parameters())).item()
+
+
+@pytest.mark.parametrize(
+    ("backend", "ranks"),
+    [("zero3", 2), *(pytest.param(*arm, marks=pytest.mark.slow) for arm in (("fsdp", 1), ("fsdp", 2), ("zero3", 1)))],
+)
+def test_weighted_answers_of_conversations_are_those_of_single_rows(
+    commands, backend, ranks, tiny_model, tokenizer, tmp_path
+):
+    loss, norm = plain_loss(tiny_model, tokenizer)
+    file = write_parquet(tmp_path / "rows.parquet", thinking_conversations())
+    template = tmp_path / "template.jinja"
+    template.write_text(THINKING_STRIPPED, encoding="utf-8")
+    more = {"messages_key": "messages", "weight_key": "importance", "chat_template": template}
+    more |= {"train_batch_size": 100, "total_training_steps": 1, "max_tokens_per_micro_batch": 400}
+    for fold in ("batch", "off"):
+        [line] = trained(commands, backend, ranks, tiny_model, file, tmp_path / fold, fold=fold, **more)
+        assert (line["train/loss"], line["train/grad_norm"]) == pytest.approx((loss, norm), rel=1e-5)
+        assert (line["train/fold_ratio"] > 1.4) == (fold == "batch")
+
+
 # What folding saves on the real set
 
 

@@ -1,14 +1,9 @@
-"""Conversations under the chat templates that TRL ships, against what the templates themselves render.
-
-TRL is installed without its dependencies and never imported; only its *.jinja files are read.
-"""
+"""Conversations under the chat templates that TRL ships, against what the templates themselves render."""
 
 import copy
-import importlib.util
 import json
 import re
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,9 +15,10 @@ from dsft.dataset.chat_format import RENDER_ERRORS, ChatFormat
 from dsft.dataset.piece_tokenizer import PieceTokenizer
 from dsft.dataset.readers import Cell
 from dsft.errors import UserError
+from tests.helpers import trl_templates
 
 CELL = Cell("f.jsonl", 7)
-FOLDER = Path((importlib.util.find_spec("trl").submodule_search_locations or [""])[0], "chat_templates")
+FOLDER = trl_templates()
 TEMPLATES = sorted(path.stem for path in FOLDER.glob("*.jinja"))
 SPECIAL = re.compile(r"<[|｜][^<>'\"{}\s]+?[|｜]?>|<[a-z_]+\|>|<(?:start|end)_of_\w+>")
 TOOLS = [
@@ -79,12 +75,20 @@ def conversations(draw) -> list[dict[str, Any]]:
 
 
 @cache
-def chat_format(tokenizer, name: str) -> ChatFormat:
-    """A tokenizer with that template, and its tokens."""
+def with_all_tokens(tokenizer):
+    """A tokenizer with the special tokens of all templates."""
     own = copy.deepcopy(tokenizer)
+    texts = "".join((FOLDER / f"{name}.jinja").read_text(encoding="utf-8") for name in TEMPLATES)
+    own.add_special_tokens({"additional_special_tokens": sorted(set(SPECIAL.findall(texts)))})
+    return own
+
+
+@cache
+def chat_format(tokenizer, name: str) -> ChatFormat:
+    """A tokenizer with that template."""
+    own = copy.copy(with_all_tokens(tokenizer))
     if name:
         own.chat_template = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
-        own.add_special_tokens({"additional_special_tokens": sorted(set(SPECIAL.findall(own.chat_template)))})
     return ChatFormat(own)
 
 

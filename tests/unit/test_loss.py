@@ -61,6 +61,15 @@ def test_a_target_of_several_rows_costs_as_often():
     assert loss.item() == pytest.approx(2 * math.log(4.0) + math.log(8.0), rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    "make", [lambda rows, weights: padded([fold(rows, weights)], 0), lambda *a: packed([fold(*a)])]
+)
+def test_the_weights_of_rows_are_those_of_their_targets(make):
+    rows = [row([0, 1, 2, 0], [0, 0, 1, 1]), row([0, 1, 2], [0, 0, 1]), row([0, 1], [0, 1])]
+    batch = make(rows, [0.5, 3.0, 0.25])
+    assert dict(zip(batch.labels.tolist(), batch.loss_weights.tolist(), strict=True)) == {1: 0.25, 2: 3.5, 0: 0.5}
+
+
 def test_the_loss_is_float32_where_logits_are_bfloat16():
     model = Head([[0.0, 1.0, 2.0]] * 3).to(torch.bfloat16)
     loss = summed_loss(model, TargetHead(model), side_by_side([row([0, 1, 2], [0, 1, 1])]))

@@ -1,6 +1,7 @@
 """Every planted fault is named in one line with its count and an example, and sound rows have none."""
 
 import copy
+import io
 import re
 import shutil
 from pathlib import Path
@@ -14,8 +15,9 @@ from dsft.config import PreviewConfig
 from dsft.config.flags import RowFlags
 from dsft.dataset.readers import Cell
 from dsft.previewing.preview import Preview, make_preview
+from dsft.previewing.render import show
 from dsft.previewing.row_checks import Row, answer_text, truncation_finding
-from tests.helpers import MEDICAL, SAMPLE_TRAIN, SAMPLE_VAL, token_dataset, write_parquet
+from tests.helpers import MEDICAL, SAMPLE_TRAIN, SAMPLE_VAL, token_dataset, trl_templates, write_parquet
 
 MEDICAL_SET = pytest.param(MEDICAL, marks=pytest.mark.skipif(not MEDICAL.exists(), reason="the medical set is absent"))
 FORGETFUL = (
@@ -288,13 +290,12 @@ def test_an_end_of_turn_in_the_answer_itself(look, rows):
 
 
 def test_a_row_that_training_refuses_is_told_with_how_many_there_are(look, rows):
-    rows = [{"prompt": [m | {"content": m["content"] or None} for m in row["prompt"]]} | row for row in rows]
     for i in (5, 6):
-        rows[i]["prompt"] = [{"role": "user", "content": None}]
+        rows[i]["prompt"] = [{"role": None, "content": "Hello"}]
     [(kind, name, text)] = look(rows)
     assert (kind, name) == ("refused", "rows")
     assert text == (
-        "/f.parquet, row 5: message 0 of the prompt must have a role and a content, both strings (2 of 40 rows)"
+        "/f.parquet, row 5: message 0 of the prompt must have a role and a content, got a dict of 2 (2 of 40 rows)"
     )
 
 
@@ -361,6 +362,84 @@ def test_truncation_in_a_formula(rows, max_length, how):
 
 def test_a_prompt_that_is_cut_in_front_is_no_fault(look, rows):
     assert look(rows, truncation="left", max_length=200) == []
+
+
+# Of conversations with tools and weights
+
+
+CALL = {"type": "function", "id": "call0", "function": {"name": "weather", "arguments": '{"city": "Rom"}'}}
+RESULT = {"role": "tool", "content": "sunny", "tool_call_id": "call0", "name": "weather"}
+
+
+def agent_rows(**changes) -> list[dict]:
+    """Conversations with a tool call; `changes` are for the messages of row 2, by their index."""
+    rows = []
+    for number in range(4):
+        messages = [
+            {"role": "user", "content": f"What is the weather in town {number}?"},
+            {"role": "assistant", "content": None, "tool_calls": [CALL]},
+            RESULT,
+            {"role": "assistant", "content": f"Sunny in town {number}."},
+        ]
+        if number == 2:
+            for index, message in changes.items():
+                messages[int(index[1:])] = message
+        rows.append({"m": [message for message in messages if message]})
+    return rows
+
+
+def test_sound_conversations_with_tools_have_no_faults(look):
+    template = (trl_templates() / "qwen2_5.jinja").read_text(encoding="utf-8")
+    [ignored] = look(agent_rows(), template, messages_key="m")
+    text = "the chat template ignores keys of the messages: tool_call_id in 4 rows, name in 4 rows"
+    assert ignored == ("warning", "ignored keys", text)
+
+
+def test_a_template_without_tools_is_told(look):
+    [(kind, name, text)] = look(agent_rows(), messages_key="m")
+    assert (kind, name) == ("warning", "ignored keys")
+    assert "tool_calls in 4 rows" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "name", "text"),
+    [
+        ({"m1": None}, "warning", "tool results", "1 of 4 rows have a tool result that no call before it asks for"),
+        ({"m2": RESULT | {"tool_call_id": "call9"}}, "warning", "tool results", "1 of 4 rows have a tool result"),
+        (
+            {"m1": {"role": "assistant", "content": "", "tool_calls": [{"function": {"arguments": "{city: Rom}"}}]}},
+            "refused",
+            "tool arguments",
+            "1 of 4 rows have a tool call whose arguments are not valid JSON",
+        ),
+        ({"m0": None}, "refused", "questions", "1 of 4 rows have an answer to no question"),
+        ({"m2": None}, "warning", "questions", "1 of 4 rows have an answer to no question"),
+    ],
+    ids=["no call", "another call", "arguments", "starts with an answer", "no result"],
+)
+def test_faults_of_conversations_with_tools(look, changes, kind, name, text):
+    found = {found[1]: found for found in look(agent_rows(**changes), messages_key="m")}
+    assert found[name][0] == kind
+    assert found[name][2].startswith(text)
+    assert "e.g. /f.parquet, row 2;" in found[name][2]
+
+
+@pytest.mark.parametrize("flags", [{"weight_key": "w"}, {"learn": "flagged"}])
+def test_weights_that_are_all_0(look, flags):
+    rows = [row | {"w": 0} for row in agent_rows()]
+    [(kind, name, text)] = [found for found in look(rows, messages_key="m", **flags) if found[0] == "refused"]
+    assert (kind, name) == ("refused", "load")
+    assert "is left: 4 rows with nothing to learn; give some answer a weight above 0" in text
+
+
+def test_rows_show_their_weight(tiny_model, tmp_path):
+    rows = [{"prompt": "Hello", "response": "Hi", "w": 0.5}, {"prompt": "And", "response": "Bye", "w": 1.0}]
+    file = write_parquet(tmp_path / "f.parquet", rows)
+    made = preview(tiny_model, [file], weight_key="w", rows=2)
+    stream = io.StringIO()
+    show(made, stream)
+    heads = [line for line in stream.getvalue().splitlines() if line.startswith("row ")]
+    assert [line.endswith("; weight 0.5") for line in heads] == [True, False]
 
 
 # Of the template

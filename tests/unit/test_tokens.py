@@ -112,6 +112,63 @@ def test_no_row_left_is_told_with_what_to_change(load, tmp_path):
     assert "truncation" in told
 
 
+def test_weights_that_are_all_0(load, tmp_path):
+    told = message(load, [row(1, 1) | {"w": 0.0}] * 2, weight_key="w")
+    assert told.startswith(f"no row of {tmp_path}/rows.parquet is left: 2 rows with nothing to learn; give some")
+    data = load([row(1, 1) | {"w": 0.0}, row(2, 2) | {"w": 0.5}], weight_key="w")
+    assert (len(data), data.weight.tolist(), data.counts.rows_without_weight) == (1, [0.5], 1)
+    assert data.counts.losses() == "1 rows with nothing to learn"
+    assert "row 1 has the weight None" in message(load, [row(1, 1) | {"w": w} for w in (1.0, None)], weight_key="w")
+
+
+def test_a_system_prompt_from_a_file(load, tokenizer, tmp_path):
+    file = tmp_path / "prompt.txt"
+    file.write_text("Be brief.\n", encoding="utf-8")
+    rows = [{"prompt": "Hello", "response": "Hi"}]
+    from_file = load(rows, tokenizer, system_prompt=str(file))
+    given = load(rows, tokenizer, system_prompt="Be brief.")
+    assert from_file[0][0].tolist() == given[0][0].tolist()
+    assert from_file.fingerprint == given.fingerprint
+    file.write_text("Be long.", encoding="utf-8")
+    assert "Be long." in tokenizer.decode(load(rows, tokenizer, system_prompt=str(file))[0][0])
+    file.write_bytes(b"\xff")
+    told = message(load, rows, tokenizer, system_prompt=str(file))
+    assert told.startswith(f"--system_prompt {file} cannot be read: 'utf-8' codec")
+
+
+THINKING = """\
+{%- for m in messages -%}<|im_start|>{{ m.role }}
+{% if loop.last %}{{ m.content }}{% else %}{{ m.content.split('</think>')[-1] }}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+<think>{% endif %}"""
+
+
+def thinking_rows(turns: int, number: int) -> dict:
+    messages = []
+    for turn in range(turns):
+        messages.append({"role": "user", "content": f"Question {turn} of {number}"})
+        messages.append({"role": "assistant", "content": f"<think>T{turn}</think>A{turn}"})
+    return {"m": messages}
+
+
+def test_the_rows_of_a_conversation_are_one_dialogue_and_are_not_split(load, tokenizer):
+    """Here the generation prompt begins a thinking block, so no prompt is a prefix of the next row."""
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = THINKING
+    data = load([thinking_rows(turns, number) for number, turns in enumerate((3, 1, 2))], own, messages_key="m")
+    assert len(data) == 6
+    assert data.source[:, 1].tolist() == [0, 0, 0, 1, 2, 2]
+    assert len(np.unique(data.dialogue)) == 3
+    for row_in_file in range(3):
+        assert len(np.unique(data.dialogue[data.source[:, 1] == row_in_file])) == 1
+    counts = data.counts
+    assert (counts.conversations, counts.split_conversations, counts.split_rows) == (3, 2, 5)
+    assert counts.conversations_text().startswith("2 of 3 conversations became 5 rows, because the chat template")
+    last = load(None, own, messages_key="m", learn="last")
+    assert (len(last), last.counts.split_conversations) == (3, 0)
+    assert last.counts.conversations_text().startswith("each conversation is one sequence")
+
+
 @PROPERTY
 @given(
     prompt=st.integers(0, 30),
