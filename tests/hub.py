@@ -1,4 +1,4 @@
-"""A small Hub on this machine: those of its HTTP endpoints that an upload needs, over a folder of repositories."""
+"""A small Hub on this machine: the HTTP endpoints for uploading models and downloading datasets."""
 
 import base64
 import hashlib
@@ -26,6 +26,7 @@ class Hub:
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
+        self.datasets: dict[str, dict[str, bytes]] = {}
         self.requests: list[str] = []
         self._large: dict[str, bytes] = {}
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -59,6 +60,8 @@ class Hub:
         if path.startswith("/storage/"):
             self._large[path.rpartition("/")[2]] = body
             return 200, {}
+        if path.startswith("/api/datasets/"):
+            return self._describe(path.removeprefix("/api/datasets/"))
         if token not in (TOKEN, READ_ONLY):
             return 401, {"error": "Invalid credentials in Authorization header"}
         if path == "/api/whoami-v2":
@@ -82,6 +85,27 @@ class Hub:
         if "/commit/" in path:
             return self._commit(name, [json.loads(line) for line in body.splitlines()])
         return 200, {"id": name, "sha": "0" * 40, "siblings": [], "private": self.repositories[name].private}
+
+    def _describe(self, place: str) -> tuple[int, Any]:
+        """A dataset, its revision, or the tree of its files."""
+        name = "/".join(place.split("/")[:2])
+        if name not in self.datasets:
+            return 404, {"error": "Repository not found"}
+        files = self.datasets[name]
+        if "/tree/" in place:
+            oid = hashlib.sha1
+            return 200, [
+                {"type": "file", "path": p, "size": len(b), "oid": oid(b).hexdigest()} for p, b in files.items()
+            ]
+        siblings = [{"rfilename": path} for path in files]
+        return 200, {"id": name, "sha": "2" * 40, "siblings": siblings, "private": False, "tags": [], "downloads": 0}
+
+    def file(self, path: str) -> bytes | None:
+        """The content of /datasets/OWNER/NAME/resolve/REVISION/FILE."""
+        _, kind, owner, name, resolve, _, *parts = path.split("/") if path.count("/") > 5 else [""] * 6
+        if (kind, resolve) != ("datasets", "resolve"):
+            return None
+        return self.datasets.get(f"{owner}/{name}", {}).get("/".join(parts))
 
     def _check_card(self, asked: dict[str, Any]) -> tuple[int, Any]:
         metadata = yaml.safe_load(asked["content"].split("---")[1])
@@ -123,6 +147,15 @@ class Hub:
             def _serve(self) -> None:
                 body = self._body()
                 token = self.headers.get("Authorization", "").removeprefix("Bearer ") or None
+                if (found := hub.file(self.path.partition("?")[0])) is not None:
+                    self.send_response(200)
+                    self.send_header("ETag", f'"{hashlib.sha1(found).hexdigest()}"')
+                    self.send_header("X-Repo-Commit", "2" * 40)
+                    self.send_header("Content-Length", str(len(found)))
+                    self.end_headers()
+                    if self.command == "GET":
+                        self.wfile.write(found)
+                    return
                 status, value = hub.answer(self.command, self.path.partition("?")[0], token, body)
                 content = json.dumps(value).encode()
                 self.send_response(status)

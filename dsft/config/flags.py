@@ -90,7 +90,11 @@ class ModelFlags:
 class RowFlags:
     """The columns of a row's text, and how long a row may be."""
 
-    prompt_key: str = flag("prompt", section="Rows", run_identity=True)
+    format: Literal["auto", "prompt_response", "messages", "sharegpt", "alpaca"] = flag(
+        "auto", section="Rows", run_identity=True
+    )
+    """Format of a row; auto recognizes ShareGPT (conversations) and Alpaca (instruction, input, output)."""
+    prompt_key: str = flag("prompt", run_identity=True)
     """Column of the prompt: a string, or a list of messages."""
     response_key: str = flag("response", run_identity=True)
     """Column of the response: a string, or one message."""
@@ -120,12 +124,16 @@ class RowFlags:
     def columns(self) -> tuple[list[str], list[str]]:
         """The columns that are read, and the flag that names each."""
         names = ["prompt_key", "response_key"] if self.messages_key is None else ["messages_key"]
-        names += [name for name in ("tools_key", "weight_key") if getattr(self, name) is not None]
-        return [getattr(self, name) for name in names], names
+        columns = [getattr(self, name) for name in names]
+        if self.format == "alpaca":
+            columns = ["instruction", "input", "output"]
+            names = [f"format alpaca: {column}" for column in columns]
+        extra = [name for name in ("tools_key", "weight_key") if getattr(self, name) is not None]
+        return columns + [getattr(self, name) for name in extra], names + extra
 
     def row_problems(self) -> Iterator[str]:
         """What is wrong with these flags."""
         if self.messages_key is not None and self.with_thinking:
             yield "with_thinking needs prompt and response columns; it cannot be combined with messages_key"
-        if self.messages_key is None and self.learn != "all":
-            yield f"learn {self.learn} chooses turns of conversations; name their column with messages_key, or drop it"
+        if self.format in ("prompt_response", "alpaca") and (self.messages_key is not None or self.learn != "all"):
+            yield f"messages_key and learn are for conversations, got format {self.format}; drop one of them"

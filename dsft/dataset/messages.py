@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,6 +35,8 @@ def read_messages(value: Any, what: Literal["prompt", "conversation", "response"
     Raises:
         UserError: a value of another kind.
     """
+    if isinstance(value, str) and what == "conversation" and value.lstrip().startswith("["):
+        value = _parse_json(value, f"{cell}: the messages")
     if not isinstance(value, list) or not value:
         kinds = "a string or a list of messages" if what == "prompt" else "a list of messages"
         raise UserError(f"{cell}: the {what} must be {kinds}, got {kind_of(value)}")
@@ -127,9 +130,11 @@ def read_weight(value: Any, where: str) -> float:
     Raises:
         UserError: it is not a number, or below 0.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise UserError(f"{where} has the weight {value!r}; a weight is a number, 0 or more")
-    return float(value)
+    with suppress(ValueError, TypeError):
+        number = float(value)  # CSV has texts only
+        if not isinstance(value, bool) and 0 <= number < math.inf:
+            return number
+    raise UserError(f"{where} has the weight {value!r}; a weight is a number, 0 or more")
 
 
 def pop_weight(turn: Message, index: int, cell: Cell) -> float:

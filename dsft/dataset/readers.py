@@ -1,29 +1,15 @@
-"""Files to rows: find files, read columns, follow keys into nested values. A file format is one entry of READERS."""
+"""Files to rows: find files, read columns, follow keys into nested values."""
 
 import glob
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import pyarrow
-
-from dsft.dataset.parquet import ParquetReader
+from dsft.dataset.file_formats import READERS, UNREADABLE, open_file, suffix_of
+from dsft.dataset.hub_files import PREFIX, find_on_hub
 from dsft.errors import UserError, did_you_mean, did_you_mean_path
 from dsft.text import one_line
-
-
-class Reader(Protocol):
-    """What a file format provides; ParquetReader describes each. A damaged file raises one of UNREADABLE."""
-
-    columns: list[str]
-
-    def read(self, columns: Sequence[str]) -> Iterator[list[tuple[Any, ...]]]: ...
-    def read_field(self, column: str, field: str) -> Iterator[Any]: ...
-
-
-UNREADABLE = (pyarrow.ArrowException, OSError, ValueError)
-READERS: dict[str, Callable[[Path], Reader]] = {".parquet": ParquetReader}
 
 
 @dataclass(frozen=True)
@@ -34,6 +20,8 @@ class Cell:
     row: int
 
     def __str__(self) -> str:
+        if suffix_of(Path(self.file)) == ".jsonl":
+            return f"{self.file}, line {self.row + 1}"
         return f"{self.file}, row {self.row}"
 
 
@@ -45,12 +33,9 @@ def find_files(names: Sequence[str], flag: str) -> list[Path]:
     """
     found: list[Path] = []
     for name in names:
-        path = Path(name).expanduser()
+        path = find_on_hub(name, flag) if name.startswith(PREFIX) else Path(name).expanduser()
         if path.is_dir():
-            matches = sorted(file for suffix in READERS for file in path.glob(f"*{suffix}"))
-            if not matches:
-                kinds = " or ".join(f"*{suffix}" for suffix in READERS)
-                raise UserError(f"--{flag} {name}: the folder contains no {kinds} file; name one that does")
+            matches = files_in(path, name, flag)
         elif path.is_file():
             matches = [path]
         else:
@@ -59,12 +44,31 @@ def find_files(names: Sequence[str], flag: str) -> list[Path]:
                 raise UserError(f"--{flag} {name}: no such file{did_you_mean_path(path)}")
         found += matches
     if not found:
-        raise UserError(f"--{flag} is empty; name a parquet file, a glob or a folder")
+        raise UserError(f"--{flag} is empty; name a file, a glob or a folder")
     return found
 
 
+def files_in(folder: Path, name: str, flag: str) -> list[Path]:
+    """The files of a folder: of the first format of READERS of which there are some; below it, if it has none itself.
+
+    Raises:
+        UserError: it has none.
+    """
+    for pattern in ("*", "**/*"):
+        files = sorted(file for file in folder.glob(pattern) if file.is_file())
+        for suffix in READERS:
+            if matches := [file for file in files if suffix_of(file) == suffix]:
+                return matches
+    kinds = ", ".join(f"*{suffix}" for suffix in READERS)
+    raise UserError(f"--{flag} {name}: the folder contains no {kinds} file; name one that does")
+
+
 def read_columns(
-    files: Sequence[Path], columns: Sequence[str], flags: Sequence[str], max_rows: int | None
+    files: Sequence[Path],
+    columns: Sequence[str],
+    flags: Sequence[str],
+    max_rows: int | None,
+    optional: Collection[str] = (),
 ) -> Iterator[list[tuple[Cell, tuple[Any, ...]]]]:
     """Rows of the named columns, some at a time.
 
@@ -73,6 +77,7 @@ def read_columns(
         columns: the columns to read; others are not touched.
         flags: the flag that names each column, for messages.
         max_rows: stop after this many rows of all files together.
+        optional: columns that are null where a file lacks them.
 
     Raises:
         UserError: an unreadable file, a missing column, no rows at all.
@@ -80,20 +85,26 @@ def read_columns(
     seen = 0
     for file in files:
         try:
-            reader = _open(file)
+            reader = open_file(file)
         except UNREADABLE as error:
+            kind = suffix_of(file).removeprefix(".")
+            kind = kind if f".{kind}" in READERS else "parquet"
             raise UserError(
-                f"{file} is not a valid parquet file: {one_line(error)}; convert it, or download it again"
+                f"{file} is not a valid {kind} file: {one_line(error)}; correct it, or download it again"
             ) from error
         for column, flag in zip(columns, flags, strict=True):
-            if column not in reader.columns:
+            if column not in reader.columns and column not in optional:
                 raise UserError(
                     f"{file} has no column '{column}' (--{flag}){did_you_mean(column, reader.columns)}; "
                     f"its columns: {', '.join(reader.columns)}"
                 )
         row = 0
+        present = [column for column in columns if column in reader.columns]
         try:
-            for batch in reader.read(columns):
+            for batch in reader.read(present):
+                if len(present) < len(columns):
+                    values = (dict(zip(present, cells, strict=True)) for cells in batch)
+                    batch = [tuple(named.get(column) for column in columns) for named in values]
                 rows = [(Cell(str(file), row + i), cells) for i, cells in enumerate(batch)]
                 row += len(rows)
                 rows = rows if max_rows is None else rows[: max_rows - seen]
@@ -103,7 +114,8 @@ def read_columns(
                 if seen == max_rows:
                     return
         except UNREADABLE as error:
-            raise UserError(f"{file} is damaged after row {row}: {one_line(error)}; download it again") from error
+            reason = f"{file} is damaged after row {row}: {one_line(error)}"
+            raise UserError(f"{reason}; correct it, or download it again") from error
     if seen == 0:
         raise UserError(f"no rows in {', '.join(map(str, files))}; name files that contain some")
 
@@ -116,13 +128,27 @@ def read_field(files: Sequence[Path], column: str, field: str) -> Iterator[Any]:
     """
     for file in files:
         try:
-            yield from _open(file).read_field(column, field)
+            yield from open_file(file).read_field(column, field)
         except UNREADABLE as error:
             raise UserError(f"{file}, column '{column}' is damaged: {one_line(error)}; download it again") from error
 
 
-def _open(file: Path) -> Reader:
-    return READERS.get(file.suffix, ParquetReader)(file)  # a parquet file may have any name
+def first_row(files: Sequence[Path]) -> dict[str, Any]:
+    """The first row of the first file that has one, by column; its columns alone are those of all rows.
+
+    Raises:
+        UserError: an unreadable file.
+    """
+    for file in files:
+        try:
+            reader = open_file(file)
+            columns = reader.columns
+            for rows in reader.read(columns):
+                if rows:
+                    return dict(zip(columns, rows[0], strict=True))
+        except UNREADABLE:
+            return {}  # read_columns says what is wrong
+    return {}
 
 
 def walk(value: Any, keys: Sequence[str] | None, cell: Cell, column: str) -> Any:

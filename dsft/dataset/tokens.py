@@ -19,11 +19,13 @@ from dsft.config.flags import RowFlags
 from dsft.dataset.chat_format import ChatFormat, RenderedRow, read_system_prompt
 from dsft.dataset.folding import find_dialogues, sort_rows
 from dsft.dataset.messages import read_weight
-from dsft.dataset.readers import Cell, find_files, read_columns, read_field, walk
+from dsft.dataset.readers import Cell, find_files, read_columns, read_field
+from dsft.dataset.row_format import format_text, read_values, resolve_format
 from dsft.errors import UserError
 
 CACHE_FORMAT = 4  # raise it when the same input would give other files
 LEVEL_COLUMN, LEVEL_FIELD = "extra_info", "level"  # where dsft.generate writes it
+OPTIONAL = ("input",)  # of Alpaca's columns
 LEVEL_ID = re.compile("[0-9a-f]{16}")  # other datasets have a level there too, and mean a difficulty
 
 
@@ -37,6 +39,7 @@ class Counts:
     rows_cut, tokens_cut, rows_dropped, tokens_dropped: by truncation
     rows_without_weight: rows of the files of which nothing is learned
     ignored: in how many rows of the files the chat template ignores a key of the messages
+    format: of the rows in the files, in words
     """
 
     rows: int = 0
@@ -51,6 +54,7 @@ class Counts:
     tokens_dropped: int = 0
     rows_without_weight: int = 0
     ignored: dict[str, int] = field(default_factory=dict)
+    format: str = ""
 
     def losses(self) -> str:
         """What is not learned, in words; empty if nothing."""
@@ -262,6 +266,7 @@ def load_dataset(
         UserError: a fault in the files or their rows, with file and row.
     """
     files = find_files(names, flag)
+    flags = resolve_format(files, flags)
 
     def tokenize(folder: Path) -> None:
         chat_format = ChatFormat.of(tokenizer, flags)
@@ -269,7 +274,7 @@ def load_dataset(
         index = {str(file): i for i, file in enumerate(files)}
         levels = read_field(files, LEVEL_COLUMN, LEVEL_FIELD)
         with tqdm(unit=" rows", desc="tokenizing", disable=None if show_progress else True) as bar:
-            for rows in read_columns(files, *flags.columns(), max_rows):
+            for rows in read_columns(files, *flags.columns(), max_rows, OPTIONAL):
                 rendered = [render_row(cells, cell, chat_format, flags) for cell, cells in rows]
                 for (cell, _), one, found in zip(rows, rendered, chat_format.tokenize(rendered), strict=True):
                     ignored.update(one.ignored)
@@ -288,7 +293,7 @@ def load_dataset(
                         history = row.history if len(found) > 1 else 0
                         kept_rows.append(Row(*kept, front, cut, level, source, row.weight, history))
                 bar.update(len(rows))
-        counts.ignored = dict(ignored)
+        counts.ignored, counts.format = dict(ignored), format_text(flags)
         if not kept_rows:
             remedy = f"raise max_length ({flags.max_length}) or change truncation ({flags.truncation})"
             if counts.rows_without_weight:
@@ -338,11 +343,9 @@ def render_row(cells: tuple, cell: Cell, chat_format: ChatFormat, flags: RowFlag
     values = dict(zip(flags.columns()[1], cells, strict=True))
     tools = values.get("tools_key")
     weight = read_weight(values["weight_key"], str(cell)) if "weight_key" in values else 1.0
+    prompt, response = read_values(cells, cell, flags)
     if flags.messages_key is not None:
-        messages = walk(values["messages_key"], flags.prompt_dict_keys, cell, flags.messages_key)
-        return chat_format.conversation(messages, cell, tools, weight)
-    prompt = walk(values["prompt_key"], flags.prompt_dict_keys, cell, flags.prompt_key)
-    response = walk(values["response_key"], flags.response_dict_keys, cell, flags.response_key)
+        return chat_format.conversation(prompt, cell, tools, weight)
     return chat_format.prompt_and_response(prompt, response, cell, tools, weight)
 
 

@@ -10,7 +10,8 @@ from dsft.config import PreviewConfig
 from dsft.dataset.chat_format import ChatFormat
 from dsft.dataset.leaks import Leaks, separate
 from dsft.dataset.readers import find_files, read_columns
-from dsft.dataset.tokens import TokenDataset, load_dataset, render_row
+from dsft.dataset.row_format import resolve_format
+from dsft.dataset.tokens import OPTIONAL, TokenDataset, load_dataset, render_row
 from dsft.errors import UserError
 from dsft.previewing.row_checks import Finding, Scan, excerpt
 from dsft.previewing.template_checks import ChatTemplate
@@ -62,12 +63,13 @@ def load_set(config: PreviewConfig, flag: str, chat_format: ChatFormat, template
             return None
 
     files = find_files(names, flag)
+    config = scan.flags = resolve_format(files, config)
     loaded.data = loaded.whole = tokenize(config)
     if loaded.data is None or loaded.data.counts.losses():
         loaded.whole = tokenize(replace(config, max_length=NO_LIMIT, truncation="error"))
     columns, flags = config.columns()
     try:
-        for chunk in read_columns(files, columns, flags, max_rows):
+        for chunk in read_columns(files, columns, flags, max_rows, OPTIONAL):
             for cell, values in chunk:
                 make = partial(render_row, values, cell, chat_format, config)
                 scan.see(values, cell, make if loaded.whole is None else None)

@@ -16,7 +16,8 @@ import numpy as np
 
 from dsft.config.flags import RowFlags
 from dsft.dataset.chat_format import THINK
-from dsft.dataset.readers import Cell, walk
+from dsft.dataset.readers import Cell
+from dsft.dataset.row_format import read_values
 from dsft.dataset.tokens import Counts, TokenDataset, truncate_row
 from dsft.errors import UserError
 
@@ -62,11 +63,8 @@ class Row:
         Raises:
             UserError: a nested key does not exist.
         """
-        prompt_keys, response_keys = flags.prompt_dict_keys, flags.response_dict_keys
-        if flags.messages_key is not None:
-            return cls(cell, walk(values[0], prompt_keys, cell, flags.messages_key), is_conversation=True)
-        prompt = walk(values[0], prompt_keys, cell, flags.prompt_key)
-        return cls(cell, prompt, walk(values[1], response_keys, cell, flags.response_key))
+        prompt, response = read_values(values, cell, flags)
+        return cls(cell, prompt, response, is_conversation=flags.messages_key is not None)
 
     @cached_property
     def messages(self) -> list[dict[str, Any]]:
@@ -378,7 +376,7 @@ class Scan:
             ),
         )
         self.no_system_turn = RowCheck("", lambda row: bool(row.turns) and row.turns[0][0] != "system")
-        self._flags = flags
+        self.flags = flags
         self.rows = self._refused = 0
         self._first_refusal = ""
 
@@ -387,7 +385,7 @@ class Scan:
         self.rows += 1
         found: list[RowCheck] = []
         try:
-            row = Row.read(values, cell, self._flags)
+            row = Row.read(values, cell, self.flags)
         except UserError:
             pass  # `make` raises the same
         else:

@@ -57,6 +57,7 @@ class SetStatistics:
     tokens_dropped: int
     rows_without_weight: int
     ignored: dict[str, int]
+    format: str
     duplicates: int
     padding: float
     padding_to_max_length: float

@@ -32,8 +32,7 @@ def start_lines(
         ),
         ("data", rows_text(len(train), train.counts.tokens, train.counts.targets, train.counts.losses())),
     ]
-    if text := train.counts.conversations_text():
-        block.append(("", text))
+    block += [("", text) for text in (train.counts.format, train.counts.conversations_text()) if text]
     if val is not None:
         split = f", {config.val_fraction:g} of the rows by whole dialogues" if config.val_fraction else ""
         block.append(("val", rows_text(len(val), val.counts.tokens, val.counts.targets, val.counts.losses(), split)))

@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from dsft.config import ValidateConfig
 from dsft.dataset.chat_format import THINK, ChatFormat
 from dsft.dataset.micro_batches import MicroBatches
-from dsft.dataset.readers import find_files, read_columns, walk
-from dsft.dataset.tokens import TokenDataset, load_dataset
+from dsft.dataset.readers import find_files, read_columns
+from dsft.dataset.row_format import read_values, resolve_format
+from dsft.dataset.tokens import OPTIONAL, TokenDataset, load_dataset
 from dsft.distributed import runtime
 from dsft.errors import UserError
 from dsft.loss import TargetHead, loss_metrics, mean_loss
@@ -148,12 +149,15 @@ def _read_dialogues(
             f"{config.max_new_tokens}; raise the first or lower the second"
         )
     chat_format = ChatFormat.of(tokenizer, config)
-    columns = replace(config, weight_key=None).columns()
+    files = find_files(names, "data")
+    flags = resolve_format(files, replace(config, weight_key=None))
+    if flags.messages_key is not None:
+        raise UserError(f"--data {names[0]} has conversations, and prompt and response columns are needed")
     dialogues = []
-    for rows in read_columns(find_files(names, "data"), *columns, config.episodes):
-        for cell, (prompt, _, *tools) in rows:
-            prompt = walk(prompt, config.prompt_dict_keys, cell, config.prompt_key)
-            ids = chat_format.prompt(prompt, cell, *tools)
+    for rows in read_columns(files, *flags.columns(), config.episodes, OPTIONAL):
+        for cell, cells in rows:
+            prompt, _ = read_values(cells, cell, flags)
+            ids = chat_format.prompt(prompt, cell, cells[-1] if flags.tools_key else None)
             if len(ids) > available and config.truncation == "error":
                 raise UserError(
                     f"{cell} has a prompt of {len(ids)} tokens, --max_length {config.max_length} leaves {available} "

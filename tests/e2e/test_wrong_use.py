@@ -147,7 +147,7 @@ def bad_file(tmp_path: Path, kind: str) -> Path:
         file.write_bytes(b"")
     elif kind == "jsonl":
         file = tmp_path / "rows.jsonl"
-        file.write_text(json.dumps(good) + "\n")
+        file.write_text(json.dumps(good) + "\n{\n")
     elif kind == "folder":
         file = tmp_path / "folder"
         file.mkdir()
@@ -167,8 +167,8 @@ def bad_file(tmp_path: Path, kind: str) -> Path:
         ("missing", ["--train_files", "bad.parquet: no such file"]),
         ("empty table", ["no rows in", "bad.parquet", "name files that contain some"]),
         ("empty file", ["bad.parquet is not a valid parquet file", "0 bytes"]),
-        ("jsonl", ["rows.jsonl is not a valid parquet file", "convert it"]),
-        ("folder", ["--train_files", "contains no *.parquet file"]),
+        ("jsonl", ["rows.jsonl is not a valid jsonl file: line 2: Expecting", "correct it"]),
+        ("folder", ["--train_files", "contains no *.parquet"]),
         ("null prompt", ["bad.parquet, row 1", "the prompt must be a string or a list", "got null"]),
         ("null response", ["bad.parquet, row 2", "the response must be a string or one", "got null"]),
         ("number", ["bad.parquet, row 0", "the response must be a string or one", "got int 42"]),

@@ -431,6 +431,14 @@ def test_the_loss_is_that_of_full_logits(tiny_model, tokenizer, uneven_rows):
     assert report["val/perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)
 
 
+def test_conversations_are_refused(tiny_model, tmp_path):
+    messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    file = write_parquet(tmp_path / "chat.parquet", [{"messages": messages}])
+    config = ValidateConfig(model=str(tiny_model), data=str(file))
+    with pytest.raises(UserError, match="has conversations, and prompt and response columns are needed"):
+        evaluate_dialogues(config, load_generator(config, CPU), ALONE)
+
+
 def test_a_loss_that_is_no_number_ends_the_run(tiny_model, uneven_rows):
     made = config(uneven_rows, model=str(tiny_model))
     generator = load_generator(made, CPU)

@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dsft.config.flags import RowFlags
-from dsft.dataset.parquet import ROWS_AT_ONCE
+from dsft.dataset.file_formats import ROWS_AT_ONCE
 from dsft.dataset.readers import Cell, find_files, read_columns, walk
 from dsft.dataset.tokens import load_dataset
 from dsft.errors import UserError
@@ -77,7 +77,7 @@ def test_a_missing_file_in_a_missing_folder_is_named():
 
 def test_a_folder_without_parquet_is_named(tmp_path):
     told = message(find_files, [str(tmp_path)], "train_files")
-    assert told.startswith(f"--train_files {tmp_path}: the folder contains no *.parquet file")
+    assert told.startswith(f"--train_files {tmp_path}: the folder contains no *.parquet, *.arrow,")
 
 
 def test_no_name_at_all_is_told():

@@ -1,0 +1,87 @@
+"""What the columns of a row mean: prompt and response, messages, ShareGPT, or Alpaca."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dsft.config.flags import RowFlags
+from dsft.dataset.readers import Cell, first_row, walk
+
+Flags = TypeVar("Flags", bound=RowFlags)
+ROLES = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
+    "chatgpt": "assistant", "function_call": "assistant", "system": "system", "tool": "tool", "observation": "tool",
+}  # fmt: skip
+"""Of ShareGPT's `from`."""
+
+
+def resolve_format(files: Sequence[Path], flags: Flags) -> Flags:
+    """The flags with --format auto, and the column of conversations, replaced by what the first row shows.
+
+    Raises:
+        UserError: there is no row.
+    """
+    if flags.format in ("prompt_response", "alpaca"):
+        return flags
+    row = first_row(files)
+    key = flags.messages_key
+    if flags.format == "auto":
+        if key is None and {flags.prompt_key, flags.response_key} & set(row):
+            return replace(flags, format="prompt_response")
+        if key is None and {"instruction", "output"} <= set(row):
+            return replace(flags, format="alpaca")
+    if flags.format == "auto" and key is None:
+        key = next((name for name in ("messages", "conversations") if name in row), None)
+    key = key or ("conversations" if flags.format == "sharegpt" else "messages")
+    if flags.format == "auto":
+        if key not in row and flags.messages_key is None:
+            return replace(flags, format="prompt_response")  # whose columns will be missed
+        turns = row.get(key)
+        is_sharegpt = isinstance(turns, list) and bool(turns) and isinstance(turns[0], dict) and "from" in turns[0]
+        return replace(flags, format="sharegpt" if is_sharegpt else "messages", messages_key=key)
+    return replace(flags, messages_key=key)
+
+
+def format_text(flags: RowFlags) -> str:
+    """The format, in words; empty where it is prompt and response."""
+    if flags.format == "alpaca":
+        return "Alpaca rows: instruction and input are the prompt, output is the response"
+    if flags.messages_key is None:
+        return ""
+    kind = "ShareGPT conversations" if flags.format == "sharegpt" else "conversations"
+    return f"{kind} in column {flags.messages_key}"
+
+
+def read_values(cells: Sequence[Any], cell: Cell, flags: RowFlags) -> tuple[Any, Any]:
+    """Prompt and response of a row, or messages and None, given the values of its columns and a resolved format.
+
+    Raises:
+        UserError: a nested key does not exist.
+    """
+    if flags.format == "alpaca":
+        instruction, given, output = cells[:3]
+        return (f"{instruction}\n{given}" if given else instruction), output
+    if flags.messages_key is not None:
+        messages = walk(cells[0], flags.prompt_dict_keys, cell, flags.messages_key)
+        return (_from_sharegpt(messages) if flags.format == "sharegpt" else messages), None
+    prompt = walk(cells[0], flags.prompt_dict_keys, cell, flags.prompt_key)
+    return prompt, walk(cells[1], flags.response_dict_keys, cell, flags.response_key)
+
+
+def _from_sharegpt(turns: Any) -> Any:
+    """Turns of {from, value} as messages; the text of a function_call is that of its call."""
+    if not isinstance(turns, list):
+        return turns
+    messages: list[Any] = []
+    for turn in turns:
+        if not isinstance(turn, dict) or "from" not in turn:
+            messages.append(turn)
+            continue
+        rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
+        message = {"role": ROLES.get(turn["from"], turn["from"]), "content": turn.get("value"), **rest}
+        if turn["from"] == "function_call":
+            text = str(turn.get("value"))
+            message |= {"content": None, "tool_calls": text if text.lstrip().startswith("[") else f"[{text}]"}
+        messages.append(message)
+    return messages
