@@ -1,4 +1,4 @@
-"""Write the sample data: short made-up consultations in the schema of the medical set.
+"""Write the sample data: short made-up consultations in the schema of the medical set, and agents that call tools.
 
     python data/make_sample.py
 
@@ -7,6 +7,7 @@ a dialogue is row k's prompt and response plus one user turn, as in MTMedDialog.
 dialogue.
 """
 
+import json
 import random
 from pathlib import Path
 
@@ -77,8 +78,51 @@ def dialogue(rng: random.Random, index: int, split: str) -> list[dict]:
     ]
 
 
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": description,
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string", "description": "Name of the city"}},
+                "required": ["city"],
+            },
+        },
+    }
+    for name, description in (("weather", "Current weather of a city"), ("local_time", "Local time in a city"))
+]
+CITIES = ["Rome", "Oslo", "Lima", "Cairo", "Kyoto", "Quito", "Porto", "Tunis"]
+SKIES = ["sunny", "cloudy", "rainy", "foggy"]
+
+
+def agent(rng: random.Random) -> dict:
+    """A conversation of one to four questions, each answered by a tool call and its result."""
+    messages: list[dict] = [{"role": "system", "content": "Answer with the tools. Be brief."}]
+    for turn in range(rng.randint(1, 4)):
+        city, sky, degrees, hour = rng.choice(CITIES), rng.choice(SKIES), rng.randint(-5, 35), rng.randint(0, 23)
+        name = rng.choice(["weather", "local_time"])
+        asked = f"What is the weather in {city}?" if name == "weather" else f"What time is it in {city}?"
+        result = {"sky": sky, "degrees": degrees} if name == "weather" else {"hour": hour}
+        answer = f"It is {sky} in {city}, {degrees} degrees." if name == "weather" else f"It is {hour}:00 in {city}."
+        call = {"type": "function", "id": f"call{turn}", "function": {"name": name, "arguments": {"city": city}}}
+        messages += [
+            {"role": "user", "content": asked},
+            {
+                "role": "assistant",
+                "content": "",
+                "reasoning_content": f"The user asks about {city}, so I call {name}.",
+                "tool_calls": [call],
+            },
+            {"role": "tool", "tool_call_id": f"call{turn}", "name": name, "content": json.dumps(result)},
+            {"role": "assistant", "content": answer, "reasoning_content": f"The tool has answered for {city}."},
+        ]
+    return {"messages": messages, "tools": TOOLS}
+
+
 def main() -> None:
-    """Write sample_train.parquet and sample_val.parquet."""
+    """Write sample_train.parquet, sample_val.parquet and sample_agents.jsonl."""
     rng = random.Random(7)
     seen: set[str] = set()
     for split, dialogues in (("train", 24), ("val", 6)):
@@ -93,6 +137,10 @@ def main() -> None:
                 index += 1
         pq.write_table(pa.Table.from_pylist(rows), FOLDER / f"sample_{split}.parquet", compression="zstd")
         print(f"sample_{split}.parquet: {dialogues} dialogues, {len(rows)} rows")
+    rng = random.Random(7)
+    agents = [json.dumps(agent(rng)) for _ in range(16)]
+    (FOLDER / "sample_agents.jsonl").write_text("\n".join(agents) + "\n", encoding="utf-8")
+    print(f"sample_agents.jsonl: {len(agents)} conversations")
 
 
 if __name__ == "__main__":

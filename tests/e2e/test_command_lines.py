@@ -271,7 +271,7 @@ def test_the_quickstart_refuses_an_unknown_flag_before_it_sets_up_anything():
 def test_sample_data_is_what_its_script_makes(tmp_path):
     shutil.copy(ROOT / "data" / "make_sample.py", tmp_path)
     subprocess.run([sys.executable, tmp_path / "make_sample.py"], check=True, capture_output=True)
-    for name in ("sample_train.parquet", "sample_val.parquet"):
+    for name in ("sample_train.parquet", "sample_val.parquet", "sample_agents.jsonl"):
         assert (tmp_path / name).read_bytes() == (ROOT / "data" / name).read_bytes()
 
 

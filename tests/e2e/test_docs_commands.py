@@ -32,7 +32,7 @@ PROGRAMS = r"(python|torchrun|deepspeed|bash|dsft-\w+|git|pip|source|cd|sbatch|e
 # Under "" stand the words of no flag, with blanks between them.
 TRAIN = {
     "model": "{model}",
-    "train_files": str(SAMPLE_TRAIN),
+    "train_files": lambda given: given if given == "data/sample_agents.jsonl" else str(SAMPLE_TRAIN),
     "val_files": lambda given: given and str(SAMPLE_VAL),
     "output_dir": "{out}",
     "init_from": lambda given: given and "{run}",

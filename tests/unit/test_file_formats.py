@@ -1,8 +1,11 @@
 """Every format gives the same tokens for the same rows, and faults name file and line or row."""
 
+import copy
 import csv
 import gzip
 import json
+import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from dsft.config.flags import RowFlags
 from dsft.dataset.readers import Cell, find_files, first_row
 from dsft.dataset.row_format import resolve_format
 from dsft.dataset.tokens import TokenDataset, load_dataset
-from tests.helpers import SAMPLE_TRAIN, message
+from tests.helpers import ROOT, SAMPLE_TRAIN, message, trl_templates
 from tests.hub import Hub
 
 KINDS = ["parquet", "arrow", "arrows", "jsonl", "jsonl.gz", "jsonl.zst", "json", "json.gz", "csv", "csv.gz", "tsv"]
@@ -214,3 +217,47 @@ def test_a_dataset_that_the_hub_does_not_have(hub, tokenizer):
     told = message(load, "hf://datasets/me/chat/none", tokenizer)
     assert told.startswith("--train_files hf://datasets/me/chat/none: me/chat has no none;")
     assert "write hf://datasets/OWNER/NAME" in message(load, "hf://me/chat", tokenizer)
+
+
+# The guide
+
+
+def json_blocks(page: str) -> list[dict[str, Any]]:
+    """The objects of the indented blocks of a page that are JSON."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    found = []
+    for block in re.findall(r"(?<=\n\n)(?:    .*\n)+", text):
+        rest = textwrap.dedent(block).strip()
+        while rest.startswith("{"):
+            value, end = json.JSONDecoder().raw_decode(rest)
+            found.append(value)
+            rest = rest[end:].strip()
+    return found
+
+
+def test_the_examples_of_the_guide(tokenizer, tmp_path):
+    blocks = json_blocks("data.md")
+    assert len(blocks) == 6
+    *simple, agent = blocks
+    rows = []
+    for number, block in enumerate(simple):
+        [row] = as_lists(load(write(tmp_path / f"{number}.jsonl", [block]), tokenizer))
+        rows.append(row)
+    learned = [[token for token, target in zip(*row, strict=True) if target] for row in rows]
+    assert [tokenizer.decode(tokens) for tokens in learned] == ["42<|im_end|>"] * 5
+    assert rows[0] == rows[1] == rows[2] == rows[3]
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = (trl_templates() / "qwen3.jinja").read_text(encoding="utf-8")
+    for block in (agent, *json_blocks("agents.md")):
+        data = load(write(tmp_path / "agent.jsonl", [block]), own, tools_key="tools")
+        assert len(data) == 1  # thinking within one question stays
+        assert set(data.counts.ignored) <= {"name", "tool_call_id"}
+
+
+def test_the_sample_of_agents(tokenizer):
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = (trl_templates() / "qwen3.jinja").read_text(encoding="utf-8")
+    data = load(ROOT / "data" / "sample_agents.jsonl", own, tools_key="tools")
+    assert data.counts.conversations == 16
+    text = data.counts.conversations_text()
+    assert text.split(", because")[0] in " ".join((ROOT / "docs" / "agents.md").read_text(encoding="utf-8").split())
