@@ -1,6 +1,7 @@
-"""Processes and their parents: ending when the parent does, Ctrl-C at chosen places, the command a user typed."""
+"""Processes: ending with the parent, Ctrl-C at chosen places, work in several of them, the command a user typed."""
 
 import ctypes
+import multiprocessing
 import os
 import re
 import shlex
@@ -9,18 +10,24 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from itertools import cycle
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import psutil
+
+from dsft.errors import UserError
 
 PARENT = os.getppid()
 """Who started this process; os.getppid() is another once it has died. Import early: loading torch takes seconds."""
 LAUNCHER_VARIABLES = {"TORCHELASTIC_RUN_ID", "CROSS_SIZE"}  # torchrun's; DeepSpeed's launcher on each machine
 COMPACT_HEAP = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
+SECONDS_TO_END = 5  # for a process that was killed
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 NAMES = "(train|merge|generate|validate|pipeline|checkpoint|preview|report)"
 COMMAND = rf"dsft[.-]{NAMES}|(.*/)?dsft/{NAMES}\.py"
@@ -115,6 +122,81 @@ class HeldInterrupt:
         self._received = True
         if self._is_let_through:
             raise KeyboardInterrupt
+
+
+@contextmanager
+def parallel(
+    work: Callable[[int, int], Iterable[Any]],
+    processes: int,
+    lost: str,
+    *,
+    method: Literal["fork", "spawn"] = "spawn",
+    interrupt: HeldInterrupt | None = None,
+) -> Iterator[Iterator[Any]]:
+    """What several processes make, in order, until the block is left: the first of each, then the second of each, …
+
+    Each has a pipe of its own, which blocks it when it is far ahead. (A ProcessPoolExecutor has threads and locks: it
+    hung when Ctrl-C came while one was being taken.)
+
+    Args:
+        work: called in each process with its number and the number of processes. The first end of one ends all.
+        processes: how many.
+        lost: the UserError where one was killed.
+        method: fork is fast; it needs a process in which no library has started threads.
+        interrupt: lets Ctrl-C through while this waits.
+    """
+    context: Any = multiprocessing.get_context(method)
+    workers, readers = [], []
+    try:
+        for number in range(processes):
+            reader, writer = context.Pipe(duplex=False)
+            arguments = (work, number, processes, writer, os.getpid())
+            workers.append(context.Process(target=_send_all, args=arguments, daemon=True))
+            workers[-1].start()
+            writer.close()  # so that the process has the only writing end, and its death ends the pipe
+            readers.append(reader)
+        yield _received(readers, lost, interrupt)
+    finally:
+        for worker in workers:
+            worker.kill()
+        for worker in workers:
+            worker.join(SECONDS_TO_END)
+
+
+def _received(readers: Sequence[Connection], lost: str, interrupt: HeldInterrupt | None) -> Iterator[Any]:
+    for reader in cycle(readers):
+        try:
+            with interrupt.let_through() if interrupt else nullcontext():
+                made = reader.recv()
+        except (EOFError, OSError) as error:
+            raise UserError(lost) from error
+        if isinstance(made, Exception):
+            raise made
+        if isinstance(made, _Ended):
+            return
+        yield made
+
+
+class _Ended:
+    """Sent after the last thing that was made."""
+
+
+def _send_all(
+    work: Callable[[int, int], Iterable[Any]], number: int, processes: int, writer: Connection, parent: int
+) -> None:
+    """The body of a process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
+    end_with_parent(parent, signal.SIGKILL)
+    with suppress(BrokenPipeError):  # the parent has gone
+        try:
+            for made in work(number, processes):
+                writer.send(made)
+            writer.send(_Ended())
+        except BrokenPipeError:
+            raise
+        except Exception as error:
+            error.add_note(traceback.format_exc())  # for --debug; the traceback itself stays here
+            writer.send(error)
 
 
 def launchers() -> list[tuple[psutil.Process, list[str]]]:

@@ -123,7 +123,8 @@ def token_dataset(
 
     import numpy as np
 
-    from dsft.dataset.tokens import Counts, Row, TokenDataset, save_rows
+    from dsft.dataset.token_files import Counts, Row, save_rows
+    from dsft.dataset.tokens import TokenDataset
 
     made = [
         Row(np.array(ids, np.int32), np.array(mask, bool), level=level, source=(0, row))

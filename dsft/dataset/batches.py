@@ -26,7 +26,7 @@ class GlobalBatches:
         self._batch_size, self._seed = batch_size, seed
         by_dialogue = np.lexsort((order, dialogue))
         starts = np.flatnonzero(np.diff(dialogue[by_dialogue])) + 1
-        self._dialogues = np.split(by_dialogue, starts)
+        self._by_dialogue, self._bounds = by_dialogue, np.concatenate([[0], starts, [len(dialogue)]])
         self._first_steps = [0]  # of the epochs known so far, and of the next
         self._batches = lru_cache(maxsize=2)(self._draw)
 
@@ -61,8 +61,8 @@ class GlobalBatches:
         size = self._batch_size
         batches: list[list[np.ndarray]] = []
         space: dict[int, int] = {}  # free rows of the open batches, oldest first
-        for index in np.random.default_rng([self._seed, epoch]).permutation(len(self._dialogues)):
-            rows = self._dialogues[index]
+        for index in np.random.default_rng([self._seed, epoch]).permutation(len(self._bounds) - 1).tolist():
+            rows = self._by_dialogue[self._bounds[index] : self._bounds[index + 1]]
             for part in [rows[start : start + size] for start in range(0, len(rows), size)]:
                 batch = next((b for b, free in space.items() if free >= len(part)), None)
                 if batch is None:

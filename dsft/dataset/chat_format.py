@@ -203,7 +203,7 @@ class ChatFormat:
         Raises:
             UserError: it refuses them.
         """
-        form = self._tool_form if any(message.get("tool_calls") for message in messages) else self._form
+        form = self._tool_form if any("tool_calls" in message for message in messages) else self._form
         if self._system is not None and messages[0]["role"] not in ("system", "developer"):
             messages = [{"role": "system", "content": self._system}, *messages]
         try:
@@ -245,9 +245,9 @@ class ChatFormat:
         self, turns: list[Message], tools: Tools | None, render: Callable[[list[Message], Tools | None], object]
     ) -> list[str]:
         """The keys of messages, and tools, without which all is rendered the same."""
-        names = list(dict.fromkeys(key for turn in turns for key in turn if key not in ("role", "content")))
-        if not names and not tools:
+        if not tools and all(len(turn) == 2 for turn in turns):  # role and content
             return []
+        names = list(dict.fromkeys(key for turn in turns for key in turn if key not in ("role", "content")))
         expected = render(turns, tools)
 
         def is_ignored(turns: list[Message], tools: Tools | None) -> bool:

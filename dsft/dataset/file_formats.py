@@ -3,7 +3,8 @@
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice, repeat
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,17 +20,20 @@ UNREADABLE = (pyarrow.ArrowException, OSError, ValueError)
 """What a reader raises for a damaged file."""
 
 
+Batch = tuple[int, Callable[[], list[tuple[Any, ...]]]]
+"""How many rows there are, and what makes Python values of them: of several processes, one makes them."""
+
+
 class Reader(Protocol):
     """What a file format provides."""
 
     columns: list[str]
     """Their names. Of JSON, those of the first rows."""
+    fields: set[str]
+    """Those of structs, as STRUCT.FIELD, which may be read like columns."""
 
-    def read(self, columns: Sequence[str]) -> Iterator[list[tuple[Any, ...]]]:
+    def read(self, columns: Sequence[str]) -> Iterator[Batch]:
         """All rows of the named columns, some at a time."""
-
-    def read_field(self, column: str, field: str) -> Iterator[Any]:
-        """One field of a column of structs, a value per row; None if there is no such column or field."""
 
 
 class ParquetReader:
@@ -38,41 +42,16 @@ class ParquetReader:
     def __init__(self, file: Path) -> None:
         self._file = pyarrow.parquet.ParquetFile(file)
         self.columns: list[str] = self._file.schema_arrow.names
+        self.fields = _fields_of(self._file.schema_arrow)
 
-    def read(self, columns: Sequence[str]) -> Iterator[list[tuple[Any, ...]]]:
-        """See Reader."""
+    def read(self, columns: Sequence[str]) -> Iterator[Batch]:
+        """See Reader. Of a struct, only the field is read."""
         with self._file:
             for batch in self._file.iter_batches(ROWS_AT_ONCE, columns=list(dict.fromkeys(columns))):
-                yield _rows(batch, columns)
-
-    def read_field(self, column: str, field: str) -> Iterator[Any]:
-        """See Reader."""
-        with self._file:
-            kind = self._file.schema_arrow.field(column).type if self.columns.count(column) == 1 else None
-            if not isinstance(kind, pyarrow.StructType) or kind.get_field_index(field) < 0:
-                yield from repeat(None, self._file.metadata.num_rows)
-                return
-            for batch in self._file.iter_batches(ROWS_AT_ONCE, columns=[f"{column}.{field}"]):
-                yield from (value and value[field] for value in batch.column(column).to_pylist())
+                yield batch.num_rows, partial(_rows, batch, columns)
 
 
-class _RowReader:
-    """A format that has no cheaper way to a field than to its column."""
-
-    columns: list[str]
-
-    def read(self, columns: Sequence[str]) -> Iterator[list[tuple[Any, ...]]]:
-        """See Reader."""
-        raise NotImplementedError
-
-    def read_field(self, column: str, field: str) -> Iterator[Any]:
-        """See Reader."""
-        for rows in self.read([column] if column in self.columns else []):
-            for row in rows:
-                yield row[0].get(field) if row and isinstance(row[0], dict) else None
-
-
-class ArrowReader(_RowReader):
+class ArrowReader:
     """Arrow's IPC format, file or stream, as `datasets` saves it."""
 
     def __init__(self, file: Path) -> None:
@@ -84,16 +63,17 @@ class ArrowReader(_RowReader):
             source.seek(0)
             opened = pyarrow.ipc.open_stream(source)
             self._batches = iter(opened)
-        self.columns = opened.schema.names
+        self.columns, self.fields = opened.schema.names, _fields_of(opened.schema)
 
-    def read(self, columns: Sequence[str]) -> Iterator[list[tuple[Any, ...]]]:
+    def read(self, columns: Sequence[str]) -> Iterator[Batch]:
         """See Reader."""
         for batch in self._batches:
             for start in range(0, batch.num_rows, ROWS_AT_ONCE):
-                yield _rows(batch.slice(start, ROWS_AT_ONCE), columns)
+                part = batch.slice(start, ROWS_AT_ONCE)
+                yield part.num_rows, partial(_rows, part, columns)
 
 
-class CsvReader(_RowReader):
+class CsvReader:
     """CSV, or TSV by its name; all values are text. Quoted values may have line breaks."""
 
     def __init__(self, file: Path) -> None:
@@ -101,7 +81,8 @@ class CsvReader(_RowReader):
         delimiter = "\t" if ".tsv" in file.suffixes else ","
         self._parse = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
         with self._open({}) as opened:
-            self.columns = opened.schema.names
+            self.columns: list[str] = opened.schema.names
+        self.fields: set[str] = set()
 
     def _open(self, types: dict[str, Any]) -> Any:
         source = pyarrow.input_stream(str(self._file), compression="detect")
@@ -109,42 +90,68 @@ class CsvReader(_RowReader):
         read = pyarrow.csv.ReadOptions(block_size=CSV_BLOCK)
         return pyarrow.csv.open_csv(source, read, self._parse, convert)
 
-    def read(self, columns: Sequence[str]) -> Iterator[list[tuple[Any, ...]]]:
+    def read(self, columns: Sequence[str]) -> Iterator[Batch]:
         """See Reader."""
         with self._open(dict.fromkeys(self.columns, pyarrow.string())) as opened:
             for batch in opened:
                 for start in range(0, batch.num_rows, ROWS_AT_ONCE):
-                    yield _rows(batch.slice(start, ROWS_AT_ONCE), columns)
+                    part = batch.slice(start, ROWS_AT_ONCE)
+                    yield part.num_rows, partial(_rows, part, columns)
 
 
-class JsonReader(_RowReader):
+class JsonReader:
     """JSON: an object per line, or (in a file named .json) a list of objects, which is held as a whole."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self.columns = list({key: None for row in islice(self._objects(), ROWS_AT_ONCE) for key in row})
+        _, make = next(self._objects(), (0, list))
+        rows = make()
+        self.columns = list({key: None for row in rows for key in row})
+        self.fields = {f"{k}.{name}" for row in rows for k, v in row.items() if isinstance(v, dict) for name in v}
 
-    def read(self, columns: Sequence[str]) -> Iterator[list[tuple[Any, ...]]]:
+    def read(self, columns: Sequence[str]) -> Iterator[Batch]:
         """See Reader."""
-        objects = self._objects()
-        while rows := [tuple(row.get(column) for column in columns) for row in islice(objects, ROWS_AT_ONCE)]:
-            yield rows
+        for rows, make in self._objects():
+            yield rows, partial(_columns_of, make, columns)
 
-    def _open(self) -> io.BufferedReader:
-        return io.BufferedReader(pyarrow.input_stream(str(self._file), compression="detect"))
-
-    def _objects(self) -> Iterator[dict[str, Any]]:
-        with self._open() as stream:
+    def _objects(self) -> Iterator[tuple[int, Callable[[], list[dict[str, Any]]]]]:
+        with io.BufferedReader(pyarrow.input_stream(str(self._file), compression="detect")) as stream:
             if ".json" in self._file.suffixes and stream.peek(64).lstrip()[:1] == b"[":
-                yield from map(_an_object, json.loads(stream.read()))
+                objects = [_an_object(value) for value in json.loads(stream.read())]
+                for start in range(0, len(objects), ROWS_AT_ONCE):
+                    part = objects[start : start + ROWS_AT_ONCE]
+                    yield len(part), partial(list, part)
                 return
-            for number, line in enumerate(stream, 1):
-                try:
-                    yield _an_object(json.loads(line))
-                except ValueError as error:
-                    if not (line + stream.read()).strip():  # blank lines at the end
-                        return
-                    raise ValueError(f"line {number}: {error}") from error
+            first = 1
+            while lines := list(islice(stream, ROWS_AT_ONCE)):
+                while lines and not lines[-1].strip() and not stream.peek(1):  # blank lines at the end
+                    lines.pop()
+                if lines:
+                    yield len(lines), partial(_parse_lines, lines, first)
+                first += len(lines)
+
+
+def _parse_lines(lines: Sequence[bytes], first: int) -> list[dict[str, Any]]:
+    objects = []
+    for number, line in enumerate(lines, first):
+        try:
+            objects.append(_an_object(json.loads(line)))
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from error
+    return objects
+
+
+def _columns_of(make: Callable[[], list[dict[str, Any]]], columns: Sequence[str]) -> list[tuple[Any, ...]]:
+    return [tuple(map(partial(_field, row), columns)) for row in make()]
+
+
+def _field(row: dict[str, Any], column: str) -> Any:
+    """A column, or STRUCT.FIELD."""
+    if column in row or "." not in column:
+        return row.get(column)
+    outer, _, inner = column.partition(".")
+    value = row.get(outer)
+    return value.get(inner) if isinstance(value, dict) else None
 
 
 def _an_object(value: Any) -> dict[str, Any]:
@@ -178,10 +185,31 @@ def open_file(file: Path) -> Reader:
     return READERS.get(suffix_of(file), ParquetReader)(file)
 
 
+def _fields_of(schema: Any) -> set[str]:
+    structs = [column for column in schema if pyarrow.types.is_struct(column.type)]
+    return {f"{column.name}.{inner.name}" for column in structs for inner in column.type}
+
+
 def _rows(batch: Any, columns: Sequence[str]) -> list[tuple[Any, ...]]:
-    if not columns:
-        return [()] * batch.num_rows
-    return list(zip(*(_without_nulls(batch.column(column).to_pylist()) for column in columns), strict=True))
+    names = set(batch.schema.names)
+    values = []
+    for column in columns:
+        outer, _, inner = column.partition(".")
+        name = column if column in names or not inner else outer
+        array = batch.column(name)
+        cells = array.to_pylist()
+        if _has_nested_structs(array.type):
+            cells = _without_nulls(cells)
+        values.append(cells if name == column else [cell and cell.get(inner) for cell in cells])
+    return list(zip(*values, strict=True)) if columns else [()] * batch.num_rows
+
+
+def _has_nested_structs(kind: Any, *, is_nested: bool = False) -> bool:
+    if not pyarrow.types.is_nested(kind):
+        return False
+    is_struct = pyarrow.types.is_struct(kind)
+    inner = [kind.field(i).type for i in range(kind.num_fields)]
+    return (is_struct and is_nested) or any(_has_nested_structs(one, is_nested=is_nested or is_struct) for one in inner)
 
 
 def _without_nulls(value: Any, *, is_nested: bool = False) -> Any:

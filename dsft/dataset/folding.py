@@ -108,21 +108,21 @@ def sort_key(tokens: np.ndarray) -> bytes:
     return tokens.astype(">u4").tobytes()
 
 
-def find_dialogues(rows: Sequence[np.ndarray], prompt_lengths: np.ndarray, order: np.ndarray) -> np.ndarray:
+def find_dialogues(prompt_lengths: np.ndarray, order: np.ndarray, shared: np.ndarray) -> np.ndarray:
     """Number the dialogues: two rows belong to one if the prompt of either is a prefix of the other row.
 
     This joins the turns of a dialogue, and several answers to one prompt, but not dialogues that share a system prompt.
     The numbers, int64 [rows], have no meaning of their own.
 
     Args:
-        rows: token ids, int32 [length] each.
         prompt_lengths: tokens before a row's first target, int64 [rows].
-        order: of sort_rows.
+        order: the indices that sort the rows by their tokens, int64 [rows].
+        shared: length of the prefix that each row, in this order, shares with the one before it, int64 [rows].
     """
-    shared = shared_prefixes([rows[i] for i in order])[1:]
+    shared = shared[1:]
     prompts = prompt_lengths[order]
     joined = _joined(prompts, shared) | _joined(prompts[::-1], shared[::-1])[::-1]
-    dialogue = np.empty(len(rows), np.int64)
+    dialogue = np.empty(len(order), np.int64)
     dialogue[order] = np.cumsum(np.concatenate([[0], ~joined]))
     return dialogue
 
@@ -134,8 +134,8 @@ def _joined(prompts: np.ndarray, shared: np.ndarray) -> np.ndarray:
     """
     joined = np.zeros(len(shared), bool)
     shortest = np.iinfo(np.int64).max
-    for gap, length in enumerate(shared):
-        shortest = min(shortest, prompts[gap])
+    for gap, (length, prompt) in enumerate(zip(shared.tolist(), prompts[:-1].tolist(), strict=True)):
+        shortest = min(shortest, prompt)
         joined[gap] = shortest <= length
         if not joined[gap]:
             shortest = np.iinfo(np.int64).max

@@ -188,7 +188,7 @@ def _common_dialogues(train: "TokenDataset", val: "TokenDataset") -> tuple[np.nd
 
 def _shortest_prompts(data: "TokenDataset") -> tuple[list[int], np.ndarray]:
     """A row with the shortest prompt of each dialogue, sorted by tokens; and the index of each row's dialogue."""
-    order = np.lexsort((data.prompt_ends - data.prompt_starts, data.dialogue))
+    order = np.lexsort((data.rows["prompt"], data.dialogue))
     _, first, index = np.unique(data.dialogue[order], return_index=True, return_inverse=True)
     number = np.empty(len(data), np.int64)
     number[order] = index

@@ -36,72 +36,96 @@ def read_messages(value: Any, what: Literal["prompt", "conversation", "response"
         UserError: a value of another kind.
     """
     if isinstance(value, str) and what == "conversation" and value.lstrip().startswith("["):
-        value = _parse_json(value, f"{cell}: the messages")
+        try:
+            value = _parse_json(value, ": the messages")
+        except _Fault as fault:
+            raise UserError(f"{cell}{fault}") from fault
     if not isinstance(value, list) or not value:
         kinds = "a string or a list of messages" if what == "prompt" else "a list of messages"
         raise UserError(f"{cell}: the {what} must be {kinds}, got {kind_of(value)}")
     messages = []
     for index, message in enumerate(value):
-        where = f"{cell}: message {index} of the {what}"
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise UserError(f"{where} must have a role and a content, got {kind_of(message)}")
-        kept = {key: one for key, one in message.items() if one is not None}
-        kept["content"] = _text_of(message.get("content"), where)
-        if not kept.get("tool_calls"):
-            kept.pop("tool_calls", None)
-            if "content" not in message:
-                raise UserError(f"{where} has no content and no tool_calls; add one, if only an empty text")
-        else:
-            kept["tool_calls"] = _tool_calls(kept["tool_calls"], where)
-        messages.append(kept)
+        try:
+            messages.append(_read_message(message))
+        except _Fault as fault:
+            raise UserError(f"{cell}: message {index} of the {what}{fault}") from fault
     return messages
 
 
-def _text_of(content: Any, where: str) -> str:
+class _Fault(Exception):
+    """What is wrong with a message, to be written behind its place."""
+
+
+def _read_message(message: Any) -> Message:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise _Fault(f" must have a role and a content, got {kind_of(message)}")
+    kept = {key: one for key, one in message.items() if one is not None}
+    content = message.get("content")
+    kept["content"] = content if isinstance(content, str) else _text_of(content)
+    calls = kept.get("tool_calls")
+    if calls:
+        kept["tool_calls"] = _tool_calls(calls)
+    else:
+        kept.pop("tool_calls", None)
+        if "content" not in message:
+            raise _Fault(" has no content and no tool_calls; add one, if only an empty text")
+    return kept
+
+
+def _text_of(content: Any) -> str:
     parts = content if isinstance(content, list) else [content or ""]
     texts = []
     for part in parts:
         text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
         if not isinstance(text, str):
-            raise UserError(f"{where} must have text as its content, or a list of text parts, got {kind_of(content)}")
+            raise _Fault(f" must have text as its content, or a list of text parts, got {kind_of(content)}")
         texts.append(text)
     return "".join(texts)
 
 
-def _tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
-    calls = _parse_json(value, f"{where}: tool_calls") if isinstance(value, str) else value
+def _tool_calls(value: Any) -> list[dict[str, Any]]:
+    calls = _parse_json(value, ": tool_calls") if isinstance(value, str) else value
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise UserError(f"{where} must have a list of objects as its tool_calls, got {kind_of(calls)}")
+        raise _Fault(f" must have a list of objects as its tool_calls, got {kind_of(calls)}")
     parsed = []
     for call in calls:
         nested = isinstance(call.get("function"), dict)
         function = dict(call["function"] if nested else call)
         if isinstance(function.get("arguments"), str):
-            name = f"{where}: the arguments of {function.get('name')}"
+            name = f": the arguments of {function.get('name')}"
             function["arguments"] = _parse_json(function["arguments"] or "{}", name)
         parsed.append({**call, "function": function} if nested else function)
     return parsed
 
 
 def read_tools(value: Any, cell: Cell) -> Tools | None:
-    """The schemas of --tools_key."""
-    tools = _parse_json(value, f"{cell}: tools") if isinstance(value, str) and value else value
-    if not tools:
+    """The schemas of --tools_key.
+
+    Raises:
+        UserError: they are of another kind.
+    """
+    if not value:
         return None
+    try:
+        tools = _parse_json(value, ": tools") if isinstance(value, str) else value
+    except _Fault as fault:
+        raise UserError(f"{cell}{fault}") from fault
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise UserError(f"{cell}: the tools must be a list of schemas, or JSON text of one, got {kind_of(tools)}")
-    return tools
+    return tools or None
 
 
 def _parse_json(text: str, what: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{what} are not valid JSON: {one_line(error)}; correct them, or drop the row") from error
+        raise _Fault(f"{what} are not valid JSON: {one_line(error)}; correct them, or drop the row") from error
 
 
 def in_form(messages: Sequence[Message], form: MessageForm) -> list[Message]:
     """Messages as a template wants them."""
+    if not form.as_parts and not any("tool_calls" in message for message in messages):
+        return list(messages)
     changed = []
     for message in messages:
         message = dict(message)
@@ -139,7 +163,7 @@ def read_weight(value: Any, where: str) -> float:
 
 def pop_weight(turn: Message, index: int, cell: Cell) -> float:
     """The message's own weight. It means nothing to the template."""
-    return read_weight(turn.pop("weight", 1), f"{cell}: turn {index}")
+    return read_weight(turn.pop("weight"), f"{cell}: turn {index}") if "weight" in turn else 1.0
 
 
 def pop_flag(turn: Message, index: int, cell: Cell) -> bool:

@@ -1,8 +1,10 @@
 """Files to rows: find files, read columns, follow keys into nested values."""
 
 import glob
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +65,30 @@ def files_in(folder: Path, name: str, flag: str) -> list[Path]:
     raise UserError(f"--{flag} {name}: the folder contains no {kinds} file; name one that does")
 
 
+Rows = list[tuple[Cell, tuple[Any, ...]]]
+"""Where each row comes from, and its values."""
+
+
 def read_columns(
     files: Sequence[Path],
     columns: Sequence[str],
     flags: Sequence[str],
     max_rows: int | None,
     optional: Collection[str] = (),
-) -> Iterator[list[tuple[Cell, tuple[Any, ...]]]]:
-    """Rows of the named columns, some at a time.
+) -> Iterator[Rows]:
+    """Rows of the named columns, some at a time; see `read_batches`."""
+    for _, make in read_batches(files, columns, flags, max_rows, optional):
+        yield make()
+
+
+def read_batches(
+    files: Sequence[Path],
+    columns: Sequence[str],
+    flags: Sequence[str],
+    max_rows: int | None,
+    optional: Collection[str] = (),
+) -> Iterator[tuple[int, Callable[[], Rows]]]:
+    """Rows of the named columns, some at a time: how many, and what makes Python values of them.
 
     Args:
         files: of formats in READERS.
@@ -98,39 +116,44 @@ def read_columns(
                     f"{file} has no column '{column}' (--{flag}){did_you_mean(column, reader.columns)}; "
                     f"its columns: {', '.join(reader.columns)}"
                 )
+        present = [column for column in columns if column in reader.columns or column in reader.fields]
         row = 0
-        present = [column for column in columns if column in reader.columns]
-        try:
-            for batch in reader.read(present):
-                if len(present) < len(columns):
-                    values = (dict(zip(present, cells, strict=True)) for cells in batch)
-                    batch = [tuple(named.get(column) for column in columns) for named in values]
-                rows = [(Cell(str(file), row + i), cells) for i, cells in enumerate(batch)]
-                row += len(rows)
-                rows = rows if max_rows is None else rows[: max_rows - seen]
-                seen += len(rows)
-                if rows:
-                    yield rows
+        with _reading(file, lambda: row):  # noqa: B023
+            for rows, make in reader.read(present):
+                kept = rows if max_rows is None else min(rows, max_rows - seen)
+                if kept:
+                    yield kept, partial(_make_rows, file, row, make, kept, columns, present)
+                row += rows
+                seen += kept
                 if seen == max_rows:
                     return
-        except UNREADABLE as error:
-            reason = f"{file} is damaged after row {row}: {one_line(error)}"
-            raise UserError(f"{reason}; correct it, or download it again") from error
     if seen == 0:
         raise UserError(f"no rows in {', '.join(map(str, files))}; name files that contain some")
 
 
-def read_field(files: Sequence[Path], column: str, field: str) -> Iterator[Any]:
-    """One field of a column of structs, a value per row; None where there is no such column or field.
+@contextmanager
+def _reading(file: Path, row: Callable[[], int]) -> Iterator[None]:
+    try:
+        yield
+    except UNREADABLE as error:
+        reason = f"{file} is damaged after row {row()}: {one_line(error)}"
+        raise UserError(f"{reason}; correct it, or download it again") from error
 
-    Raises:
-        UserError: a file that cannot be read.
-    """
-    for file in files:
-        try:
-            yield from open_file(file).read_field(column, field)
-        except UNREADABLE as error:
-            raise UserError(f"{file}, column '{column}' is damaged: {one_line(error)}; download it again") from error
+
+def _make_rows(
+    file: Path,
+    first: int,
+    make: Callable[[], list[tuple[Any, ...]]],
+    kept: int,
+    columns: Sequence[str],
+    present: Sequence[str],
+) -> Rows:
+    with _reading(file, lambda: first):
+        values = make()[:kept]
+    if len(present) < len(columns):
+        named = (dict(zip(present, cells, strict=True)) for cells in values)
+        values = [tuple(row.get(column) for column in columns) for row in named]
+    return [(Cell(str(file), first + i), cells) for i, cells in enumerate(values)]
 
 
 def first_row(files: Sequence[Path]) -> dict[str, Any]:
@@ -143,9 +166,9 @@ def first_row(files: Sequence[Path]) -> dict[str, Any]:
         try:
             reader = open_file(file)
             columns = reader.columns
-            for rows in reader.read(columns):
+            for rows, make in reader.read(columns):
                 if rows:
-                    return dict(zip(columns, rows[0], strict=True))
+                    return dict(zip(columns, make()[0], strict=True))
         except UNREADABLE:
             return {}  # read_columns says what is wrong
     return {}

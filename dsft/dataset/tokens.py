@@ -3,12 +3,14 @@
 import copy
 import hashlib
 import json
+import os
 import re
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -17,134 +19,81 @@ from transformers import PreTrainedTokenizerBase
 from dsft.cache import build_once
 from dsft.config.flags import RowFlags
 from dsft.dataset.chat_format import ChatFormat, RenderedRow, read_system_prompt
-from dsft.dataset.folding import find_dialogues, sort_rows
 from dsft.dataset.messages import read_weight
-from dsft.dataset.readers import Cell, find_files, read_columns, read_field
+from dsft.dataset.readers import Cell, Rows, find_files, read_batches
 from dsft.dataset.row_format import format_text, read_values, resolve_format
+from dsft.dataset.token_files import ROW, Counts, PackedRows, Row, TokenWriter, pack_rows
 from dsft.errors import UserError
+from dsft.processes import parallel
 
-CACHE_FORMAT = 4  # raise it when the same input would give other files
-LEVEL_COLUMN, LEVEL_FIELD = "extra_info", "level"  # where dsft.generate writes it
+CACHE_FORMAT = 5  # raise it when the same input would give other files
+LEVEL = "extra_info.level"  # where dsft.generate writes it
 OPTIONAL = ("input",)  # of Alpaca's columns
+FIRST_BATCHES = 4  # of 1,024 rows, made into tokens before other processes are started, which takes seconds
+MAX_PROCESSES = 32
+OTHERS = ("sorted_place", "dialogue")
 LEVEL_ID = re.compile("[0-9a-f]{16}")  # other datasets have a level there too, and mean a difficulty
 
 
-@dataclass
-class Counts:
-    """How many rows and tokens there are, and what became of those in the files.
-
-    rows, tokens, targets: as trained on
-    conversations: rows of the files with --messages_key
-    split_conversations, split_rows: of these, how many became several rows, and how many rows
-    rows_cut, tokens_cut, rows_dropped, tokens_dropped: by truncation
-    rows_without_weight: rows of the files of which nothing is learned
-    ignored: in how many rows of the files the chat template ignores a key of the messages
-    format: of the rows in the files, in words
-    """
-
-    rows: int = 0
-    tokens: int = 0
-    targets: int = 0
-    conversations: int = 0
-    split_conversations: int = 0
-    split_rows: int = 0
-    rows_cut: int = 0
-    tokens_cut: int = 0
-    rows_dropped: int = 0
-    tokens_dropped: int = 0
-    rows_without_weight: int = 0
-    ignored: dict[str, int] = field(default_factory=dict)
-    format: str = ""
-
-    def losses(self) -> str:
-        """What is not learned, in words; empty if nothing."""
-        parts = []
-        if self.rows_without_weight:
-            parts.append(f"{self.rows_without_weight} rows with nothing to learn")
-        if self.rows_cut:
-            parts.append(f"{self.rows_cut} rows cut by {self.tokens_cut} tokens")
-        if self.rows_dropped:
-            parts.append(f"{self.rows_dropped} rows dropped with {self.tokens_dropped} tokens")
-        return ", ".join(parts)
-
-    def conversations_text(self) -> str:
-        """How conversations became rows; empty if there are none."""
-        if not self.conversations:
-            return ""
-        if not self.split_conversations:
-            return "each conversation is one sequence, because the chat template keeps its history"
-        split = f"{self.split_conversations:,} of {self.conversations:,} conversations became {self.split_rows:,} rows"
-        return f"{split}, because the chat template rewrites their history or their answers differ in weight"
-
-    def ignored_text(self) -> str:
-        """The ignored keys, in words; empty if there are none."""
-        keys = ", ".join(f"{key} in {rows:,} row{'' if rows == 1 else 's'}" for key, rows in self.ignored.items())
-        return f"the chat template ignores keys of the messages: {keys}" if keys else ""
-
-
 class TokenDataset:
-    """Rows of token ids and loss masks in memory-mapped files.
+    """Rows of token ids and loss masks in memory-mapped files; see token_files.
 
     tokens: int32 [all tokens], is_target: bool [all tokens]; including what truncation cut from the front of a row.
-    The arrays below have one entry per row; those from `cut` on are for the search for leaks.
+    rows: ROW [rows]; its fields are attributes too.
     """
 
-    starts: np.ndarray  # int64, of a row's own tokens in `tokens`
-    ends: np.ndarray
-    targets: np.ndarray  # int64
-    weight: np.ndarray  # float64, of each target in the loss
-    sorted_place: np.ndarray  # int64, ascending along rows sorted by their tokens: neighbours share prefixes
-    dialogue: np.ndarray  # int64, see find_dialogues, before truncation; ascending along the sorted rows
-    cut: np.ndarray  # int64, tokens removed by truncation
-    prompt_starts: np.ndarray  # int64, of the prompt in `tokens`, including what was cut from its front
-    prompt_ends: np.ndarray
-    row_hash: np.ndarray  # uint64, of tokens and mask
-    prompt_hash: np.ndarray  # uint64
-    level: np.ndarray  # uint64, the environment's level of rows written by dsft.generate; otherwise 0
-    source: np.ndarray  # int64 [rows, 2], index into `files`, row in that file
+    sorted_place: np.ndarray  # int64 [rows]
+    dialogue: np.ndarray  # int64 [rows]
 
     def __init__(self, folder: Path, files: Sequence[Path] = ()) -> None:
         """Args:
-        folder: filled by `save_rows`.
+        folder: filled by a TokenWriter.
         files: where the rows come from, for `place`.
         """
 
-        def load(name: str) -> np.ndarray:
-            return np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))  # a plain view: indexing it is faster
+        def mapped(name: str, kind: Any) -> np.ndarray:
+            return np.asarray(np.memmap(folder / f"{name}.bin", kind, "r"))  # a plain view: indexing it is faster
 
-        self.tokens, self.is_target = load("tokens"), load("is_target")
-        for name in PER_ROW:
-            setattr(self, name, load(name))
+        self.tokens, self.is_target = mapped("tokens", np.int32), mapped("is_target", bool)
+        self.rows = mapped("rows", ROW)
+        for name in OTHERS:
+            setattr(self, name, np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")))
         self.counts = Counts(**json.loads((folder / "counts.json").read_text(encoding="utf-8")))
         self.fingerprint = folder.name
         self.files = [str(file) for file in files]
+        self._name_fields()
+
+    def _name_fields(self) -> None:
+        self.starts, self.lengths, self.targets = (self.rows[name] for name in ("starts", "lengths", "targets"))
+        self.weight, self.cut, self.level = (self.rows[name] for name in ("weight", "cut", "level"))
+        self.row_hash, self.prompt_hash = self.rows["row_hash"], self.rows["prompt_hash"]
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return len(self.rows)
 
     def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Token ids (int32 [length]) and is-target mask (bool [length]) of one row."""
-        span = slice(self.starts[row], self.ends[row])
+        start = self.starts[row]
+        span = slice(start, start + self.lengths[row])
         return self.tokens[span], self.is_target[span]
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens per row, int64 [rows]."""
-        return self.ends - self.starts
 
     @property
     def file_row(self) -> np.ndarray:
         """Equal for the rows that a row of the files became, int64 [rows]; above 0."""
-        return (self.source[:, 0] << 40) + self.source[:, 1] + 1
+        return (self.rows["file"].astype(np.int64) << 40) + self.rows["row_in_file"] + 1
 
     def prompt(self, row: int) -> np.ndarray:
         """Tokens before a row's first target, before truncation: int32 [length]."""
-        return self.tokens[self.prompt_starts[row] : self.prompt_ends[row]]
+        start = self.starts[row] - self.rows["front"][row]
+        return self.tokens[start : start + self.rows["prompt"][row]]
+
+    def cell(self, row: int) -> Cell:
+        """The file that a row comes from, and its row there."""
+        return Cell(self.files[self.rows["file"][row]], int(self.rows["row_in_file"][row]))
 
     def place(self, row: int) -> str:
-        """Where a row comes from: file and row in it, or its index if the file is unknown."""
-        file, row_in_file = self.source[row].tolist()
-        return str(Cell(self.files[file], row_in_file)) if self.files else f"row {row}"
+        """The same, in words; the row's index if the file is unknown."""
+        return str(self.cell(row)) if self.files else f"row {row}"
 
     def subset(self, rows: np.ndarray) -> "TokenDataset":
         """Some of the rows, from the same mapped files.
@@ -158,8 +107,9 @@ class TokenDataset:
         if len(rows) == len(self):
             return self
         chosen = copy.copy(self)
-        for name in PER_ROW:
+        for name in ("rows", *OTHERS):
             setattr(chosen, name, getattr(self, name)[rows])
+        chosen._name_fields()
         assert np.isin(self.dialogue, chosen.dialogue).sum() == len(rows)
         chosen.counts = replace(
             self.counts,
@@ -175,72 +125,6 @@ class TokenDataset:
     def without(self, rows: np.ndarray) -> "TokenDataset":
         """All rows but some; see `subset`."""
         return self.subset(np.setdiff1d(np.arange(len(self)), rows))
-
-
-PER_ROW = tuple(TokenDataset.__annotations__)
-
-
-class Row(NamedTuple):
-    """A row about to be saved; see TokenDataset.
-
-    front: int32 [length], what truncation removed before `tokens`
-    history: of `front` and `tokens`, how many precede the generation prompt, for finding dialogues; 0 stands for all
-        that precede the first target
-    """
-
-    tokens: np.ndarray
-    is_target: np.ndarray
-    front: np.ndarray = np.empty(0, np.int32)
-    cut: int = 0
-    level: int = 0
-    source: tuple[int, int] = (0, 0)
-    weight: float = 1.0
-    history: int = 0
-
-
-def save_rows(folder: Path, rows: Sequence[Row], counts: Counts) -> None:
-    """Write the files of a TokenDataset; `counts` has what truncation cost, the rest is counted here."""
-    fronts = np.array([len(row.front) for row in rows], np.int64)
-    whole = [np.concatenate([row.front, row.tokens]) if len(row.front) else row.tokens for row in rows]
-    masks = [np.concatenate([np.zeros(len(row.front), bool), row.is_target]) for row in rows]
-    bounds = np.cumsum([0, *map(len, whole)], dtype=np.int64)
-    prompts = np.array([max(1, np.argmax(mask)) for mask in masks], np.int64)
-    histories = np.array([row.history or prompt for row, prompt in zip(rows, prompts.tolist(), strict=True)], np.int64)
-    order = whole_order = sort_rows([row.tokens for row in rows])
-    if fronts.any():
-        whole_order = sort_rows(whole)
-    arrays: dict[str, Any] = {
-        "tokens": np.concatenate(whole),
-        "is_target": np.concatenate(masks),
-        "starts": bounds[:-1] + fronts,
-        "ends": bounds[1:],
-        "targets": np.array([count_targets(row.is_target) for row in rows], np.int64),
-        "weight": np.array([row.weight for row in rows], np.float64),
-        "sorted_place": np.argsort(order),
-        "dialogue": find_dialogues(whole, histories, whole_order),
-        "cut": np.array([row.cut for row in rows], np.int64),
-        "prompt_starts": bounds[:-1],
-        "prompt_ends": bounds[:-1] + prompts,
-        "row_hash": np.array([_hash(row.tokens, row.is_target) for row in rows], np.uint64),
-        "prompt_hash": np.array([_hash(ids[:n]) for ids, n in zip(whole, prompts, strict=True)], np.uint64),
-        "level": np.array([row.level for row in rows], np.uint64),
-        "source": np.array([row.source for row in rows], np.int64),
-    }
-    for name, array in arrays.items():
-        np.save(folder / f"{name}.npy", array)
-    tokens = int((arrays["ends"] - arrays["starts"]).sum())
-    counts = replace(counts, rows=len(rows), tokens=tokens, targets=int(arrays["targets"].sum()))
-    (folder / "counts.json").write_text(json.dumps(asdict(counts)), encoding="utf-8")
-
-
-def _hash(*arrays: np.ndarray) -> int:
-    digest = hashlib.blake2b(b"".join(array.tobytes() for array in arrays), digest_size=8)
-    return int.from_bytes(digest.digest())
-
-
-def count_targets(is_target: np.ndarray) -> int:
-    """Targets in one row's mask (bool [length]). A row's first token is never predicted, so it does not count."""
-    return int(np.count_nonzero(is_target[1:]))
 
 
 def load_dataset(
@@ -269,40 +153,92 @@ def load_dataset(
     flags = resolve_format(files, flags)
 
     def tokenize(folder: Path) -> None:
-        chat_format = ChatFormat.of(tokenizer, flags)
-        counts, kept_rows, ignored = Counts(), [], Counter[str]()
-        index = {str(file): i for i, file in enumerate(files)}
-        levels = read_field(files, LEVEL_COLUMN, LEVEL_FIELD)
-        with tqdm(unit=" rows", desc="tokenizing", disable=None if show_progress else True) as bar:
-            for rows in read_columns(files, *flags.columns(), max_rows, OPTIONAL):
-                rendered = [render_row(cells, cell, chat_format, flags) for cell, cells in rows]
-                for (cell, _), one, found in zip(rows, rendered, chat_format.tokenize(rendered), strict=True):
-                    ignored.update(one.ignored)
-                    counts.conversations += flags.messages_key is not None
-                    counts.split_conversations += len(found) > 1
-                    counts.split_rows += len(found) if len(found) > 1 else 0
-                    counts.rows_without_weight += not found
-                    level = _level_number(next(levels))
-                    for row in found:
-                        kept = truncate_row(row.tokens, row.is_target, cell, flags, counts)
-                        if kept is None:
-                            continue
-                        cut = len(row.tokens) - len(kept[0])
-                        front = row.tokens[: cut if flags.truncation == "left" else 0]
-                        source = (index[cell.file], cell.row)
-                        history = row.history if len(found) > 1 else 0
-                        kept_rows.append(Row(*kept, front, cut, level, source, row.weight, history))
-                bar.update(len(rows))
-        counts.ignored, counts.format = dict(ignored), format_text(flags)
-        if not kept_rows:
-            remedy = f"raise max_length ({flags.max_length}) or change truncation ({flags.truncation})"
-            if counts.rows_without_weight:
-                remedy = "give some answer a weight above 0, or change --learn"
-            raise UserError(f"no row of {', '.join(index)} is left: {counts.losses()}; {remedy}")
-        save_rows(folder, kept_rows, counts)
+        counts, writer = Counts(format=format_text(flags)), TokenWriter(folder)
+        source = RowSource(files, flags, tokenizer, max_rows)
+        try:
+            with (
+                source.packed() as batches,
+                tqdm(unit=" rows", desc="tokenizing", disable=None if show_progress else True) as bar,
+            ):
+                for rows_of_file, packed, found in batches:
+                    writer.add(packed)
+                    counts.add(found)
+                    bar.update(rows_of_file)
+            if not writer.rows:
+                remedy = f"raise max_length ({flags.max_length}) or change truncation ({flags.truncation})"
+                if counts.rows_without_weight:
+                    remedy = "give some answer a weight above 0, or change --learn"
+                raise UserError(f"no row of {', '.join(map(str, files))} is left: {counts.losses()}; {remedy}")
+            writer.finish(counts)
+        finally:
+            writer.close()
 
     key = _cache_key(files, tokenizer, flags, max_rows)
     return TokenDataset(build_once(f"tokens/{key}", tokenize), files)
+
+
+@dataclass(frozen=True)
+class RowSource:
+    """Rows of files to be made into tokens: here, or from the first FIRST_ROWS on in several processes."""
+
+    files: Sequence[Path]
+    flags: RowFlags
+    tokenizer: PreTrainedTokenizerBase
+    max_rows: int | None
+
+    @contextmanager
+    def packed(self) -> Iterator[Iterator[tuple[int, PackedRows, Counts]]]:
+        """The rows in the order of the files, some at a time: how many of the files, and what became of them."""
+        processes = min(len(os.sched_getaffinity(0)), MAX_PROCESSES)
+        here = self.every(0, 1, last=FIRST_BATCHES if processes > 1 else None)
+        with ExitStack() as stack:
+
+            def batches() -> Iterator[tuple[int, PackedRows, Counts]]:
+                made = 0
+                for made, batch in enumerate(here, 1):  # noqa: B007
+                    yield batch
+                if processes > 1 and made == FIRST_BATCHES:
+                    lost = "a process that tokenizes was killed, possibly for lack of memory; free some and start again"
+                    yield from stack.enter_context(parallel(self.every_after_the_first, processes, lost))
+
+            yield batches()
+
+    def every_after_the_first(self, number: int, processes: int) -> Iterator[tuple[int, PackedRows, Counts]]:
+        """The body of a process."""
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else each process would take all cores
+        return self.every(number, processes, first=FIRST_BATCHES)
+
+    def every(
+        self, number: int, processes: int, *, first: int = 0, last: int | None = None
+    ) -> Iterator[tuple[int, PackedRows, Counts]]:
+        """Every n-th batch from the first on, made into tokens."""
+        chat_format = ChatFormat.of(self.tokenizer, self.flags)
+        index = {str(file): i for i, file in enumerate(self.files)}
+        columns, names = self.flags.columns()
+        batches = read_batches(self.files, [*columns, LEVEL], [*names, "extra_info"], self.max_rows, (*OPTIONAL, LEVEL))
+        for _, make in islice(batches, first + number, last, processes):
+            rows = make()
+            yield len(rows), *self._make_tokens(rows, chat_format, index)
+
+    def _make_tokens(self, rows: Rows, chat_format: ChatFormat, index: dict[str, int]) -> tuple[PackedRows, Counts]:
+        flags, counts, kept_rows = self.flags, Counts(), []
+        rendered = [render_row(cells[:-1], cell, chat_format, flags) for cell, cells in rows]
+        for (cell, cells), one, found in zip(rows, rendered, chat_format.tokenize(rendered), strict=True):
+            counts.conversations += flags.messages_key is not None
+            counts.split_conversations += len(found) > 1
+            counts.split_rows += len(found) if len(found) > 1 else 0
+            counts.rows_without_weight += not found
+            for key in one.ignored:
+                counts.ignored[key] = counts.ignored.get(key, 0) + 1
+            for row in found:
+                kept = truncate_row(row.tokens, row.is_target, cell, flags, counts)
+                if kept is None:
+                    continue
+                cut = len(row.tokens) - len(kept[0])
+                front = row.tokens[: cut if flags.truncation == "left" else 0]
+                source, history = (index[cell.file], cell.row), row.history if len(found) > 1 else 0
+                kept_rows.append(Row(*kept, front, cut, _level_number(cells[-1]), source, row.weight, history))
+        return pack_rows(kept_rows), counts
 
 
 def _cache_key(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, flags: RowFlags, max_rows: int | None) -> str:

@@ -1,19 +1,15 @@
 """Writes an expert's episodes as parquet: several processes search, rows are written in the order of the seeds."""
 
 import json
-import multiprocessing
 import os
-import signal
 import sys
-import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import count, cycle, islice
-from multiprocessing.connection import Connection
+from itertools import chain, count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -23,10 +19,9 @@ from dsft.envs.base import SEEDS_WITHOUT_NEW_LEVEL, Environment
 from dsft.envs.conversation import Conversation, format_answer, instruction
 from dsft.errors import UserError
 from dsft.files import guard_disk, sync, write_text
-from dsft.processes import HeldInterrupt, end_with_parent
+from dsft.processes import HeldInterrupt, parallel
 
 SEEDS_AT_ONCE = 8  # per message of a process
-SECONDS_TO_END = 5  # for a process that was killed
 ROWS_AT_ONCE = 2048  # per row group
 REPORT = "generate.json"
 
@@ -118,32 +113,16 @@ def play_expert(environment: Environment, seed: int) -> Episode:
 
 @contextmanager
 def _searching(config: GenerateConfig, interrupt: HeldInterrupt) -> Iterator[Iterator[Episode]]:
-    """The expert's episodes on the seeds from config.seed on, in order and without end, until the block is left.
-
-    Each process plays every n-th chunk of seeds and writes it to its own pipe, which blocks it when it is far ahead.
-    A ProcessPoolExecutor has threads and locks: it hung when Ctrl-C came while one was being taken.
-    """
+    """The expert's episodes on the seeds from config.seed on, in order and without end, until the block is left."""
     processes = config.num_processes or len(os.sched_getaffinity(0))
     if processes == 1:
         yield _played_here(config, interrupt)
         return
-    # fork is fast, and safe here: neither torch nor Arrow has started threads.
-    context = multiprocessing.get_context("fork") if sys.platform == "linux" else multiprocessing.get_context("spawn")
-    workers, readers = [], []
-    try:
-        for number in range(processes):
-            reader, writer = context.Pipe(duplex=False)
-            arguments = (config, number, processes, writer, os.getpid())
-            workers.append(context.Process(target=_play_chunks, args=arguments, daemon=True))
-            workers[-1].start()
-            writer.close()  # so that the process has the only writing end, and its death ends the pipe
-            readers.append(reader)
-        yield _received(readers, interrupt)
-    finally:
-        for worker in workers:
-            worker.kill()
-        for worker in workers:
-            worker.join(SECONDS_TO_END)
+    lost = "a search process was killed, possibly for lack of memory; lower --num_processes"
+    # fork is safe here: neither torch nor Arrow has started threads.
+    method: Literal["fork", "spawn"] = "fork" if sys.platform == "linux" else "spawn"
+    with parallel(partial(_play_chunks, config), processes, lost, method=method, interrupt=interrupt) as chunks:
+        yield chain.from_iterable(chunks)
 
 
 def _played_here(config: GenerateConfig, interrupt: HeldInterrupt) -> Iterator[Episode]:
@@ -154,32 +133,11 @@ def _played_here(config: GenerateConfig, interrupt: HeldInterrupt) -> Iterator[E
         yield episode
 
 
-def _received(readers: list[Connection], interrupt: HeldInterrupt) -> Iterator[Episode]:
-    for reader in cycle(readers):
-        try:
-            with interrupt.let_through():
-                chunk = reader.recv()
-        except (EOFError, OSError) as error:
-            raise UserError(
-                "a search process was killed, possibly for lack of memory; lower --num_processes"
-            ) from error
-        if isinstance(chunk, Exception):
-            raise chunk
-        yield from chunk
-
-
-def _play_chunks(config: GenerateConfig, number: int, processes: int, writer: Connection, parent: int) -> None:
-    """The body of a process: every n-th chunk, until it is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
-    end_with_parent(parent, signal.SIGKILL)
+def _play_chunks(config: GenerateConfig, number: int, processes: int) -> Iterator[list[Episode]]:
+    """Every n-th chunk of seeds, without end."""
     environment = make_environment(config)
-    with suppress(BrokenPipeError):  # the parent has gone
-        try:
-            for first in count(config.seed + number * SEEDS_AT_ONCE, processes * SEEDS_AT_ONCE):
-                writer.send([play_expert(environment, seed) for seed in range(first, first + SEEDS_AT_ONCE)])
-        except Exception as error:
-            error.add_note(traceback.format_exc())  # for --debug; the traceback itself stays here
-            writer.send(error)
+    for first in count(config.seed + number * SEEDS_AT_ONCE, processes * SEEDS_AT_ONCE):
+        yield [play_expert(environment, seed) for seed in range(first, first + SEEDS_AT_ONCE)]
 
 
 def _different_levels(

@@ -16,7 +16,6 @@ from dsft.checkpointing.models import resolve_model
 from dsft.checkpointing.resuming import find_initial_weights
 from dsft.config import PreviewConfig
 from dsft.dataset.chat_format import ChatFormat
-from dsft.dataset.readers import Cell
 from dsft.distributed import runtime
 from dsft.errors import UserError
 from dsft.model.flops import measure_matmul
@@ -192,8 +191,7 @@ def _rows(
         return
     reason = "validates, by --val_fraction" if config.val_fraction else "dropped by --on_leak drop_train"
     for number in choose_rows(whole.lengths, config.rows, config.row_numbers):
-        file, row = whole.source[number].tolist()
-        view = view_row(number, Cell(whole.files[file], row), whole[number], tokenizer, config)
+        view = view_row(number, whole.cell(number), whole[number], tokenizer, config)
         if sets.left_out is not None and sets.left_out[number]:
             view = replace(view, cut="; ".join(filter(None, (reason, view.cut))))
         yield replace(view, weight=float(whole.weight[number]))

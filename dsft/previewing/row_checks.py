@@ -18,7 +18,8 @@ from dsft.config.flags import RowFlags
 from dsft.dataset.chat_format import THINK
 from dsft.dataset.readers import Cell
 from dsft.dataset.row_format import read_values
-from dsft.dataset.tokens import Counts, TokenDataset, truncate_row
+from dsft.dataset.token_files import Counts
+from dsft.dataset.tokens import TokenDataset, truncate_row
 from dsft.errors import UserError
 
 END_THINK = "</think>"

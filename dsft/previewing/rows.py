@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dsft.config.flags import RowFlags
 from dsft.dataset.readers import Cell
-from dsft.dataset.tokens import Counts, count_targets, truncate_row
+from dsft.dataset.token_files import Counts, count_targets
+from dsft.dataset.tokens import truncate_row
 from dsft.errors import UserError
 from dsft.previewing.row_checks import excerpt
 from dsft.text import visible_text

@@ -17,7 +17,7 @@ from dsft.dataset.readers import Cell
 from dsft.errors import UserError
 from tests.helpers import trl_templates
 
-CELL = Cell("f.jsonl", 7)
+CELL = Cell("f.parquet", 7)
 FOLDER = trl_templates()
 TEMPLATES = sorted(path.stem for path in FOLDER.glob("*.jinja"))
 SPECIAL = re.compile(r"<[|｜][^<>'\"{}\s]+?[|｜]?>|<[a-z_]+\|>|<(?:start|end)_of_\w+>")

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsft.dataset.folding import attention_mask, common_prefix, find_dialogues, fold, pack, sort_rows
+from dsft.dataset.folding import attention_mask, common_prefix, find_dialogues, fold, pack, shared_prefixes, sort_rows
 
 PROPERTY = settings(deadline=None, database=None, max_examples=300)
 ROWS = st.lists(st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=9), min_size=1, max_size=8)
@@ -126,7 +126,9 @@ def linked_by_definition(rows: list[tuple[list[int], int]]) -> list[int]:
 
 def found_dialogues(rows: list[tuple[list[int], int]]) -> np.ndarray:
     tokens = [np.array(row, np.int32) for row, _ in rows]
-    return find_dialogues(tokens, np.array([length for _, length in rows], np.int64), sort_rows(tokens))
+    order = sort_rows(tokens)
+    shared = shared_prefixes([tokens[row] for row in order])
+    return find_dialogues(np.array([length for _, length in rows], np.int64), order, shared)
 
 
 @PROPERTY

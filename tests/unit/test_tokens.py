@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from dsft.config.flags import RowFlags
 from dsft.dataset import tokens as module
 from dsft.dataset.readers import Cell
-from dsft.dataset.tokens import Counts, load_dataset, tokenizer_fingerprint
+from dsft.dataset.token_files import Counts
+from dsft.dataset.tokens import load_dataset, tokenizer_fingerprint
 from dsft.errors import UserError
 from tests.helpers import write_parquet
 
@@ -157,10 +158,10 @@ def test_the_rows_of_a_conversation_are_one_dialogue_and_are_not_split(load, tok
     own.chat_template = THINKING
     data = load([thinking_rows(turns, number) for number, turns in enumerate((3, 1, 2))], own, messages_key="m")
     assert len(data) == 6
-    assert data.source[:, 1].tolist() == [0, 0, 0, 1, 2, 2]
+    assert data.rows["row_in_file"].tolist() == [0, 0, 0, 1, 2, 2]
     assert len(np.unique(data.dialogue)) == 3
     for row_in_file in range(3):
-        assert len(np.unique(data.dialogue[data.source[:, 1] == row_in_file])) == 1
+        assert len(np.unique(data.dialogue[data.rows["row_in_file"] == row_in_file])) == 1
     counts = data.counts
     assert (counts.conversations, counts.split_conversations, counts.split_rows) == (3, 2, 5)
     assert counts.conversations_text().startswith("2 of 3 conversations became 5 rows, because the chat template")
@@ -234,7 +235,7 @@ def test_messages_key_replaces_prompt_and_response(load, tokenizer):
 
 def test_the_second_load_reads_the_cache(load, monkeypatch):
     first = load([row(3, 2), row(1, 1)])
-    monkeypatch.setattr(module, "save_rows", lambda *_: pytest.fail("tokenized again"))
+    monkeypatch.setattr(module, "TokenWriter", lambda *_: pytest.fail("tokenized again"))
     second = load()
     assert second.fingerprint == first.fingerprint
     assert second.counts == first.counts
@@ -245,7 +246,7 @@ def test_the_second_load_reads_the_cache(load, monkeypatch):
 def test_the_same_content_under_another_name_reads_the_same_cache(load, tmp_path, plain, monkeypatch):
     first = load([row(3, 2)])
     (tmp_path / "rows.parquet").rename(tmp_path / "other.parquet")
-    monkeypatch.setattr(module, "save_rows", lambda *_: pytest.fail("tokenized again"))
+    monkeypatch.setattr(module, "TokenWriter", lambda *_: pytest.fail("tokenized again"))
     second = load_dataset([str(tmp_path / "other.parquet")], "val_files", plain, RowFlags())
     assert second.fingerprint == first.fingerprint
 
