@@ -7,6 +7,7 @@ from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -49,13 +50,14 @@ class Zero3Backend(Backend):
           partition, over so many ranks.
         - Of what is trained float32 masters, moments, and one flat buffer of gradients.
         - The reduce bucket, float32 as communication_data_type says. It is copied when it is reduced.
-        - On several ranks parameters are fetched ahead until stage3_max_live_parameters are whole. Those of one
-          stage3_prefetch_bucket_size exist twice when they are cut out of the buffer in which they have arrived.
+        - On several ranks parameters are fetched ahead until stage3_max_live_parameters are whole, by default those of
+          two decoder layers. Those of one stage3_prefetch_bucket_size exist twice when they are cut out of the buffer
+          in which they have arrived.
         - The optimizer steps through sub_group_size values at a time: a copy of their gradients, and two temporaries.
         - While the model loads, one decoder layer, or what is in none, is whole.
         """
         compute, ranks = options.dtype.itemsize, options.ranks
-        zero = DeepSpeedZeroConfig(**cls(options).ds_config["zero_optimization"])
+        zero = DeepSpeedZeroConfig(**_with_live_parameters(cls(options).ds_config["zero_optimization"], model))
         trained = set(trainable(model).values())
         given = [p for p in model.parameters() if p in trained or options.sharding != "trainable"]
         sizes = [p.numel() for p in given]
@@ -109,6 +111,7 @@ class Zero3Backend(Backend):
         zero, trained = self.ds_config["zero_optimization"], sum(p.numel() for p in trainable(model).values())
         # A GPU allocates all of it, by default 2 GB.
         zero["reduce_bucket_size"] = min(DeepSpeedZeroConfig(**zero).reduce_bucket_size, trained)
+        zero |= _with_live_parameters(zero, model)
         masters: dict[str, torch.Tensor] = {}
         partitioner = internals.Partitioner(self.ds_config, self.options.dtype)
         for module in [*decoder_layers(model), model]:
@@ -186,3 +189,10 @@ class Zero3Backend(Backend):
         """Free the engine's buffers and hooks."""
         if hasattr(self, "_engine"):
             self._engine.destroy()
+
+
+def _with_live_parameters(settings: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Settings of zero_optimization. DeepSpeed's own default, 1e9, would hold a model of that size whole."""
+    layers = decoder_layers(model) or [model]
+    largest = max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
+    return {"stage3_max_live_parameters": 2 * largest} | settings

@@ -352,15 +352,14 @@ class ChatFormat:
 
     def _sequences(self, answers: Sequence[Answer], ids: Iterator[tuple[np.ndarray, np.ndarray]]) -> list[TokenRow]:
         found: list[TokenRow] = []
-        suffix = self._suffix
+        suffix, end = self._suffix, np.array([self.end_of_turn], np.int32)
         for answer in answers:
             prompt, text = next(ids)
-            if not answer.has_end:
-                text = np.append(text, np.int32(self.end_of_turn))
-            tokens, is_target = np.concatenate([prompt, text]), np.zeros(len(prompt) + len(text), bool)
+            tokens = np.concatenate([prompt, text] if answer.has_end else [prompt, text, end])
+            is_target = np.zeros(len(tokens), bool)
             is_target[len(prompt) :] = True
             history = len(prompt)
-            if len(suffix) < len(prompt) and np.array_equal(prompt[history - len(suffix) :], suffix):
+            if len(suffix) < history and tokens[history - len(suffix) : history].tobytes() == suffix.tobytes():
                 history -= len(suffix)
             before = found[-1] if found else None
             if before is not None and before.weight == answer.weight and _begins_with(prompt, before.tokens):

@@ -22,7 +22,7 @@ class PieceTokenizer:
         self._characters = 0
         added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
         self._splits = _splits_at_added_tokens(tokenizer)
-        self._added = {text: np.array([number], np.int32) for text, number in added.items()} if self._splits else {}
+        self._added = {text: np.int32(number).tobytes() for text, number in added.items()} if self._splits else {}
         self._known = dict(self._added)
         longest_first = sorted(self._added, key=len, reverse=True)
         self._pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})" if longest_first else r"(?!)")
@@ -35,20 +35,20 @@ class PieceTokenizer:
         new = dict(zip(missing, self._tokenize(missing), strict=True))
         known.update(new)
         self._characters += sum(map(len, missing))
-        nothing = np.empty(0, np.int32)
-        results = [np.concatenate([nothing, *[known[piece] for piece in split]]) for split in pieces]
+        results = [np.frombuffer(b"".join([known[piece] for piece in split]), np.int32) for split in pieces]
         if self._characters > MAX_CHARACTERS:
             self._known, self._characters = dict(self._added), 0
         return results
 
-    def _tokenize(self, pieces: list[str]) -> list[np.ndarray]:
+    def _tokenize(self, pieces: list[str]) -> list[bytes]:
+        """The token ids of each, as the bytes of int32: the fastest to join."""
         if not pieces:
             return []
         if self._splits:
             encodings = self._tokenizer.backend_tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
-            return [np.array(encoding.ids, np.int32) for encoding in encodings]
+            return [np.array(encoding.ids, np.int32).tobytes() for encoding in encodings]
         encoded = self._tokenizer(pieces, add_special_tokens=False, return_attention_mask=False)
-        return [np.array(ids, np.int32) for ids in encoded["input_ids"]]
+        return [np.array(ids, np.int32).tobytes() for ids in encoded["input_ids"]]
 
 
 def _splits_at_added_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -168,7 +168,8 @@ class TokenWriter:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._files: dict[str, BinaryIO] = {
-            name: open(folder / f"{name}.bin", "wb") for name in ("tokens", "is_target", "rows")
+            name: open(folder / f"{name}.bin", "wb")  # noqa: SIM115 (close does it)
+            for name in ("tokens", "is_target", "rows")
         }
         self._tokens = self.rows = 0
 

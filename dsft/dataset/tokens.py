@@ -1,6 +1,7 @@
 """Tokenized rows: made once per machine, kept in the cache folder, and memory-mapped by every rank."""
 
 import copy
+import gc
 import hashlib
 import json
 import os
@@ -206,6 +207,7 @@ class RowSource:
     def every_after_the_first(self, number: int, processes: int) -> Iterator[tuple[int, PackedRows, Counts]]:
         """The body of a process."""
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else each process would take all cores
+        gc.set_threshold(200_000, 20, 100)  # rows are many small objects, none of which is part of a cycle
         return self.every(number, processes, first=FIRST_BATCHES)
 
     def every(

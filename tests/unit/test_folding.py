@@ -1,9 +1,13 @@
 """Folding: every row can be read back, each token sees its own row's beginning and nothing else."""
 
+import tempfile
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsft.dataset import token_files
 from dsft.dataset.folding import attention_mask, common_prefix, find_dialogues, fold, pack, shared_prefixes, sort_rows
 
 PROPERTY = settings(deadline=None, database=None, max_examples=300)
@@ -12,6 +16,20 @@ ROWS = st.lists(st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1
 
 def made(rows):
     return [(np.array([t for t, _ in row], np.int32), np.array([m for _, m in row], bool)) for row in rows]
+
+
+@given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), min_size=1, max_size=30), st.integers(1, 40))
+@settings(deadline=None, database=None)
+def test_rows_of_a_file_are_sorted_as_those_in_memory(rows, at_once):
+    tokens = [np.array(row, np.int32) for row in rows]
+    lengths = np.array(list(map(len, rows)))
+    with tempfile.TemporaryFile() as file, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(token_files, "RUN_TOKENS", at_once)  # several runs, which are merged
+        np.concatenate(tokens).tofile(file)
+        file.flush()
+        order, shared = token_files.sort_rows_of_file(file, np.cumsum(lengths) - lengths, lengths)
+    assert order.tolist() == sort_rows(tokens).tolist()
+    assert shared.tolist() == shared_prefixes([tokens[row] for row in order]).tolist()
 
 
 def test_the_example_of_the_module():

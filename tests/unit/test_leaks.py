@@ -283,7 +283,7 @@ def test_a_damaged_column_of_levels_is_told(load, tmp_path):
     start = column.dictionary_page_offset
     content[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
     file.write_bytes(content)
-    assert message(load, "damaged", file).startswith(f"{file}, column 'extra_info' is damaged: ")
+    assert message(load, "damaged", file).startswith(f"{file} is damaged after row 0: ")
 
 
 def test_levels_of_games_are_known_under_other_seeds_and_in_another_style(tokenizer, tmp_path, monkeypatch):

@@ -124,6 +124,14 @@ def test_zero3_fetches_parameters_ahead_on_several_ranks(bare):
     assert memory.gathered == 2 * (2 * everything + 2 * 16) + 4 * trained
 
 
+def test_zero3_fetches_two_decoder_layers_ahead(bare, tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text('{"zero_optimization": {"stage3_prefetch_bucket_size": 1}}')
+    options = {"config_file": str(path), "ranks": 2}
+    memory = held(bare, setting("zero3", torch.bfloat16, lora=None, **options))
+    assert memory.gathered == 2 * (2 * LAYER + 1 + 1 + 800 + 800) + 4 * WHOLE
+
+
 def test_zero3_follows_the_settings_of_ds_config(bare, tmp_path):
     path = tmp_path / "ds.json"
     path.write_text(

@@ -1,6 +1,7 @@
 """Tokenized rows: truncation with its counts, nested columns, and the cache."""
 
 import copy
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -297,3 +298,62 @@ def test_a_load_that_fails_leaves_nothing_in_the_cache(load, tmp_path):
     left = [path.name for path in (tmp_path / "cache" / "tokens").iterdir() if not path.name.endswith(".lock")]
     assert left == []
     assert shape(load([row(1, 1)])) == [(1, 2)]
+
+
+# Several processes
+
+
+def many_rows(count: int) -> list[dict]:
+    return [row(1 + n % 7, 1 + n % 3) | {"w": float(1 + n % 2)} for n in range(count)]
+
+
+def contents(folder) -> dict[str, bytes]:
+    [made] = [path for path in (folder / "tokens").iterdir() if path.is_dir()]
+    return {path.name: path.read_bytes() for path in made.iterdir()}
+
+
+def test_several_processes_write_the_same_bytes_as_one(load, tmp_path, monkeypatch):
+    rows, found = many_rows(7000), []
+    for processes in (1, 2, 3):
+        monkeypatch.setenv("DSFT_CACHE", str(tmp_path / f"{processes} processes"))
+        monkeypatch.setattr(module.os, "sched_getaffinity", lambda _, n=processes: range(n))
+        data = load(rows, max_length=8, truncation="left", weight_key="w")
+        assert (data.counts.rows_cut > 0, len(data)) == (True, 7000)
+        found.append(contents(tmp_path / f"{processes} processes"))
+    assert found[0] == found[1] == found[2]
+    assert set(found[0]) == {
+        "tokens.bin", "is_target.bin", "rows.bin", "sorted_place.npy", "dialogue.npy", "counts.json",
+    }  # fmt: skip
+
+
+def test_a_fault_beyond_the_first_rows_is_told_as_in_one_process(load, tmp_path, monkeypatch):
+    monkeypatch.setattr(module.os, "sched_getaffinity", lambda _: range(2))
+    rows = many_rows(6000)
+    rows[5500] = {"prompt": " the", "response": None, "w": 1.0}
+    rows[5800] = {"prompt": None, "response": " cat", "w": 1.0}
+    told = message(load, rows)
+    assert told.startswith(f"{tmp_path}/rows.parquet, row 5500: the response must be a string")
+    assert multiprocessing.active_children() == []
+    assert [path.name for path in (tmp_path / "cache" / "tokens").iterdir() if path.is_dir()] == []
+
+
+def test_a_killed_process_ends_the_preparation_with_one_line(load, tmp_path, monkeypatch):
+    monkeypatch.setattr(module.os, "sched_getaffinity", lambda _: range(2))
+    add = module.TokenWriter.add
+
+    def kill_one(self, packed):
+        add(self, packed)
+        for child in multiprocessing.active_children():
+            child.kill()
+
+    monkeypatch.setattr(module.TokenWriter, "add", kill_one)
+    told = message(load, many_rows(60_000))
+    assert told.startswith("a process that tokenizes was killed, possibly for lack of memory; free some")
+    assert [path.name for path in (tmp_path / "cache" / "tokens").iterdir() if path.is_dir()] == []
+
+
+def test_a_row_costs_a_rank_at_most_100_bytes_beside_the_mapped_files(load):
+    data = load(many_rows(3000))
+    some = data.subset(np.flatnonzero(np.isin(data.dialogue, data.dialogue[:10])))
+    held = sum(getattr(some, name).nbytes for name in ("rows", "sorted_place", "dialogue"))
+    assert held <= 100 * len(some)
