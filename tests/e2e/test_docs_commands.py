@@ -95,6 +95,9 @@ SMALL |= {
     "scripts/bench_kernels.py": {"tokens": "30"},
     "scripts/bench_memory.py": {"model": "{model}", "lengths": "100", "rows": "1"},
     "scripts/bench_prediction.py": {"model": "{model}", "cases": "fsdp:1:lora:float32:100", "json": "{out}.json"},
+    "scripts/bench_preparation.py": {
+        "train_files": str(SAMPLE_TRAIN), "max_rows": "9", "trees": ".", "json": "{out}.json",
+    },
     "scripts/bench_throughput.py": {
         "model": "{model}", "train_files": str(SAMPLE_TRAIN), "rows": "4", "epochs": "1", "ranks": "1",
         "arms": "dsft:fsdp:batch", "dsft_tokens": None, "trl_micro_batch": "1", "json": "{out}.json",

@@ -11,10 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsft.config.flags import RowFlags
 from dsft.dataset.chat_format import RENDER_ERRORS, ChatFormat
+from dsft.dataset.micro_batches import MicroBatches, MicroBatchOptions
 from dsft.dataset.piece_tokenizer import PieceTokenizer
 from dsft.dataset.readers import Cell
+from dsft.dataset.tokens import load_dataset
 from dsft.errors import UserError
+from dsft.model.flops import Cost
 from tests.helpers import trl_templates
 
 CELL = Cell("f.parquet", 7)
@@ -305,3 +309,29 @@ def test_a_tokenizer_that_looks_around_is_given_whole_texts(kind):
     own = PreTrainedTokenizerFast(tokenizer_object=base, eos_token=AddedToken("</s>", lstrip=kind == "lstrip"))
     for text in ("a</s>a", "a </s>a</s> a"):
         assert PieceTokenizer(own)([text])[0].tolist() == own(text, add_special_tokens=False)["input_ids"]
+
+
+def test_reasoning_conversations_fold_to_little_more_than_each_once(tokenizer, tmp_path, monkeypatch):
+    """64 conversations of 8 turns whose thinking is stripped from the history: 512 rows."""
+    monkeypatch.setenv("DSFT_CACHE", str(tmp_path / "cache"))
+    own, random = chat_format(tokenizer, "qwen3").tokenizer, np.random.default_rng(0)
+
+    def some_words(count: int) -> str:
+        return " ".join(random.choice(["alpha", "beta", "gamma", "delta", "rho", "tau"], count))
+
+    rows, once = [], 0
+    for _ in range(64):
+        messages = []
+        for _ in range(8):
+            messages.append({"role": "user", "content": some_words(20)})
+            answer = {"role": "assistant", "content": some_words(20), "reasoning_content": some_words(80)}
+            messages.append(answer)
+            once += len(own(own.apply_chat_template(messages[-2:], tokenize=False))["input_ids"])
+        rows.append({"messages": messages})
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    data = load_dataset([str(file)], "train_files", own, RowFlags(max_length=10**5))
+    assert (len(data), data.counts.split_conversations) == (512, 64)
+    plan = MicroBatches(data, MicroBatchOptions(1, 10**6, True, True), Cost(1, 0, 0), 0).plan(np.arange(512))
+    assert plan.tokens < 1.35 * once
+    assert plan.row_tokens > 3 * plan.tokens
