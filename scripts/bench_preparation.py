@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Seconds and peak resident memory of preparing rows, by this checkout and perhaps others, and of finding them again.
 
-    python scripts/bench_preparation.py --train_files out/lake/train.parquet [--max_rows N] [--trees ../dsft-old] [--json FILE]
+    python scripts/bench_preparation.py --train_files FILE [--max_rows N] [--trees ../dsft-old] [--json FILE]
 
 Each tree prepares the rows twice, in processes of its own and with an empty cache folder at first: the second time they
 are in the cache. The embedded model's tokenizer is used, and rows may have 8,192 tokens. Imports are not counted.

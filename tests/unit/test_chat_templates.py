@@ -323,8 +323,8 @@ def test_reasoning_conversations_fold_to_little_more_than_each_once(tokenizer, t
     for _ in range(64):
         messages = []
         for _ in range(8):
-            messages.append({"role": "user", "content": some_words(20)})
-            answer = {"role": "assistant", "content": some_words(20), "reasoning_content": some_words(80)}
+            messages.append({"role": "user", "content": some_words(80)})
+            answer = {"role": "assistant", "content": some_words(15), "reasoning_content": some_words(25)}
             messages.append(answer)
             once += len(own(own.apply_chat_template(messages[-2:], tokenize=False))["input_ids"])
         rows.append({"messages": messages})

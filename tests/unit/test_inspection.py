@@ -230,7 +230,7 @@ def test_a_run_is_a_table_of_its_checkpoints(tmp_path):
     assert report.lines[3:] == [
         "checkpoint                    step  epoch  val/loss     size",
         "checkpoint-000001                1   0.25  2.400000  1.1 MiB                intact",
-        f"checkpoint-000002                2    0.5  2.300000  2.2 KiB                {place.name} {wrong}",
+        f"checkpoint-000002                2    0.5  2.300000  2.3 KiB                {place.name} {wrong}",
         "checkpoint-000003                3   0.75  2.200000  1.1 MiB  best, latest  intact",
         "checkpoint-000004.damaged        4      1  2.100000  1.1 MiB                set aside: damaged",
         "checkpoint-000004.damaged.2      4      1  2.100000  1.1 MiB                set aside: damaged",
