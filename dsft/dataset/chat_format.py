@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import eq
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -242,17 +243,20 @@ class ChatFormat:
         return (stripped, True) if stripped.endswith(tuple(self._special)) else (text, False)
 
     def _ignored(
-        self, turns: list[Message], tools: Tools | None, render: Callable[[list[Message], Tools | None], object]
+        self,
+        turns: list[Message],
+        tools: Tools | None,
+        render: Callable[[list[Message], Tools | None], Iterator[object]],
+        expected: Sequence[object],
     ) -> list[str]:
-        """The keys of messages, and tools, without which all is rendered the same."""
+        """The keys of messages, and tools, without which all is rendered as expected."""
         if not tools and all(len(turn) == 2 for turn in turns):  # role and content
             return []
         names = list(dict.fromkeys(key for turn in turns for key in turn if key not in ("role", "content")))
-        expected = render(turns, tools)
 
         def is_ignored(turns: list[Message], tools: Tools | None) -> bool:
             try:
-                return render(turns, tools) == expected
+                return all(map(eq, render(turns, tools), expected))  # which ends at the first difference
             except UserError:
                 return False
 
@@ -288,16 +292,18 @@ class ChatFormat:
             turns += read_messages([{**response, "role": "assistant"}], "response", cell)
             weight *= pop_weight(turns[-1], len(turns) - 1, cell)
 
-            def answer(turns: list[Message], tools: Tools | None) -> list[Answer]:
-                return [self._answer(turns, tools, len(turns) - 1, weight, cell)]
+            def answer(turns: list[Message], tools: Tools | None) -> Iterator[Answer]:
+                yield self._answer(turns, tools, len(turns) - 1, weight, cell)
 
-            answers = answer(turns, given) if weight else []
-            return RenderedRow(answers, self._ignored(turns, given, answer))
+            answers = list(answer(turns, given)) if weight else []
+            return RenderedRow(answers, self._ignored(turns, given, answer, answers))
 
-        def ask(turns: list[Message], tools: Tools | None) -> str:
-            return self.render(turns, tools, cell, generation=True)
+        def ask(turns: list[Message], tools: Tools | None) -> Iterator[str]:
+            yield self.render(turns, tools, cell, generation=True)
 
-        text, answer_text = ask(turns, given) if turns else str(prompt), _response_text(response, cell)
+        asked = next(ask(turns, given)) if turns else str(prompt)
+        ignored = self._ignored(turns, given, ask, [asked]) if turns else ["tools"] if given else []
+        text, answer_text = asked, _response_text(response, cell)
         if self.with_thinking:
             if not text.rstrip().endswith(THINK):
                 text += THINK
@@ -305,7 +311,7 @@ class ChatFormat:
         if not text:
             raise UserError(f"{cell}: the prompt is empty, so nothing predicts the first response token; drop the row")
         answers = [Answer(text, answer_text, weight=weight)] if weight else []
-        return RenderedRow(answers, self._ignored(turns, given, ask) if turns else [])
+        return RenderedRow(answers, ignored)
 
     def prompt(self, messages: Any, cell: Cell, tools: Any = None) -> np.ndarray:
         """The tokens (int32 [length]) of a prompt that is to be answered."""
@@ -335,10 +341,11 @@ class ChatFormat:
             weights = {index: one for index, one in weights.items() if pop_flag(turns[index], index, cell)}
         learned = [(index, one) for index, one in weights.items() if one]
 
-        def answers(turns: list[Message], tools: Tools | None) -> list[Answer]:
-            return [self._answer(turns, tools, index, one, cell) for index, one in learned]
+        def answers(turns: list[Message], tools: Tools | None) -> Iterator[Answer]:
+            return (self._answer(turns, tools, index, one, cell) for index, one in learned)
 
-        return RenderedRow(answers(turns, given), self._ignored(turns, given, answers) if learned else [])
+        found = list(answers(turns, given))
+        return RenderedRow(found, self._ignored(turns, given, answers, found) if found else [])
 
     # Tokens
 

@@ -253,6 +253,8 @@ def test_keys_that_change_nothing_are_named(tokenizer):
     assert chat_format(tokenizer, "qwen3").conversation(messages, CELL).ignored == ["name"]
     assert ChatFormat(tokenizer).conversation(messages, CELL, TOOLS).ignored == ["name", "reasoning_content", "tools"]
     assert ChatFormat(tokenizer).prompt_and_response(messages[:1], "A", CELL).ignored == ["name"]
+    formatted = "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"
+    assert ChatFormat(tokenizer).prompt_and_response(formatted, "A", CELL, TOOLS).ignored == ["tools"]
 
 
 def test_a_system_prompt_is_for_rows_that_have_none(tokenizer):
