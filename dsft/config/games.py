@@ -107,7 +107,7 @@ class ValidateConfig(PromptFlags, EnvironmentFlags, RowFlags, ModelFlags, Common
     adapter: str | None = flag(None, section="Validation")
     """LoRA adapter: a run's folder (its best checkpoint) or a checkpoint folder."""
     data: str | None = flag(None)
-    """Parquet of dialogues, instead of --env: a file, a glob, or a folder."""
+    """Dialogues, instead of --env: a file, a glob, or a folder, as for --train_files of dsft.train."""
     episodes: int = flag(100, must_be="1 or more")
     """Levels to play, or dialogue rows to answer."""
     seed: int = flag(0, must_be="0 or more")
@@ -134,7 +134,7 @@ class ValidateConfig(PromptFlags, EnvironmentFlags, RowFlags, ModelFlags, Common
     def problems(self) -> Iterator[str]:
         yield from self.environment_problems(required=False)
         if (self.env is None) == (self.data is None):
-            yield "give either --env (sokoban or frozenlake) or --data (a parquet file of dialogues)"
+            yield "give either --env (sokoban or frozenlake) or --data (a file of dialogues)"
         if self.model in SCRIPTED_PLAYERS and self.data is not None and self.env is None:
             yield f"--model {self.model} plays games only; name --env"
         if self.model in SCRIPTED_PLAYERS and self.adapter is not None:

@@ -14,7 +14,7 @@ Interval = int | Literal["epoch"]
 
 @dataclass(kw_only=True)
 class TrainConfig(RowFlags, ModelFlags, CommonFlags):
-    """Fine-tune a causal language model on rows of parquet files."""
+    """Fine-tune a causal language model on rows of prompt and response, or on conversations."""
 
     backend: Literal["fsdp", "zero3"] = flag("fsdp", section="Sharding")
     """Sharding library: fsdp (PyTorch FSDP2) or zero3 (DeepSpeed ZeRO-3). Losses and gradients are the same."""
@@ -26,7 +26,7 @@ class TrainConfig(RowFlags, ModelFlags, CommonFlags):
     """Keep parameters and optimizer state in CPU memory while they are not used."""
 
     train_files: list[str] = flag(required=True, section="Files")
-    """Training data: a parquet file, a comma-separated list, a glob, or a folder."""
+    """Training data: a file (Parquet, JSON lines, CSV, …), a comma-separated list, a glob, a folder, or hf://datasets/…."""
     val_files: list[str] | None = flag(None)
     """Validation data, in the same form as train_files."""
     val_fraction: float | None = flag(None, run_identity=True, must_be="above 0 and below 1")

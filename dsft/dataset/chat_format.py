@@ -219,15 +219,15 @@ class ChatFormat:
         """The turn of that index, given those before it."""
         if not index:
             raise UserError(
-                f"{cell}: turn 0 is an answer to no question; give it the weight 0, or put a user turn before it"
+                f"{cell}: turn 0 is an answer to no question; give it weight 0, or put a user turn before it"
             )
         prompt = self.render(turns[:index], tools, cell, generation=True)
         whole = self.render(turns[: index + 1], tools, cell, generation=False)
         if not whole.startswith(prompt):
             raise UserError(
-                f"{cell}: the chat template renders turn {index} otherwise than its generation prompt begins it, which "
-                f"ends with {prompt[-40:]!r}; name another --chat_template or --template_arguments, or write the turn "
-                "as prompt and response"
+                f"{cell}: the chat template does not render turn {index} as a continuation of its generation prompt, "
+                f"which ends with {prompt[-40:]!r}; use another --chat_template or --template_arguments, or write the "
+                "turn as prompt and response"
             )
         return Answer(prompt, *self._cut_end(whole[len(prompt) :]), weight)
 

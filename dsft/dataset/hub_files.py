@@ -23,7 +23,9 @@ def find_on_hub(name: str, flag: str) -> Path:
     place, _, revision = name.removeprefix(PREFIX).partition("@")
     kind, *parts = place.strip("/").split("/")
     if kind != "datasets" or len(parts) < 2:
-        raise UserError(f"--{flag} {name}: write hf://datasets/OWNER/NAME, then perhaps /FOLDER or /FILE and @REVISION")
+        raise UserError(
+            f"--{flag} {name}: expected hf://datasets/OWNER/NAME, with /FOLDER or /FILE and @REVISION if needed"
+        )
     repository, below = "/".join(parts[:2]), "/".join(parts[2:])
     patterns = [below, f"{below}/*"] if below else None
     try:

@@ -158,7 +158,7 @@ def read_weight(value: Any, where: str) -> float:
         number = float(value)  # CSV has texts only
         if not isinstance(value, bool) and 0 <= number < math.inf:
             return number
-    raise UserError(f"{where} has the weight {value!r}; a weight is a number, 0 or more")
+    raise UserError(f"{where} has the weight {value!r}; weights must be numbers, 0 or more")
 
 
 def pop_weight(turn: Message, index: int, cell: Cell) -> float:

@@ -199,7 +199,7 @@ class RowSource:
                 for made, batch in enumerate(here, 1):  # noqa: B007
                     yield batch
                 if processes > 1 and made == FIRST_BATCHES:
-                    lost = "a process that tokenizes was killed, possibly for lack of memory; free some and start again"
+                    lost = "a tokenizing process was killed, possibly for lack of memory; free some and rerun"
                     yield from stack.enter_context(parallel(self.every_after_the_first, processes, lost))
 
             yield batches()

@@ -355,8 +355,7 @@ class Scan:
             RowCheck(
                 "questions",
                 _answers_no_question,
-                "{rows} have an answer to no question, e.g. {example}; give it the weight 0, or join it to the one "
-                "before",
+                "{rows} have an answer to no question, e.g. {example}; give it weight 0, or join it to the one before",
                 refused=True,
             ),
             unclosed if flags.with_thinking else ThinkingInAnswers(),

@@ -152,7 +152,7 @@ def _read_dialogues(
     files = find_files(names, "data")
     flags = resolve_format(files, replace(config, weight_key=None))
     if flags.messages_key is not None:
-        raise UserError(f"--data {names[0]} has conversations, and prompt and response columns are needed")
+        raise UserError(f"--data {names[0]} contains conversations; it needs prompt and response columns")
     dialogues = []
     for rows in read_columns(files, *flags.columns(), config.episodes, OPTIONAL):
         for cell, cells in rows:

@@ -261,7 +261,7 @@ def test_a_template_that_rewrites_history_makes_a_row_of_each_answer(tokenizer):
 
 def test_a_conversation_that_starts_with_the_assistant_is_refused(tokenizer):
     told = message(conversation, tokenizer, [ANSWER, USER])
-    assert told.startswith("f.parquet, row 7: turn 0 is an answer to no question; give it the weight 0")
+    assert told.startswith("f.parquet, row 7: turn 0 is an answer to no question; give it weight 0")
     greeting = [{**ANSWER, "weight": 0}, USER, ANSWER]
     assert target_text(tokenizer, conversation(tokenizer, greeting)) == f"Hi!{END}"
 
@@ -273,7 +273,9 @@ def test_a_template_that_starts_answers_otherwise_is_refused(tokenizer):
         "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}",
     )
     told = message(conversation, other, [USER, ANSWER])
-    assert told.startswith("f.parquet, row 7: the chat template renders turn 1 otherwise than its generation prompt")
+    assert told.startswith(
+        "f.parquet, row 7: the chat template does not render turn 1 as a continuation of its generation prompt"
+    )
     assert r"im_start|>assistant\n<think>\n'" in told
     assert "--chat_template or --template_arguments" in told
 
@@ -315,7 +317,7 @@ def test_tools_of_another_kind(tokenizer):
 def test_a_weight_or_flag_of_another_kind(tokenizer):
     for weight in (-1, "heavy", True, float("nan")):
         told = message(conversation, tokenizer, [USER, {**ANSWER, "weight": weight}])
-        assert told == f"f.parquet, row 7: turn 1 has the weight {weight!r}; a weight is a number, 0 or more"
+        assert told == f"f.parquet, row 7: turn 1 has the weight {weight!r}; weights must be numbers, 0 or more"
     flagged = ChatFormat(tokenizer, learn="flagged")
     told = message(flagged.conversation, [USER, {**ANSWER, "train": "yes"}], CELL)
     assert told == "f.parquet, row 7: turn 1 has train 'yes'; write true or false"

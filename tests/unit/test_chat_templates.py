@@ -144,11 +144,11 @@ def test_every_answer_is_what_the_template_adds_to_its_prompt(tokenizer, name, m
         if message["role"] == "assistant":
             asked.append([render(own, messages[: index + add], generation=not add) for add in (0, 1)])
     if any(text is None for pair in asked for text in pair):
-        with pytest.raises(UserError, match=r"row 7: the chat template (refuses the messages|renders turn)"):
+        with pytest.raises(UserError, match=r"row 7: the chat template (refuses the messages|does not render turn)"):
             form.conversation(messages, CELL, TOOLS)
         return
     if not all(whole.startswith(prompt) for prompt, whole in asked):
-        with pytest.raises(UserError, match="row 7: the chat template renders turn"):
+        with pytest.raises(UserError, match="row 7: the chat template does not render turn"):
             form.conversation(messages, CELL, TOOLS)
         return
     [rows] = form.tokenize([form.conversation(messages, CELL, TOOLS)])

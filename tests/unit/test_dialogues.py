@@ -435,7 +435,7 @@ def test_conversations_are_refused(tiny_model, tmp_path):
     messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
     file = write_parquet(tmp_path / "chat.parquet", [{"messages": messages}])
     config = ValidateConfig(model=str(tiny_model), data=str(file))
-    with pytest.raises(UserError, match="has conversations, and prompt and response columns are needed"):
+    with pytest.raises(UserError, match="contains conversations; it needs prompt and response columns"):
         evaluate_dialogues(config, load_generator(config, CPU), ALONE)
 
 

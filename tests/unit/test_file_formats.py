@@ -216,7 +216,7 @@ def test_a_dataset_that_the_hub_does_not_have(hub, tokenizer):
     assert told.endswith("; check the name, the network, and HF_TOKEN")
     told = message(load, "hf://datasets/me/chat/none", tokenizer)
     assert told.startswith("--train_files hf://datasets/me/chat/none: me/chat has no none;")
-    assert "write hf://datasets/OWNER/NAME" in message(load, "hf://me/chat", tokenizer)
+    assert "expected hf://datasets/OWNER/NAME" in message(load, "hf://me/chat", tokenizer)
 
 
 # The guide

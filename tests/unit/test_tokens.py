@@ -348,7 +348,7 @@ def test_a_killed_process_ends_the_preparation_with_one_line(load, tmp_path, mon
 
     monkeypatch.setattr(module.TokenWriter, "add", kill_one)
     told = message(load, many_rows(60_000))
-    assert told.startswith("a process that tokenizes was killed, possibly for lack of memory; free some")
+    assert told.startswith("a tokenizing process was killed, possibly for lack of memory; free some")
     assert [path.name for path in (tmp_path / "cache" / "tokens").iterdir() if path.is_dir()] == []
 
 
