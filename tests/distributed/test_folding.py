@@ -262,6 +262,8 @@ def test_weighted_answers_of_conversations_are_those_of_single_rows(
         [line] = trained(commands, backend, ranks, tiny_model, file, tmp_path / fold, fold=fold, **more)
         assert (line["train/loss"], line["train/grad_norm"]) == pytest.approx((loss, norm), rel=1e-5)
         assert (line["train/fold_ratio"] > 1.4) == (fold == "batch")
+        saved = tmp_path / fold / "latest" / "chat_template.jinja"
+        assert saved.read_text(encoding="utf-8") == THINKING_STRIPPED
 
 
 # What folding saves on the real set
