@@ -180,7 +180,7 @@ def load_dataset(
 
 @dataclass(frozen=True)
 class RowSource:
-    """Rows of files to be made into tokens: here, or from the first FIRST_ROWS on in several processes."""
+    """Rows of files to be made into tokens: here, or after FIRST_BATCHES in several processes."""
 
     files: Sequence[Path]
     flags: RowFlags
