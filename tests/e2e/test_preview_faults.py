@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.helpers import SAMPLE_TRAIN, SAMPLE_VAL, flags, write_parquet
-from tests.unit.test_preview_faults import ENDLESS, FORGETFUL
+from tests.unit.test_preview_faults import ENDLESS
 
 pytestmark = pytest.mark.slow
 
@@ -62,8 +62,6 @@ FAULTS: dict[str, tuple[Plant, dict, str]] = {
         "training rows, e.g. v.parquet, row 2 and t.parquet, row "),
     "a level in both sets": (add_level, {}, "leak by level: 1 of 29 validation rows share 1 level with training rows, "
         "e.g. v.parquet, row 2 and t.parquet, row 7, "),
-    "a template that strips thinking": (nothing, {"template": FORGETFUL}, "histories: the chat template strips "
-        r"thinking from earlier turns: \d\d of 40 rows lose some, e.g. t.parquet, row "),
     "a template without end of turn": (nothing, {"template": ENDLESS}, "end of turn: the chat template puts no special "
         "token directly after an answer; "),
     "all answers cut": (nothing, {"max_length": 60, "truncation": "right"}, "truncation: all 40 rows lose the end "
