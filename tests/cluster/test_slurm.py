@@ -89,7 +89,7 @@ def slurm(tmp_path) -> Iterator[Callable[..., str]]:
             process.wait(30)
 
 
-def wait_for(condition: Callable[[], bool], log: Path, seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], bool], log: Path, seconds: float = 240) -> None:
     give_up = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < give_up, log.read_text() if log.exists() else "nothing was printed"
