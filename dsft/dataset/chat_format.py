@@ -6,6 +6,7 @@ it is. Prompt and answer are tokenized apart, so the boundary is exact. The mask
 ids: pad and end-of-turn are often the same id.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ from dsft.dataset.messages import (
 )
 from dsft.dataset.piece_tokenizer import PieceTokenizer
 from dsft.dataset.readers import Cell
-from dsft.errors import UserError
+from dsft.errors import UserError, did_you_mean
 from dsft.text import one_line
 
 THINK = "<think>"
@@ -92,13 +93,20 @@ class ChatFormat:
         learn: Literal["all", "last", "flagged"] = "all",
     ) -> None:
         """Raises:
-        UserError: the tokenizer has no token that could end a turn.
+        UserError: the tokenizer has no token that could end a turn, or the template does not have an argument.
         """
         self.tokenizer = tokenizer
         self.with_thinking = with_thinking
         self._system, self._arguments, self._learn = system_prompt, template_arguments or {}, learn
         self._ids = PieceTokenizer(tokenizer)
         self.has_template = bool(tokenizer.chat_template)
+        words = set(re.findall(r"\w+", str(tokenizer.chat_template or "")))
+        for name in self._arguments:
+            if name not in words:
+                raise UserError(
+                    f"--template_arguments: the chat template has no argument '{name}'{did_you_mean(name, words)}; "
+                    "correct it, or drop it"
+                )
         self.marks: list[str] = []
         self._generation_prompt, after_answer = "", ""
         self._form = MessageForm()
@@ -296,13 +304,14 @@ class ChatFormat:
                 yield self._answer(turns, tools, len(turns) - 1, weight, cell)
 
             answers = list(answer(turns, given)) if weight else []
-            return RenderedRow(answers, self._ignored(turns, given, answer, answers))
+            return RenderedRow(answers, self._ignored(turns, given, answer, answers) if answers else [])
 
         def ask(turns: list[Message], tools: Tools | None) -> Iterator[str]:
             yield self.render(turns, tools, cell, generation=True)
 
         asked = next(ask(turns, given)) if turns else str(prompt)
-        ignored = self._ignored(turns, given, ask, [asked]) if turns else ["tools"] if given else []
+        unused = {"tools": given, "system_prompt": self._system}  # by a prompt that is not rendered
+        ignored = self._ignored(turns, given, ask, [asked]) if turns else [key for key, one in unused.items() if one]
         text, answer_text = asked, _response_text(response, cell)
         if self.with_thinking:
             if not text.rstrip().endswith(THINK):

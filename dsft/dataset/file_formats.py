@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -67,10 +67,7 @@ class ArrowReader:
 
     def read(self, columns: Sequence[str]) -> Iterator[Batch]:
         """See Reader."""
-        for batch in self._batches:
-            for start in range(0, batch.num_rows, ROWS_AT_ONCE):
-                part = batch.slice(start, ROWS_AT_ONCE)
-                yield part.num_rows, partial(_rows, part, columns)
+        yield from _in_parts(self._batches, columns)
 
 
 class CsvReader:
@@ -93,10 +90,7 @@ class CsvReader:
     def read(self, columns: Sequence[str]) -> Iterator[Batch]:
         """See Reader."""
         with self._open(dict.fromkeys(self.columns, pyarrow.string())) as opened:
-            for batch in opened:
-                for start in range(0, batch.num_rows, ROWS_AT_ONCE):
-                    part = batch.slice(start, ROWS_AT_ONCE)
-                    yield part.num_rows, partial(_rows, part, columns)
+            yield from _in_parts(opened, columns)
 
 
 class JsonReader:
@@ -185,8 +179,16 @@ def open_file(file: Path) -> Reader:
     return READERS.get(suffix_of(file), ParquetReader)(file)
 
 
+def _in_parts(batches: Iterable[Any], columns: Sequence[str]) -> Iterator[Batch]:
+    for batch in batches:
+        for start in range(0, batch.num_rows, ROWS_AT_ONCE):
+            part = batch.slice(start, ROWS_AT_ONCE)
+            yield part.num_rows, partial(_rows, part, columns)
+
+
 def _fields_of(schema: Any) -> set[str]:
-    structs = [column for column in schema if pyarrow.types.is_struct(column.type)]
+    once = [column for column in schema if schema.names.count(column.name) == 1]
+    structs = [column for column in once if pyarrow.types.is_struct(column.type)]
     return {f"{column.name}.{inner.name}" for column in structs for inner in column.type}
 
 

@@ -1,5 +1,6 @@
-"""Datasets on the Hugging Face Hub: hf://datasets/OWNER/NAME[/FOLDER or FILE][@REVISION]."""
+"""Datasets on the Hugging Face Hub: hf://datasets/OWNER/NAME[/FOLDER, FILE or GLOB][@REVISION]."""
 
+import glob
 from pathlib import Path
 
 from dsft.errors import UserError
@@ -12,7 +13,7 @@ def find_on_hub(name: str, flag: str) -> Path:
     """Download a dataset's files, or those below a folder of it (often a configuration), into huggingface_hub's cache.
 
     Returns:
-        The folder, or the file.
+        The folder, the file, or a glob.
 
     Raises:
         UserError: the name is not of this form, or the Hub does not have it.
@@ -36,6 +37,6 @@ def find_on_hub(name: str, flag: str) -> Path:
             f"--{flag} {name} cannot be downloaded: {reason}; check the name, the network, and HF_TOKEN"
         ) from error
     found = Path(folder, below)
-    if not found.exists():
+    if not (found.exists() or glob.glob(str(found))):
         raise UserError(f"--{flag} {name}: {repository} has no {below}; name one of its folders or files")
     return found

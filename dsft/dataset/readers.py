@@ -1,6 +1,7 @@
 """Files to rows: find files, read columns, follow keys into nested values."""
 
 import glob
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,6 +45,10 @@ def find_files(names: Sequence[str], flag: str) -> list[Path]:
             matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
             if not matches:
                 raise UserError(f"--{flag} {name}: no such file{did_you_mean_path(path)}")
+        splits = {split[0] for file in matches if (split := re.match("train|val|dev|test", file.name))}
+        if name.startswith(PREFIX) and len(splits) > 1:
+            kinds = ", ".join(sorted(splits))
+            raise UserError(f"--{flag} {name} has files of several splits ({kinds}); add a glob such as /data/train-*")
         found += matches
     if not found:
         raise UserError(f"--{flag} is empty; name a file, a glob or a folder")
@@ -157,11 +162,7 @@ def _make_rows(
 
 
 def first_row(files: Sequence[Path]) -> dict[str, Any]:
-    """The first row of the first file that has one, by column; its columns alone are those of all rows.
-
-    Raises:
-        UserError: an unreadable file.
-    """
+    """The first row of the first file that has one, by column; empty where none can be read."""
     for file in files:
         try:
             reader = open_file(file)

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from dsft.config.flags import RowFlags
 from dsft.dataset.readers import Cell, first_row, walk
+from dsft.errors import UserError
 
 Flags = TypeVar("Flags", bound=RowFlags)
 ROLES = {
@@ -20,27 +21,28 @@ def resolve_format(files: Sequence[Path], flags: Flags) -> Flags:
     """The flags with --format auto, and the column of conversations, replaced by what the first row shows.
 
     Raises:
-        UserError: there is no row.
+        UserError: the other flags do not go with that format.
     """
-    if flags.format in ("prompt_response", "alpaca"):
-        return flags
-    row = first_row(files)
+    resolved = _recognize(first_row(files), flags) if flags.format == "auto" else flags
+    if resolved.format in ("messages", "sharegpt") and resolved.messages_key is None:
+        resolved = replace(resolved, messages_key="messages" if resolved.format == "messages" else "conversations")
+    if problems := list(resolved.row_problems()):
+        raise UserError("\n".join(problems))
+    return resolved
+
+
+def _recognize(row: dict[str, Any], flags: Flags) -> Flags:
+    """The format of a row, given its values by column."""
     key = flags.messages_key
-    if flags.format == "auto":
-        if key is None and {flags.prompt_key, flags.response_key} & set(row):
-            return replace(flags, format="prompt_response")
-        if key is None and {"instruction", "output"} <= set(row):
+    if key is None and not {flags.prompt_key, flags.response_key} & set(row):
+        if {"instruction", "output"} <= set(row):
             return replace(flags, format="alpaca")
-    if flags.format == "auto" and key is None:
         key = next((name for name in ("messages", "conversations") if name in row), None)
-    key = key or ("conversations" if flags.format == "sharegpt" else "messages")
-    if flags.format == "auto":
-        if key not in row and flags.messages_key is None:
-            return replace(flags, format="prompt_response")  # whose columns will be missed
-        turns = row.get(key)
-        is_sharegpt = isinstance(turns, list) and bool(turns) and isinstance(turns[0], dict) and "from" in turns[0]
-        return replace(flags, format="sharegpt" if is_sharegpt else "messages", messages_key=key)
-    return replace(flags, messages_key=key)
+    if key is None:
+        return replace(flags, format="prompt_response")
+    turns = row.get(key)
+    is_sharegpt = isinstance(turns, list) and bool(turns) and isinstance(turns[0], dict) and "from" in turns[0]
+    return replace(flags, format="sharegpt" if is_sharegpt else "messages", messages_key=key)
 
 
 def format_text(flags: RowFlags) -> str:

@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
@@ -158,7 +158,7 @@ def load_dataset(
         source = RowSource(files, flags, tokenizer, max_rows)
         try:
             with (
-                source.packed() as batches,
+                closing(source.packed()) as batches,  # which ends the processes
                 tqdm(unit=" rows", desc="tokenizing", disable=None if show_progress else True) as bar,
             ):
                 for rows_of_file, packed, found in batches:
@@ -187,22 +187,15 @@ class RowSource:
     tokenizer: PreTrainedTokenizerBase
     max_rows: int | None
 
-    @contextmanager
-    def packed(self) -> Iterator[Iterator[tuple[int, PackedRows, Counts]]]:
+    def packed(self) -> Generator[tuple[int, PackedRows, Counts]]:
         """The rows in the order of the files, some at a time: how many of the files, and what became of them."""
-        processes = min(len(os.sched_getaffinity(0)), MAX_PROCESSES)
-        here = self.every(0, 1, last=FIRST_BATCHES if processes > 1 else None)
-        with ExitStack() as stack:
-
-            def batches() -> Iterator[tuple[int, PackedRows, Counts]]:
-                made = 0
-                for made, batch in enumerate(here, 1):  # noqa: B007
-                    yield batch
-                if processes > 1 and made == FIRST_BATCHES:
-                    lost = "a tokenizing process was killed, possibly for lack of memory; free some and rerun"
-                    yield from stack.enter_context(parallel(self.every_after_the_first, processes, lost))
-
-            yield batches()
+        processes, made = min(len(os.sched_getaffinity(0)), MAX_PROCESSES), 0
+        for made, batch in enumerate(self.every(0, 1, last=FIRST_BATCHES if processes > 1 else None), 1):  # noqa: B007
+            yield batch
+        if processes > 1 and made == FIRST_BATCHES:
+            lost = "a tokenizing process was killed, possibly for lack of memory; free some and rerun"
+            with parallel(self.every_after_the_first, processes, lost) as batches:
+                yield from batches
 
     def every_after_the_first(self, number: int, processes: int) -> Iterator[tuple[int, PackedRows, Counts]]:
         """The body of a process."""

@@ -47,11 +47,13 @@ def load_set(config: PreviewConfig, flag: str, chat_format: ChatFormat, template
     """The rows of a flag, train_files or val_files, as far as they can be read.
 
     Raises:
-        UserError: there are no such files.
+        UserError: there are no such files, or their format does not go with the flags.
     """
     is_train = flag == "train_files"
     names = (config.train_files if is_train else config.val_files) or []
     max_rows = config.max_train_rows if is_train else config.max_val_rows
+    files = find_files(names, flag)
+    config = resolve_format(files, config)
     scan = Scan(config, template.source, template.user_header, template.end_of_turn)
     loaded = LoadedSet("" if is_train else "val: ", scan)
 
@@ -62,8 +64,6 @@ def load_set(config: PreviewConfig, flag: str, chat_format: ChatFormat, template
             loaded.error = loaded.error or str(error)
             return None
 
-    files = find_files(names, flag)
-    config = scan.flags = resolve_format(files, config)
     loaded.data = loaded.whole = tokenize(config)
     if loaded.data is None or loaded.data.counts.losses():
         loaded.whole = tokenize(replace(config, max_length=NO_LIMIT, truncation="error"))

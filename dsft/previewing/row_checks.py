@@ -376,7 +376,7 @@ class Scan:
             ),
         )
         self.no_system_turn = RowCheck("", lambda row: bool(row.turns) and row.turns[0][0] != "system")
-        self.flags = flags
+        self._flags = flags
         self.rows = self._refused = 0
         self._first_refusal = ""
 
@@ -385,7 +385,7 @@ class Scan:
         self.rows += 1
         found: list[RowCheck] = []
         try:
-            row = Row.read(values, cell, self.flags)
+            row = Row.read(values, cell, self._flags)
         except UserError:
             pass  # `make` raises the same
         else:

@@ -255,6 +255,10 @@ def test_keys_that_change_nothing_are_named(tokenizer):
     assert ChatFormat(tokenizer).prompt_and_response(messages[:1], "A", CELL).ignored == ["name"]
     formatted = "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"
     assert ChatFormat(tokenizer).prompt_and_response(formatted, "A", CELL, TOOLS).ignored == ["tools"]
+    with_system = ChatFormat(tokenizer, system_prompt="Be brief.")
+    assert with_system.prompt_and_response(formatted, "A", CELL).ignored == ["system_prompt"]
+    unlearned = {"content": "A", "reasoning_content": "T", "weight": 0}
+    assert chat_format(tokenizer, "qwen3").prompt_and_response("Q", unlearned, CELL).ignored == []
 
 
 def test_a_system_prompt_is_for_rows_that_have_none(tokenizer):
@@ -276,6 +280,8 @@ def test_template_arguments_reach_the_template(tokenizer):
     assert silent.answers[0].prompt.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     assert silent.answers[0].text == "A<|im_end|>"
     assert ChatFormat(own).conversation(messages, CELL).answers[0].text == "<think>\n\n</think>\n\nA<|im_end|>"
+    with pytest.raises(UserError, match=r"no argument 'enable_thinkin' \(did you mean 'enable_thinking'\?\)"):
+        ChatFormat(own, template_arguments={"enable_thinkin": False})
 
 
 def test_a_response_may_be_a_message_with_tool_calls(tokenizer):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from dsft.cli import parse
 from dsft.config import MergeConfig, TrainConfig, ValidateConfig
 from dsft.errors import UserError, did_you_mean
 
@@ -166,3 +167,14 @@ def test_validate_accepts_flags_of_both_modes(values):
 def test_suggestion_needs_a_similar_name():
     assert did_you_mean("promt", ["response", "prompt"]) == " (did you mean 'prompt'?)"
     assert did_you_mean("zzz", ["response", "prompt"]) == ""
+
+
+def test_template_arguments_are_json_or_a_mapping(tmp_path):
+    words = ["--model", "m", "--train_files", "t", "--output_dir", "o"]
+    given = parse(TrainConfig, [*words, "--template_arguments", '{"enable_thinking": false}']).template_arguments
+    assert given == {"enable_thinking": False}
+    file = tmp_path / "run.yaml"
+    file.write_text("template_arguments: {enable_thinking: false}\n", encoding="utf-8")
+    assert parse(TrainConfig, [*words, "--config", str(file)]).template_arguments == given
+    with pytest.raises(UserError, match=r"template_arguments: expected JSON object, got '\{enable'"):
+        parse(TrainConfig, [*words, "--template_arguments", "{enable"])

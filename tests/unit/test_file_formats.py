@@ -145,6 +145,17 @@ def test_a_format_that_is_given_is_not_guessed(tmp_path):
     assert (named.format, named.columns()[0]) == ("messages", ["messages"])
 
 
+@pytest.mark.parametrize(
+    ("row", "options", "text"),
+    [
+        ({"prompt": "p", "response": "r"}, {"learn": "last"}, "messages_key and learn are for conversations"),
+        ({"messages": MESSAGES}, {"with_thinking": True}, "with_thinking needs prompt and response columns"),
+    ],
+)
+def test_flags_that_do_not_go_with_the_recognized_format(row, options, text, tokenizer, tmp_path):
+    assert message(load, write(tmp_path / "a.jsonl", [row]), tokenizer, **options).startswith(text)
+
+
 def test_a_damaged_line_is_named(tokenizer, tmp_path):
     good = json.dumps({"prompt": "p", "response": "r"})
     for lines, text in (
@@ -207,6 +218,14 @@ def test_a_dataset_of_the_hub(hub, rows, tokenizer, tmp_path):
     expected = as_lists(load(file, tokenizer))
     for name in ("me/chat/data", "me/chat/data/train.jsonl", "me/chat/data@main"):
         assert as_lists(load(f"hf://datasets/{name}", tokenizer)) == expected
+
+
+def test_a_dataset_with_several_splits(hub, rows, tokenizer, tmp_path):
+    lines = write(tmp_path / "rows.jsonl", rows).read_bytes()
+    hub.datasets["me/chat"] = {"data/train-0.jsonl": lines, "data/train-1.jsonl": lines, "data/test-0.jsonl": lines}
+    told = message(load, "hf://datasets/me/chat", tokenizer)
+    assert told.startswith("--train_files hf://datasets/me/chat has files of several splits (test, train); add a glob")
+    assert len(load("hf://datasets/me/chat/data/train-*", tokenizer)) == 2 * len(rows)
 
 
 def test_a_dataset_that_the_hub_does_not_have(hub, tokenizer):
