@@ -38,7 +38,7 @@ ROW = np.dtype(
         ("row_in_file", "<i8"),
     ]
 )
-RUN_TOKENS = 2**24  # that are sorted in memory at once
+RUN_TOKENS = 2**23  # that are sorted in memory at once
 
 
 @dataclass
