@@ -6,7 +6,7 @@ whole micro-batch never exist. The loss is a weighted sum; the Trainer divides b
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from dsft.dataset.micro_batches import MicroBatch, MicroBatches
+from dsft.config.train import VAL_LOSS
+from dsft.dataset.micro_batches import MicroBatch, MicroBatches, Plan
 from dsft.distributed import runtime
 
 LOGITS_AT_ONCE = 2**25  # float32 elements: 128 MiB, whatever the vocabulary
@@ -45,6 +46,8 @@ class TargetHead:
         self._is_neutral = 1 in settings  # the model multiplies or divides by 1
         self._layers: int = config.num_hidden_layers
         self._checked = False
+        self.losses = torch.empty(0)
+        """Negative log-likelihood of each target of the last micro-batch, float32 [targets]."""
         self._loss: torch.Tensor | None = None
         if self.is_chunked:
             plain_forward = head.forward
@@ -53,7 +56,9 @@ class TargetHead:
                 batch = self._batch
                 if batch is None or not self.is_chunked:
                     return plain_forward(hidden)
-                self._loss = ChunkedLoss.apply(hidden[0], head.weight, head.bias, batch.labels, batch.loss_weights)
+                self._loss, self.losses = ChunkedLoss.apply(
+                    hidden[0], head.weight, head.bias, batch.labels, batch.loss_weights
+                )
                 return self._loss
 
             head.forward = forward
@@ -105,7 +110,13 @@ def summed_loss(model: torch.nn.Module, head: TargetHead, batch: MicroBatch) -> 
     if head.is_chunked:
         return output
     losses = F.cross_entropy(output[0].float(), batch.labels, reduction="none")
+    head.losses = losses.detach()
     return (losses * batch.loss_weights).sum()
+
+
+def source_losses(head: TargetHead, batch: MicroBatch) -> torch.Tensor:
+    """The summed loss of each source's targets, after `summed_loss` of the same micro-batch: float64 [sources]."""
+    return head.losses.double() @ batch.source_weights.double()
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -119,18 +130,21 @@ class ChunkedLoss(torch.autograd.Function):
         bias: torch.Tensor | None,
         labels: torch.Tensor,
         loss_weights: torch.Tensor,
-    ) -> torch.Tensor:
-        """The summed loss (float32 scalar) of hidden [targets, hidden size] and weight [vocabulary, hidden size]."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The summed loss (float32 scalar) of hidden [targets, hidden size] and weight [vocabulary, hidden size].
+
+        And, without a gradient, the loss of each target: float32 [targets].
+        """
         needs = ctx.needs_input_grad[:3]
         hidden_gradient = torch.empty_like(hidden) if needs[0] else None
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None
         bias_gradient = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs[2] else None
-        total = hidden.new_zeros((), dtype=torch.float32)
+        losses = hidden.new_empty(len(hidden), dtype=torch.float32)
         chunk = max(1, LOGITS_AT_ONCE // len(weight))
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             log_likelihoods = F.log_softmax(F.linear(hidden[rows], weight, bias), dim=-1, dtype=torch.float32)
-            total -= (log_likelihoods.gather(1, labels[rows, None]).squeeze(1) * loss_weights[rows]).sum()
+            losses[rows] = -log_likelihoods.gather(1, labels[rows, None]).squeeze(1)
             if not any(needs):
                 continue
             slopes = log_likelihoods.exp_()  # the probabilities, less one at the label
@@ -145,7 +159,8 @@ class ChunkedLoss(torch.autograd.Function):
                 weight_gradient += slopes.T @ hidden[rows]
         ctx.save_for_backward(hidden_gradient, weight_gradient, bias_gradient)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
-        return total
+        ctx.mark_non_differentiable(losses)
+        return (losses * loss_weights).sum(), losses
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -158,7 +173,7 @@ class ChunkedLoss(torch.autograd.Function):
 
 
 @torch.no_grad()
-def mean_loss(
+def validation_losses(
     model: Any,
     head: TargetHead,
     micro_batches: MicroBatches,
@@ -166,19 +181,31 @@ def mean_loss(
     device: torch.device,
     *,
     show_progress: bool = False,
-) -> float:
-    """Weighted mean negative log-likelihood of all targets, the same on all ranks; it may be inf or nan.
+) -> dict[str, float]:
+    """Weighted mean negative log-likelihood of all targets, the same on all ranks, by name: val/loss, and val/loss/NAME
+    of each named source that has targets.
 
-    A sum over the sum of weights, so independent of micro-batches and the number of ranks. Collective.
+    Values may be inf or nan. Each is a sum over the sum of weights, so independent of micro-batches and the number of
+    ranks. Collective.
     """
     plan = micro_batches.plan(np.arange(micro_batches.rows))
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    sums = torch.zeros(len(micro_batches.sources), dtype=torch.float64, device=device)
     for part in tqdm(plan.parts[world.rank], desc="loss", unit=" batches", disable=None if show_progress else True):
-        loss_sum += summed_loss(model, head, micro_batches.make(part).to(device))
-    (total,) = runtime.sum_over_ranks([loss_sum.item()], device)
-    return total / plan.weight
+        batch = micro_batches.make(part).to(device)
+        summed_loss(model, head, batch)
+        sums += source_losses(head, batch)
+    return mean_losses(VAL_LOSS, micro_batches.sources, runtime.sum_over_ranks(sums.tolist(), device), plan)
 
 
-def loss_metrics(loss: float) -> dict[str, float]:
-    """The loss and its perplexity, by the names used in metrics and reports."""
-    return {"val/loss": loss, "val/perplexity": math.exp(loss) if loss < 700 else math.inf}
+def mean_losses(name: str, sources: Sequence[str], sums: Sequence[float], plan: Plan) -> dict[str, float]:
+    """The mean loss of a global batch as `name`, and as name/SOURCE that of each named source with targets in it."""
+    means = {name: sum(sums) / plan.weight}
+    for source, total, weight in zip(sources, sums, plan.source_weights.tolist(), strict=True):
+        if source and weight:
+            means[f"{name}/{source}"] = total / weight
+    return means
+
+
+def perplexity(loss: float) -> float:
+    """Of a mean loss per token."""
+    return math.exp(loss) if loss < 700 else math.inf

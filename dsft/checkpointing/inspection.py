@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from dsft.checkpointing.folder import METRICS, NAME
 from dsft.checkpointing.integrity import COMPLETE, damages, listed_files
 from dsft.checkpointing.state import CONFIG, STATE, TrainerState, read_flags, read_state
+from dsft.config.train import VAL_LOSS
 from dsft.errors import UserError, did_you_mean_path
 from dsft.files import reason
 from dsft.units import size_text
@@ -112,18 +113,20 @@ def _facts(read: Callable[[], list[tuple[str, str]]], file: str, problems: list[
 def _state_facts(folder: Path, state: TrainerState) -> list[tuple[str, str]]:
     epochs, batches = state.position
     val_loss = "none" if state.val_loss is None else f"{state.val_loss:.6f}"
+    by_source = [(name, f"{loss:.6f}") for name, loss in state.val_losses.items() if name != VAL_LOSS]
     if state.validation_due:
         val_loss = "pending: the run was stopped before it"
     best = "none"
     if state.best_step is not None:
-        best = f"step {state.best_step}, val/loss {state.best_val_loss:.6f}"
+        best = f"step {state.best_step}, {state.best_by} {state.best_loss:.6f}"
         best += ", this checkpoint" if state.best_step == state.step else ""
     return [
         ("step", f"{state.step} of {state.total_steps}"),
         ("epoch", f"{state.epoch:.4g}: {epochs} completed, {batches} batches of the next one"),
         ("backend", f"{state.backend}, ranks: {state.world_size}"),
         ("train/loss", _train_loss(folder / METRICS)),
-        ("val/loss", val_loss),
+        (VAL_LOSS, val_loss),
+        *by_source,
         ("best", best),
         ("versions", ", ".join(f"{name} {number}" for name, number in state.versions.items())),
     ]

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from dsft.config.train import VAL_LOSS
 from dsft.errors import UserError
 from dsft.text import visible_text
 
@@ -29,12 +30,20 @@ class TrainerState:
     """Fingerprint of the tokenized training rows."""
     position: tuple[int, int] = (0, 0)
     """Completed epochs, and completed global batches of the current one."""
-    val_loss: float | None = None
+    val_losses: dict[str, float] = field(default_factory=dict)
+    """val/loss, and val/loss/NAME of each source; empty if this step was not validated."""
     validation_due: bool = False
     """The run was stopped before this step's validation; a resume starts with it."""
     best_step: int | None = None
-    best_val_loss: float | None = None
+    best_loss: float | None = None
+    best_by: str = VAL_LOSS
+    """The metric that `best_loss` is a value of."""
     versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def val_loss(self) -> float | None:
+        """The validation loss of this step."""
+        return self.val_losses.get(VAL_LOSS)
 
     def to_json(self) -> str:
         """The file's text."""
@@ -48,19 +57,19 @@ def read_state(checkpoint: Path) -> TrainerState:
         state = TrainerState(**values | {"position": tuple(values["position"])})
         _check(state)
         return state
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{checkpoint / STATE} is damaged ({error}); choose another checkpoint") from error
 
 
 def _check(state: TrainerState) -> None:
     best = [] if state.best_step is None else [state.best_step]
     counts = [state.step, state.total_steps, state.world_size, *state.position, *best]
-    losses = [loss for loss in (state.val_loss, state.best_val_loss if best else None) if loss is not None]
+    losses = [*state.val_losses.values(), *([] if state.best_loss is None else [state.best_loss])]
     if not all(type(count) is int and count >= 0 for count in counts) or len(state.position) != 2:
         raise ValueError("a step or a count is not an int")
     if not all(isinstance(number, (int, float)) for number in (state.epoch, *losses)):
         raise ValueError("a loss or the epoch is not a number")
-    if best and state.best_val_loss is None:
+    if best and state.best_loss is None:
         raise ValueError("the best step has no loss")
     if not isinstance(state.data, str) or not isinstance(state.versions, dict):
         raise ValueError("the fingerprint is not a str, or the versions are not a dict")

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dsft.config.flags import CommonFlags, ModelFlags, RowFlags, flag
-from dsft.errors import did_you_mean
+from dsft.config.sources import read_sources
+from dsft.errors import UserError, did_you_mean
 
 EVERY_EPOCH = "epoch"
+VAL_LOSS = "val/loss"
 Interval = int | Literal["epoch"]
 
 
@@ -26,17 +28,17 @@ class TrainConfig(RowFlags, ModelFlags, CommonFlags):
     """Keep parameters and optimizer state in CPU memory while they are not used."""
 
     train_files: list[str] = flag(required=True, section="Files")
-    """Training data: a file (Parquet, JSON lines, CSV, …), a comma-separated list, a glob, a folder, or hf://datasets/…."""
+    """Training data: files, globs, folders, hf://datasets/…, comma-separated; NAME=PATH*WEIGHT is one of a mixture."""
     val_files: list[str] | None = flag(None)
-    """Validation data, in the same form as train_files."""
+    """Validation data, in the same form as train_files, without weights; each named source has a loss of its own."""
     val_fraction: float | None = flag(None, run_identity=True, must_be="above 0 and below 1")
     """Without val_files: validate on this fraction of the training rows, split off by whole dialogues with the seed."""
     on_leak: Literal["warn", "error", "drop_val", "drop_train", "ignore"] = flag("warn", run_identity=True)
     """Validation rows that are also training rows, or share a dialogue or level with one; drop_… skips that side's."""
     max_train_rows: int | None = flag(None, run_identity=True, must_be="1 or more")
-    """Use only the first N training rows."""
+    """Use only the first N training rows, of each source."""
     max_val_rows: int | None = flag(None, must_be="1 or more")
-    """Use only the first N validation rows."""
+    """Use only the first N validation rows, of each source."""
 
     lora_rank: int = flag(64, section="LoRA", run_identity=True, must_be="0 or more")
     """LoRA rank; 0 is full fine-tuning."""
@@ -90,6 +92,8 @@ class TrainConfig(RowFlags, ModelFlags, CommonFlags):
     """Validate every N steps, every "epoch", or 0 for never; each checkpoint is validated as well, to find the best."""
     save_steps: Interval = flag(EVERY_EPOCH, must_be='a number of steps, "epoch", or 0 for never')
     """Save a checkpoint every N steps, every "epoch", or 0 for never; the last step is always saved."""
+    best_by: str = flag("val/loss", run_identity=True)
+    """Metric whose lowest value marks the best checkpoint: val/loss, or val/loss/NAME of one source."""
     max_checkpoints: int | None = flag(None, must_be="1 or more")
     """Keep only the newest N checkpoints; best and latest are never deleted."""
     save_seconds: int | None = flag(None, must_be="1 or more")
@@ -131,8 +135,24 @@ class TrainConfig(RowFlags, ModelFlags, CommonFlags):
         if self.ds_config is not None and self.backend != "zero3":
             yield f"ds_config is for --backend zero3, got --backend {self.backend}; drop one of them"
         yield from self.row_problems()
+        yield from self._source_problems()
         if Path(self.output_dir).exists() and not Path(self.output_dir).is_dir():
             yield f"output_dir {self.output_dir} is a file; name a folder"
+
+    def _source_problems(self) -> Iterator[str]:
+        validates = self.val_files is not None or self.val_fraction is not None
+        try:
+            train, val = (read_sources(getattr(self, f) or [], f) for f in ("train_files", "val_files"))
+        except UserError as error:
+            yield str(error)
+            return
+        if weighted := [source.name for source in val if source.weight != 1]:
+            yield f"val_files has weights, of {', '.join(weighted)}; they are for train_files, so leave them out"
+        names = [source.name for source in (train if self.val_fraction is not None else val) if source.name]
+        known = [VAL_LOSS, *(f"{VAL_LOSS}/{name}" for name in names)] if validates else [VAL_LOSS]
+        if self.best_by not in known:
+            hint = did_you_mean(self.best_by, known) or "; sources are named in --val_files, as NAME=PATH"
+            yield f"best_by must be one of {', '.join(known)}, got {self.best_by}{hint}"
 
     def run_identity(self) -> dict[str, Any]:
         """The values that define the run: with others, a resume would be a different run."""

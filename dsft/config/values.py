@@ -8,12 +8,12 @@ import json
 import types
 import typing
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
 
+from dsft.config.sources import SourceError, as_entry
 from dsft.errors import UserError, did_you_mean, did_you_mean_path
 
 Config = TypeVar("Config")
@@ -35,6 +35,8 @@ def build(config_class: type[Config], values: dict[str, Any], problems: Sequence
         if f.name in values:
             try:
                 known[f.name] = read_value(values[f.name], hints[f.name])
+            except SourceError as error:
+                problems.append(f"{f.name}: a source {error}")
             except ValueError:
                 value, kind = values[f.name], hints[f.name]
                 suggestion = did_you_mean(value, choices_of(kind)) if isinstance(value, str) else ""
@@ -86,7 +88,7 @@ def read_value(value: Any, kind: Any) -> Any:
     """Convert a string from a command line, or a native YAML value, to the declared type.
 
     Raises:
-        ValueError: the value does not have that type.
+        ValueError: the value does not have that type; a SourceError says why.
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
@@ -94,8 +96,12 @@ def read_value(value: Any, kind: Any) -> Any:
             return None
         for choice in arguments:
             if choice is not type(None):
-                with suppress(ValueError):
+                try:
                     return read_value(value, choice)
+                except SourceError:
+                    raise
+                except ValueError:
+                    continue
         raise ValueError
     if origin is Literal:
         if value is False and "off" in arguments:  # YAML reads an unquoted off as False
@@ -111,6 +117,8 @@ def read_value(value: Any, kind: Any) -> Any:
         if not isinstance(value, (list, tuple)):
             raise ValueError
         items = [item for item in value if item != ""]
+        if kind == list[str]:
+            items = [as_entry(item) if isinstance(item, dict) else item for item in items]
         if origin is list:
             return [read_value(item, arguments[0]) for item in items]
         return tuple(read_value(item, argument) for item, argument in zip(items, arguments, strict=True))

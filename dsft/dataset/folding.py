@@ -25,7 +25,9 @@ class Folded:
     depth: np.ndarray  # int64, the token's position in every row that contains it
     parent: np.ndarray  # int64, index of the preceding token in those rows; -1 for a first token
     subtree_end: np.ndarray  # int64, index after its last descendant
-    weight: np.ndarray  # float64, summed over the rows in which the token is a target; it is predicted from its parent
+    weight: np.ndarray
+    """float64 [tokens] or [tokens, sources], summed over the rows (of each source) in which the token is a target. It
+    is predicted from its parent."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -36,17 +38,19 @@ class Folded:
         return bool((self.subtree_end == len(self)).all())
 
 
-def fold(rows: Sequence[tuple[np.ndarray, np.ndarray]], weights: Sequence[float] | np.ndarray = ()) -> Folded:
+def fold(rows: Sequence[tuple[np.ndarray, np.ndarray]], weights: np.ndarray | None = None) -> Folded:
     """Fold rows of (token ids int32 [length], is-target bool [length]) into one sequence.
 
-    `weights` are those of the rows' targets; all 1 by default.
+    `weights` are those of the rows' targets, float64 [rows], or [rows, sources] with one column that is not 0; all 1 by
+    default.
     """
-    weights = weights if len(weights) else np.ones(len(rows))
+    if weights is None:
+        weights = np.ones(len(rows))
     order = sort_rows([tokens for tokens, _ in rows])
     total = sum(len(tokens) for tokens, _ in rows)
     tokens = np.zeros(total, np.int32)
     depth, parent, subtree_end = (np.zeros(total, np.int64) for _ in range(3))
-    weight = np.zeros(total)
+    weight = np.zeros((total, *weights.shape[1:]))
     path = np.empty(0, np.int64)  # indices of the previous row's tokens
     previous = np.empty(0, np.int32)
     used = 0
@@ -59,7 +63,7 @@ def fold(rows: Sequence[tuple[np.ndarray, np.ndarray]], weights: Sequence[float]
         tokens[new], depth[new] = own[shared:], np.arange(shared, len(own))
         if len(new):
             parent[new] = np.concatenate([path[shared - 1 : shared] if shared else [-1], new[:-1]])
-        weight[path[1:]] += weights[row] * is_target[1:]  # nothing predicts a row's first token
+        weight[path[1:]] += np.multiply.outer(is_target[1:], weights[row])  # nothing predicts a row's first token
         used += len(new)
         previous = own
     subtree_end[path] = used

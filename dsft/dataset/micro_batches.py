@@ -41,6 +41,7 @@ class Plan:
     parts: list[list[Sequences]]  # the micro-batches of each rank; all ranks have the same number, some may be empty
     targets: int
     weight: float  # of all targets, by which the summed loss is divided
+    source_weights: np.ndarray  # float64 [sources], the same of each source
     tokens: int  # computed, excluding padding
     row_tokens: int  # as if every row were computed by itself
     flops: float
@@ -58,6 +59,7 @@ class MicroBatch:
     logit_positions: torch.Tensor  # int64 [targets], indices into the flattened input_ids whose next token is a target
     labels: torch.Tensor  # int64 [targets], those next tokens
     loss_weights: torch.Tensor  # float32 [targets], summed over the rows in which each is a target
+    source_weights: torch.Tensor  # float32 [targets, sources], the same of each source's rows
     position_ids: torch.Tensor | None = None  # int64 [1, tokens], positions in the rows; None if these are the columns
     tree: "Tree | None" = None  # what each token attends to; None for causal attention
 
@@ -84,6 +86,11 @@ class MicroBatches:
         """Rows of the dataset."""
         return len(self._data)
 
+    @property
+    def sources(self) -> list[str]:
+        """Names of the dataset's sources."""
+        return self._data.sources
+
     def plan(self, rows: np.ndarray) -> Plan:
         """Distribute a global batch. rows: int64 [rows] of the dataset."""
         ranks, budget = self._options.ranks, self._options.token_budget
@@ -108,22 +115,29 @@ class MicroBatches:
             costs = [[float(cost[part].sum()) for part in own] for own in packs]
             tokens = int(sizes.sum())
         flops = sum(map(sum, costs))
+        weights = targets[:, None] * self._weights(rows)
         return Plan(
             parts=parts,
             targets=int(targets.sum()),
-            weight=float((targets * self._data.weight[rows]).sum()),
+            weight=float(weights.sum()),
+            source_weights=weights.sum(axis=0),
             tokens=tokens,
             row_tokens=int(lengths.sum()),
             flops=flops,
             imbalance=makespan(costs) * ranks / flops - 1,
         )
 
+    def _weights(self, rows: np.ndarray) -> np.ndarray:
+        """The weight of each row in the column of its source, float64 [rows, sources]."""
+        columns = np.arange(len(self._data.sources))
+        return self._data.weight[rows][:, None] * (self._data.source[rows][:, None] == columns)
+
     def make(self, sequences: Sequences) -> MicroBatch:
         """The tensors of one micro-batch, on CPU."""
-        folded = [fold([self._data[row] for row in rows], self._data.weight[rows]) for rows in sequences]
+        folded = [fold([self._data[row] for row in rows], self._weights(rows)) for rows in sequences]
         if not folded:
             nothing = np.zeros(1, np.int64)
-            folded = [Folded(nothing, nothing, nothing - 1, nothing + 1, np.zeros(1))]
+            folded = [Folded(nothing, nothing, nothing - 1, nothing + 1, self._weights(nothing) * 0)]
         return packed(folded) if self._options.trees else padded(folded, self._pad_token)
 
 
@@ -152,10 +166,12 @@ def padded(chains: Sequence[Folded], pad_token: int | None) -> MicroBatch:
 
 def _with_targets(input_ids: np.ndarray, whole: Folded, positions: np.ndarray) -> MicroBatch:
     """positions: int64 [tokens], where in the flattened input_ids each token of `whole` is predicted."""
-    is_target = np.flatnonzero(whole.weight)
+    weights = whole.weight.reshape(len(whole), -1)
+    is_target = np.flatnonzero(weights.any(axis=1))
     return MicroBatch(
         input_ids=torch.from_numpy(input_ids.astype(np.int64)),
         logit_positions=torch.from_numpy(positions[is_target]),
         labels=torch.from_numpy(whole.tokens[is_target].astype(np.int64)),
-        loss_weights=torch.from_numpy(whole.weight[is_target].astype(np.float32)),
+        loss_weights=torch.from_numpy(weights[is_target].sum(axis=1).astype(np.float32)),
+        source_weights=torch.from_numpy(weights[is_target].astype(np.float32)),
     )

@@ -115,6 +115,8 @@ def read_batches(
             raise UserError(
                 f"{file} is not a valid {kind} file: {one_line(error)}; correct it, or download it again"
             ) from error
+        if not reader.columns:
+            continue  # an empty file of JSON lines
         for column, flag in zip(columns, flags, strict=True):
             if column not in reader.columns and column not in optional:
                 raise UserError(

@@ -1,12 +1,13 @@
 """What the columns of a row mean: prompt and response, messages, ShareGPT, or Alpaca."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from dsft.config.flags import RowFlags
-from dsft.dataset.readers import Cell, first_row, walk
+from dsft.config.sources import Source, read_sources
+from dsft.dataset.readers import Cell, find_files, first_row, walk
 from dsft.errors import UserError
 
 Flags = TypeVar("Flags", bound=RowFlags)
@@ -15,6 +16,28 @@ ROLES = {
     "chatgpt": "assistant", "function_call": "assistant", "system": "system", "tool": "tool", "observation": "tool",
 }  # fmt: skip
 """Of ShareGPT's `from`."""
+
+
+@dataclass(frozen=True)
+class SourceFiles(Generic[Flags]):
+    """The files of a source, and the flags with the format of their rows."""
+
+    source: Source
+    files: list[Path]
+    flags: Flags
+
+
+def find_sources(names: Sequence[str], flag: str, flags: Flags) -> list[SourceFiles[Flags]]:
+    """The sources that a flag names, each with the format that its own first row shows.
+
+    Raises:
+        UserError: a name that matches no file, or flags that do not go with a format.
+    """
+    found = []
+    for source in read_sources(names, flag):
+        files = find_files(source.paths, flag)
+        found.append(SourceFiles(source, files, resolve_format(files, flags)))
+    return found
 
 
 def resolve_format(files: Sequence[Path], flags: Flags) -> Flags:
@@ -45,8 +68,13 @@ def _recognize(row: dict[str, Any], flags: Flags) -> Flags:
     return replace(flags, format="sharegpt" if is_sharegpt else "messages", messages_key=key)
 
 
-def format_text(flags: RowFlags) -> str:
-    """The format, in words; empty where it is prompt and response."""
+def formats_text(sources: Sequence[SourceFiles[Any]]) -> str:
+    """The formats of all sources, in words; empty where each is prompt and response."""
+    texts = [(part.source.name, _format_text(part.flags)) for part in sources]
+    return "; ".join(f"{name}: {text}" if name else text for name, text in texts if text)
+
+
+def _format_text(flags: RowFlags) -> str:
     if flags.format == "alpaca":
         return "Alpaca rows: instruction and input are the prompt, output is the response"
     if flags.messages_key is None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from itertools import islice
@@ -21,8 +21,8 @@ from dsft.cache import build_once
 from dsft.config.flags import RowFlags
 from dsft.dataset.chat_format import ChatFormat, RenderedRow, read_system_prompt
 from dsft.dataset.messages import read_weight
-from dsft.dataset.readers import Cell, Rows, find_files, read_batches
-from dsft.dataset.row_format import format_text, read_values, resolve_format
+from dsft.dataset.readers import Cell, Rows, read_batches
+from dsft.dataset.row_format import SourceFiles, find_sources, formats_text, read_values
 from dsft.dataset.token_files import ROW, Counts, PackedRows, Row, TokenWriter, pack_rows
 from dsft.errors import UserError
 from dsft.processes import parallel
@@ -36,20 +36,38 @@ OTHERS = ("sorted_place", "dialogue")
 LEVEL_ID = re.compile("[0-9a-f]{16}")  # other datasets have a level there too, and mean a difficulty
 
 
+@dataclass(frozen=True)
+class SourceStatistics:
+    """Rows of a source, and how often each is seen in an epoch."""
+
+    name: str
+    rows: int
+    tokens: int
+    targets: int
+    weight: float
+
+    def __str__(self) -> str:
+        times = "" if self.weight == 1 else f", {self.weight:g} times per epoch"
+        return f"{self.name}: {self.rows:,} rows, {self.tokens:,} tokens, {self.targets:,} targets{times}"
+
+
 class TokenDataset:
     """Rows of token ids and loss masks in memory-mapped files; see token_files.
 
     tokens: int32 [all tokens], is_target: bool [all tokens]; including what truncation cut from the front of a row.
     rows: ROW [rows]; its fields are attributes too.
+    sources: names of the sources of a mixture; one empty name if the rows are not told apart
+    source: int64 [rows], index of each row's source
+    source_weights: float64 [sources], how often a row of each is seen in an epoch
     """
 
     sorted_place: np.ndarray  # int64 [rows]
     dialogue: np.ndarray  # int64 [rows]
 
-    def __init__(self, folder: Path, files: Sequence[Path] = ()) -> None:
+    def __init__(self, folder: Path, sources: Sequence[SourceFiles[Any]] = ()) -> None:
         """Args:
         folder: filled by a TokenWriter.
-        files: where the rows come from, for `place`.
+        sources: where the rows come from; without them there are no places, and one source without a name.
         """
 
         def mapped(name: str, kind: Any) -> np.ndarray:
@@ -60,14 +78,23 @@ class TokenDataset:
         for name in OTHERS:
             setattr(self, name, np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")))
         self.counts = Counts(**json.loads((folder / "counts.json").read_text(encoding="utf-8")))
+        self.files = [str(file) for part in sources for file in part.files]
+        self.sources = [part.source.name for part in sources] or [""]
+        self.source_weights = np.array([part.source.weight for part in sources] or [1.0])
+        self._source_of_file = np.repeat(np.arange(len(sources)), [len(part.files) for part in sources])
         self.fingerprint = folder.name
-        self.files = [str(file) for file in files]
+        if (self.source_weights != 1).any():
+            per_file = self.source_weights[self._source_of_file]
+            self.fingerprint = hashlib.sha256(folder.name.encode() + per_file.tobytes()).hexdigest()[:32]
         self._name_fields()
 
     def _name_fields(self) -> None:
         self.starts, self.lengths, self.targets = (self.rows[name] for name in ("starts", "lengths", "targets"))
         self.weight, self.cut, self.level = (self.rows[name] for name in ("weight", "cut", "level"))
         self.row_hash, self.prompt_hash = self.rows["row_hash"], self.rows["prompt_hash"]
+        self.source = np.broadcast_to(np.int64(0), len(self.rows))
+        if len(self.sources) > 1:
+            self.source = self._source_of_file[self.rows["file"]]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -77,6 +104,16 @@ class TokenDataset:
         start = self.starts[row]
         span = slice(start, start + self.lengths[row])
         return self.tokens[span], self.is_target[span]
+
+    def source_statistics(self) -> list["SourceStatistics"]:
+        """Of each named source."""
+        found = []
+        for index, (name, weight) in enumerate(zip(self.sources, self.source_weights.tolist(), strict=True)):
+            if name:
+                of = self.source == index
+                tokens, targets = int(self.lengths[of].sum()), int(self.targets[of].sum())
+                found.append(SourceStatistics(name, int(of.sum()), tokens, targets, weight))
+        return found
 
     @property
     def file_row(self) -> np.ndarray:
@@ -140,25 +177,24 @@ def load_dataset(
     """The tokenized rows of files, from the cache if possible.
 
     Args:
-        names: files, globs or folders, as given by the flag.
+        names: files, globs or folders, with names and weights of sources; see read_sources.
         flag: the flag's name, for messages.
         tokenizer: of the model.
         flags: columns, thinking, length and truncation.
-        max_rows: the first N rows only.
+        max_rows: the first N rows of each source only.
         show_progress: draw a progress bar if the output is a terminal.
 
     Raises:
         UserError: a fault in the files or their rows, with file and row.
     """
-    files = find_files(names, flag)
-    flags = resolve_format(files, flags)
+    sources = find_sources(names, flag, flags)
 
     def tokenize(folder: Path) -> None:
-        counts, writer = Counts(format=format_text(flags)), TokenWriter(folder)
-        source = RowSource(files, flags, tokenizer, max_rows)
+        counts, writer = Counts(format=formats_text(sources)), TokenWriter(folder)
+        reader = RowReader(sources, tokenizer, max_rows)
         try:
             with (
-                closing(source.packed()) as batches,  # which ends the processes
+                closing(reader.packed()) as batches,  # which ends the processes
                 tqdm(unit=" rows", desc="tokenizing", disable=None if show_progress else True) as bar,
             ):
                 for rows_of_file, packed, found in batches:
@@ -169,21 +205,21 @@ def load_dataset(
                 remedy = f"raise max_length ({flags.max_length}) or change truncation ({flags.truncation})"
                 if counts.rows_without_weight:
                     remedy = "give some answer a weight above 0, or change --learn"
-                raise UserError(f"no row of {', '.join(map(str, files))} is left: {counts.losses()}; {remedy}")
+                files = ", ".join(str(file) for part in sources for file in part.files)
+                raise UserError(f"no row of {files} is left: {counts.losses()}; {remedy}")
             writer.finish(counts)
         finally:
             writer.close()
 
-    key = _cache_key(files, tokenizer, flags, max_rows)
-    return TokenDataset(build_once(f"tokens/{key}", tokenize), files)
+    key = _cache_key(sources, tokenizer, max_rows)
+    return TokenDataset(build_once(f"tokens/{key}", tokenize), sources)
 
 
 @dataclass(frozen=True)
-class RowSource:
-    """Rows of files to be made into tokens: here, or after FIRST_BATCHES in several processes."""
+class RowReader:
+    """Makes rows of files into tokens: here, or after FIRST_BATCHES in several processes."""
 
-    files: Sequence[Path]
-    flags: RowFlags
+    sources: Sequence[SourceFiles[RowFlags]]
     tokenizer: PreTrainedTokenizerBase
     max_rows: int | None
 
@@ -207,49 +243,67 @@ class RowSource:
         self, number: int, processes: int, *, first: int = 0, last: int | None = None
     ) -> Iterator[tuple[int, PackedRows, Counts]]:
         """Every n-th batch from the first on, made into tokens."""
-        chat_format = ChatFormat.of(self.tokenizer, self.flags)
-        index = {str(file): i for i, file in enumerate(self.files)}
-        columns, names = self.flags.columns()
-        batches = read_batches(self.files, [*columns, LEVEL], [*names, "extra_info"], self.max_rows, (*OPTIONAL, LEVEL))
-        for _, make in islice(batches, first + number, last, processes):
+        for make, chat_format, flags, index in islice(self._batches(), first + number, last, processes):
             rows = make()
-            yield len(rows), *self._make_tokens(rows, chat_format, index)
+            yield len(rows), *_make_tokens(rows, chat_format, flags, index)
 
-    def _make_tokens(self, rows: Rows, chat_format: ChatFormat, index: dict[str, int]) -> tuple[PackedRows, Counts]:
-        flags, counts, kept_rows = self.flags, Counts(), []
-        rendered = [render_row(cells[:-1], cell, chat_format, flags) for cell, cells in rows]
-        for (cell, cells), one, found in zip(rows, rendered, chat_format.tokenize(rendered), strict=True):
-            counts.conversations += flags.messages_key is not None
-            counts.split_conversations += len(found) > 1
-            counts.split_rows += len(found) if len(found) > 1 else 0
-            counts.rows_without_weight += not found
-            for key in one.ignored:
-                counts.ignored[key] = counts.ignored.get(key, 0) + 1
-            for row in found:
-                kept = truncate_row(row.tokens, row.is_target, cell, flags, counts)
-                if kept is None:
-                    continue
-                cut = len(row.tokens) - len(kept[0])
-                front = row.tokens[: cut if flags.truncation == "left" else 0]
-                source, history = (index[cell.file], cell.row), row.history if len(found) > 1 else 0
-                kept_rows.append(Row(*kept, front, cut, _level_number(cells[-1]), source, row.weight, history))
-        return pack_rows(kept_rows), counts
+    def _batches(self) -> Iterator[tuple[Callable[[], Rows], ChatFormat, RowFlags, dict[str, int]]]:
+        """What makes some rows; how they become tokens; and the index of each file."""
+        first = 0
+        for part in self.sources:
+            chat_format = ChatFormat.of(self.tokenizer, part.flags)
+            index = {str(file): first + i for i, file in enumerate(part.files)}
+            first += len(part.files)
+            columns, names = part.flags.columns()
+            columns, names = [*columns, LEVEL], [*names, "extra_info"]
+            for _, make in read_batches(part.files, columns, names, self.max_rows, (*OPTIONAL, LEVEL)):
+                yield make, chat_format, part.flags, index
 
 
-def _cache_key(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, flags: RowFlags, max_rows: int | None) -> str:
+def _make_tokens(
+    rows: Rows, chat_format: ChatFormat, flags: RowFlags, index: dict[str, int]
+) -> tuple[PackedRows, Counts]:
+    counts, kept_rows = Counts(), []
+    rendered = [render_row(cells[:-1], cell, chat_format, flags) for cell, cells in rows]
+    for (cell, cells), one, found in zip(rows, rendered, chat_format.tokenize(rendered), strict=True):
+        counts.conversations += flags.messages_key is not None
+        counts.split_conversations += len(found) > 1
+        counts.split_rows += len(found) if len(found) > 1 else 0
+        counts.rows_without_weight += not found
+        for key in one.ignored:
+            counts.ignored[key] = counts.ignored.get(key, 0) + 1
+        for row in found:
+            kept = truncate_row(row.tokens, row.is_target, cell, flags, counts)
+            if kept is None:
+                continue
+            cut = len(row.tokens) - len(kept[0])
+            front = row.tokens[: cut if flags.truncation == "left" else 0]
+            source, history = (index[cell.file], cell.row), row.history if len(found) > 1 else 0
+            kept_rows.append(Row(*kept, front, cut, _level_number(cells[-1]), source, row.weight, history))
+    return pack_rows(kept_rows), counts
+
+
+def _cache_key(
+    sources: Sequence[SourceFiles[RowFlags]], tokenizer: PreTrainedTokenizerBase, max_rows: int | None
+) -> str:
     digest = hashlib.sha256()
-    for file in files:
+    for file in (file for part in sources for file in part.files):
         try:
             with open(file, "rb") as handle:
                 digest.update(hashlib.file_digest(handle, "sha256").digest())
         except OSError as error:
             raise UserError(f"{file} cannot be read: {error.strerror}; make it readable, or choose another") from error
-    settings = {flag.name: getattr(flags, flag.name) for flag in fields(RowFlags)}
-    settings |= {name: list(settings[name] or ()) for name in ("prompt_dict_keys", "response_dict_keys")}
-    settings["system_prompt"] = read_system_prompt(flags)
+    settings = [(_settings(part.flags), len(part.files)) for part in sources]
     parts = [CACHE_FORMAT, settings, max_rows, tokenizer_fingerprint(tokenizer)]
     digest.update(json.dumps(parts, sort_keys=True).encode())
     return digest.hexdigest()[:32]
+
+
+def _settings(flags: RowFlags) -> dict[str, Any]:
+    """The flags that decide a row's tokens."""
+    settings = {flag.name: getattr(flags, flag.name) for flag in fields(RowFlags)}
+    settings |= {name: list(settings[name] or ()) for name in ("prompt_dict_keys", "response_dict_keys")}
+    return settings | {"system_prompt": read_system_prompt(flags)}
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

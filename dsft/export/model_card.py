@@ -17,6 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from dsft.checkpointing.state import TrainerState, read_command, read_flags, read_state
 from dsft.config.games import TUNED
+from dsft.config.sources import read_sources
 from dsft.config.values import value_text
 from dsft.errors import UserError
 from dsft.files import write_text
@@ -183,7 +184,8 @@ def _training(flags: dict[str, Any], state: TrainerState | None, command: str | 
 def _losses(flags: dict[str, Any], state: TrainerState | None) -> list[EvalResult] | None:
     if state is None or state.val_loss is None or not math.isfinite(state.val_loss):
         return None
-    files = [Path(str(file)).stem for file in flags.get("val_files") or []] or ["validation"]
+    sources = read_sources(list(map(str, flags.get("val_files") or [])), "val_files")
+    files = [source.name or Path(path).stem for source in sources for path in source.paths] or ["validation"]
     values = [("loss", "Validation loss", state.val_loss)]
     with suppress(OverflowError):
         values.append(("perplexity", "Perplexity", math.exp(state.val_loss)))

@@ -10,9 +10,10 @@ import torch
 from dsft.backends import backend_class
 from dsft.backends.base import BackendOptions, Sharding
 from dsft.config import TrainConfig
-from dsft.dataset.batches import GlobalBatches
+from dsft.dataset.batches import GlobalBatches, Repeats
 from dsft.dataset.micro_batches import MicroBatches, MicroBatchOptions
 from dsft.dataset.tokens import TokenDataset
+from dsft.errors import UserError
 from dsft.model.flops import Cost, count_flops
 from dsft.model.lora import LoraOptions
 from dsft.model.tree_attention import tree_unsupported_reason
@@ -160,9 +161,23 @@ def plan_run(
 
 
 def order_rows(data: TokenDataset, config: TrainConfig) -> GlobalBatches:
-    """Which rows meet in which optimizer step."""
+    """Which rows meet in which optimizer step.
+
+    Raises:
+        UserError: a source has no row in an epoch.
+    """
+    rows = np.bincount(data.source, minlength=len(data.sources))
+    for name, count, weight in zip(data.sources, rows.tolist(), data.source_weights.tolist(), strict=True):
+        if round(count * weight) == 0:
+            raise UserError(
+                f"train_files: source {name} has {count:,} rows, and with weight {weight:g} none in an epoch; "
+                "raise its weight, or leave the source out"
+            )
     dialogue = np.arange(len(data)) if config.fold == "off" else data.dialogue
-    return GlobalBatches(dialogue, data.sorted_place, config.train_batch_size, config.seed)
+    times = None
+    if (data.source_weights != 1).any():
+        times = Repeats(data.source, data.source_weights, dialogue, data.sorted_place, config.seed)
+    return GlobalBatches(dialogue, data.sorted_place, config.train_batch_size, config.seed, times)
 
 
 @dataclass(frozen=True)

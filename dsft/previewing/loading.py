@@ -9,8 +9,8 @@ import numpy as np
 from dsft.config import PreviewConfig
 from dsft.dataset.chat_format import ChatFormat
 from dsft.dataset.leaks import Leaks, separate
-from dsft.dataset.readers import find_files, read_columns
-from dsft.dataset.row_format import resolve_format
+from dsft.dataset.readers import read_columns
+from dsft.dataset.row_format import find_sources
 from dsft.dataset.tokens import OPTIONAL, TokenDataset, load_dataset, render_row
 from dsft.errors import UserError
 from dsft.previewing.row_checks import Finding, Scan, excerpt
@@ -52,8 +52,7 @@ def load_set(config: PreviewConfig, flag: str, chat_format: ChatFormat, template
     is_train = flag == "train_files"
     names = (config.train_files if is_train else config.val_files) or []
     max_rows = config.max_train_rows if is_train else config.max_val_rows
-    files = find_files(names, flag)
-    config = resolve_format(files, config)
+    sources = find_sources(names, flag, config)
     scan = Scan(config, template.source, template.user_header, template.end_of_turn)
     loaded = LoadedSet("" if is_train else "val: ", scan)
 
@@ -67,12 +66,13 @@ def load_set(config: PreviewConfig, flag: str, chat_format: ChatFormat, template
     loaded.data = loaded.whole = tokenize(config)
     if loaded.data is None or loaded.data.counts.losses():
         loaded.whole = tokenize(replace(config, max_length=NO_LIMIT, truncation="error"))
-    columns, flags = config.columns()
     try:
-        for chunk in read_columns(files, columns, flags, max_rows, OPTIONAL):
-            for cell, values in chunk:
-                make = partial(render_row, values, cell, chat_format, config)
-                scan.see(values, cell, make if loaded.whole is None else None)
+        for part in sources:
+            own_format = ChatFormat.of(chat_format.tokenizer, part.flags)
+            for chunk in read_columns(part.files, *part.flags.columns(), max_rows, OPTIONAL):
+                for cell, values in chunk:
+                    make = partial(render_row, values, cell, own_format, part.flags)
+                    scan.see(values, cell, part.flags, make if loaded.whole is None else None)
     except UserError as error:
         loaded.error = loaded.error or str(error)
     return loaded

@@ -56,6 +56,7 @@ def _named_lines(preview: Preview) -> Iterator[tuple[str, str]]:
 def _set_lines(of: SetStatistics) -> Iterator[str]:
     yield f"{of.rows:,} rows, {of.tokens:,} tokens, {of.targets:,} targets ({of.target_share:.1%})"
     yield from filter(None, (of.format, of.conversations_text))
+    yield from map(str, of.sources)
     yield f"{of.shortest:,} to {of.longest:,} tokens per row, mean {of.mean:,.0f}, median {of.median:,.0f}"
     if of.rows_cut or of.rows_dropped:
         dropped = f"{of.rows_dropped:,} rows with {of.tokens_dropped:,} tokens dropped"

@@ -376,16 +376,15 @@ class Scan:
             ),
         )
         self.no_system_turn = RowCheck("", lambda row: bool(row.turns) and row.turns[0][0] != "system")
-        self._flags = flags
         self.rows = self._refused = 0
         self._first_refusal = ""
 
-    def see(self, values: tuple, cell: Cell, make: Callable[[], object] | None = None) -> None:
+    def see(self, values: tuple, cell: Cell, flags: RowFlags, make: Callable[[], object] | None = None) -> None:
         """Look at the next row, and at what `make` says if training is known to refuse some row."""
         self.rows += 1
         found: list[RowCheck] = []
         try:
-            row = Row.read(values, cell, self._flags)
+            row = Row.read(values, cell, flags)
         except UserError:
             pass  # `make` raises the same
         else:

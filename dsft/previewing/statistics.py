@@ -8,8 +8,8 @@ import numpy as np
 from dsft.config import TrainConfig
 from dsft.dataset.batches import GlobalBatches
 from dsft.dataset.micro_batches import MicroBatches, Plan
-from dsft.dataset.tokens import TokenDataset
-from dsft.planning.plan import RunPlan, order_rows
+from dsft.dataset.tokens import SourceStatistics, TokenDataset
+from dsft.planning.plan import RunPlan
 
 MAX_BINS = 12
 MAX_PLANNED = 64  # steps of the first epoch that are planned; of a longer epoch they are a sample
@@ -33,6 +33,7 @@ class SetStatistics:
     shortest, longest, mean, median: tokens per row, after truncation
     lengths: histogram before truncation
     conversations and all up to `ignored`: see Counts
+    sources: of the named sources
     duplicates: rows with the tokens and targets of an earlier row
     padding: share of padding if batches were drawn row by row, each padded to its longest row
     padding_to_max_length: the same if each row were padded to max_length
@@ -58,6 +59,7 @@ class SetStatistics:
     rows_without_weight: int
     ignored: dict[str, int]
     format: str
+    sources: list[SourceStatistics]
     duplicates: int
     padding: float
     padding_to_max_length: float
@@ -66,11 +68,12 @@ class SetStatistics:
 def set_statistics(data: TokenDataset, whole_lengths: np.ndarray, config: TrainConfig) -> SetStatistics:
     """Of rows as trained on, and the tokens of every row before truncation, int64 [rows]."""
     lengths, counts = data.lengths, data.counts
-    batches = order_rows(data, replace(config, fold="off")).epoch(0)
+    batches = GlobalBatches(np.arange(len(data)), data.sorted_place, config.train_batch_size, config.seed).epoch(0)
     padded = sum(len(batch) * int(lengths[batch].max()) for batch in batches)
     return SetStatistics(
         **asdict(counts),
         conversations_text=counts.conversations_text(),
+        sources=data.source_statistics(),
         target_share=counts.targets / counts.tokens,
         shortest=int(lengths.min()),
         longest=int(lengths.max()),
@@ -143,16 +146,16 @@ def batches_and_folding(
     Raises:
         UserError: a row is longer than the token budget.
     """
-    in_epoch = order.first_step(1)
+    in_epoch, rows = order.first_step(1), np.concatenate(order.epoch(0))
     planned = np.unique(np.linspace(0, in_epoch - 1, min(in_epoch, MAX_PLANNED)).astype(int))
     folding, plans = fold_ratios(data, [order[step] for step in planned], plan)
     ranks = plan.micro_batches.ranks
     batches = Batches(
         steps_first_epoch=in_epoch,
         steps=total_steps,
-        rows=len(data) / in_epoch,
-        tokens=data.counts.tokens / in_epoch,
-        targets=data.counts.targets / in_epoch,
+        rows=len(rows) / in_epoch,
+        tokens=float(data.lengths[rows].sum()) / in_epoch,
+        targets=float(data.targets[rows].sum()) / in_epoch,
         ranks=ranks,
         micro_batches=float(np.mean([len(p.parts[0]) for p in plans])),
         computed_per_rank=float(np.mean([p.tokens for p in plans])) / ranks,

@@ -1,7 +1,7 @@
 """The report on one or more runs."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import pandas as pd
 from dsft.checkpointing.inspection import CheckpointSummary
 from dsft.config import ReportConfig, TrainConfig
 from dsft.config.report import HTML
+from dsft.config.train import VAL_LOSS
 from dsft.config.values import default_text, value_text
 from dsft.files import guard_disk, write_text
 from dsft.reporting.curves import Curve, draw
@@ -107,7 +108,7 @@ def _overview(runs: Sequence[Run]) -> str:
 
 def _charts(runs: Sequence[Run]) -> list[Block]:
     drawings, missing = [], []
-    for key, title, unit, noisy in CHARTS:
+    for key, title, unit, noisy in _with_sources(runs):
         curves = [_curve(run, key, color) for color, run in enumerate(runs)]
         drawn = [curve for curve in curves if len(curve.points)]
         absent = [run.name for run, curve in zip(runs, curves, strict=True) if not len(curve.points)]
@@ -120,10 +121,19 @@ def _charts(runs: Sequence[Run]) -> list[Block]:
     return blocks + ([paragraph(f"No values: {'; '.join(missing)}.")] if missing else [])
 
 
+def _with_sources(runs: Sequence[Run]) -> Iterator[tuple[str, str, str, bool]]:
+    """CHARTS, and after each loss those of the sources of a mixture."""
+    names = dict.fromkeys(str(name) for run in runs for name in run.metrics.columns)
+    for key, title, unit, noisy in CHARTS:
+        yield key, title, unit, noisy
+        own = [name for name in names if name.startswith(f"{key}/")]
+        yield from ((name, f"{title} of {name.removeprefix(f'{key}/')}", unit, noisy) for name in own)
+
+
 def _curve(run: Run, key: str, color: int) -> Curve:
     points = run.curve(key)
     best = [line.state.step for line in run.checkpoints if "best" in line.links and line.state is not None]
-    marked = [step for step in best if key == "val/loss" and step in points.index]
+    marked = [step for step in best if key == run.flags.get("best_by", VAL_LOSS) and step in points.index]
     return Curve(printable(run.name), color, points, (marked[0], points[marked[0]]) if marked else None)
 
 

@@ -13,6 +13,7 @@ import pandas as pd
 from dsft.checkpointing.folder import METRICS, is_checkpoint
 from dsft.checkpointing.inspection import CheckpointSummary, checkpoints_of
 from dsft.checkpointing.state import CONFIG, TrainerState, read_command, read_flags
+from dsft.config.sources import read_sources
 from dsft.config.values import value_text
 from dsft.errors import UserError
 from dsft.files import reason
@@ -203,7 +204,10 @@ def _rows(names: Any, at_most: Any) -> int | None:
     from dsft.dataset.readers import find_files
 
     try:
-        total = sum(read_metadata(path).num_rows for path in find_files(names, "train_files"))
+        rows = [
+            sum(read_metadata(path).num_rows for path in find_files(source.paths, "train_files"))
+            for source in read_sources(names, "train_files")
+        ]
     except (UserError, OSError, ArrowException, TypeError, AttributeError):
         return None
-    return min(total, at_most) if isinstance(at_most, int) else total
+    return sum(min(count, at_most) if isinstance(at_most, int) else count for count in rows)

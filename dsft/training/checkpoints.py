@@ -86,6 +86,8 @@ class RunCheckpoints:
 
         self._backend.load_state(read, state.step)
         runtime.on_main(self._world, lambda: self.repair_links(state))
+        if state.best_by != now.best_by:
+            state = replace(state, best_by=now.best_by, best_step=None, best_loss=None)
         return replace(
             state, backend=now.backend, world_size=now.world_size, total_steps=now.total_steps, data=now.data
         )

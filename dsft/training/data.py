@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dsft.config import TrainConfig
+from dsft.config.train import VAL_LOSS
 from dsft.dataset.batches import GlobalBatches
 from dsft.dataset.leaks import separate
 from dsft.dataset.tokens import TokenDataset, load_dataset
@@ -67,6 +69,11 @@ def load_data(
             warn(f"--{name}: {text}")
     separation = runtime.on_main(world, lambda: separate(train, val, config, warn))
     train, val = separation.apply(train, val)
-    batches = order_rows(train, config)
+    batches = runtime.together(lambda: order_rows(train, config))
+    if val is not None and config.best_by != VAL_LOSS:
+        validate = {f"{VAL_LOSS}/{val.sources[index]}" for index in np.unique(val.source)}
+        if config.best_by not in validate:
+            remedy = "raise --val_fraction" if config.val_fraction else "change --on_leak or --truncation"
+            runtime.fail_together(f"best_by is {config.best_by}, but no row of that source validates; {remedy}")
     total_steps = config.total_training_steps or batches.first_step(config.total_epochs)
     return RunData(train, val, batches, total_steps, separation.text)

@@ -33,9 +33,11 @@ def start_lines(
         ("data", rows_text(len(train), train.counts.tokens, train.counts.targets, train.counts.losses())),
     ]
     block += [("", text) for text in (train.counts.format, train.counts.conversations_text()) if text]
+    block += [("", str(source)) for source in train.source_statistics()]
     if val is not None:
         split = f", {config.val_fraction:g} of the rows by whole dialogues" if config.val_fraction else ""
         block.append(("val", rows_text(len(val), val.counts.tokens, val.counts.targets, val.counts.losses(), split)))
+        block += [("", str(source)) for source in val.source_statistics()]
     if data.leak_text:
         block.append(("leaks", data.leak_text))
     block += [
@@ -97,7 +99,7 @@ def end_lines(config: TrainConfig, folder: CheckpointFolder, state: TrainerState
     """What a finished run has reached, and the command that usually follows."""
     lines = []
     if (best := folder.best()) is not None:
-        lines.append(f"best     {best.name}, val/loss {state.best_val_loss:.6f}")
+        lines.append(f"best     {best.name}, {state.best_by} {state.best_loss:.6f}")
     if config.lora_rank:
         lines.append(f"merge    python -m dsft.merge --checkpoint {config.output_dir}")
     return lines

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from dsft.checkpointing.folder import METRICS
 from dsft.checkpointing.state import TrainerState
 from dsft.config import TrainConfig
+from dsft.config.train import VAL_LOSS
 from dsft.errors import UserError
 from dsft.files import guard_disk, write_text
 
@@ -82,8 +83,8 @@ class Tracker(Console):
 
     def evaluation(self, metrics: dict[str, Any]) -> None:
         """See Console."""
-        loss, perplexity = metrics["val/loss"], metrics["val/perplexity"]
-        self.say(f"step {metrics['step']}: val/loss {loss:.6f}, val/perplexity {perplexity:.4f}")
+        losses = [f"{name} {loss:.6f}" for name, loss in metrics.items() if name.startswith(VAL_LOSS)]
+        self.say(f"step {metrics['step']}: {', '.join(losses)}, val/perplexity {metrics['val/perplexity']:.4f}")
         self._log(metrics)
 
     @property

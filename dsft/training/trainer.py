@@ -12,6 +12,7 @@ from dsft.checkpointing.folder import CONFIG, CheckpointFolder
 from dsft.checkpointing.resuming import InitialWeights, find_resume, open_output, read_history
 from dsft.checkpointing.state import TrainerState, with_command
 from dsft.config import EVERY_EPOCH, TrainConfig
+from dsft.config.train import VAL_LOSS
 from dsft.config.values import as_yaml
 from dsft.dataset.micro_batches import MicroBatches
 from dsft.distributed import runtime
@@ -19,7 +20,7 @@ from dsft.distributed.liveness import Liveness
 from dsft.distributed.rendezvous import start_process_group
 from dsft.errors import UserError
 from dsft.files import guard_disk, write_text
-from dsft.loss import loss_metrics, mean_loss, summed_loss
+from dsft.loss import mean_losses, perplexity, source_losses, summed_loss, validation_losses
 from dsft.model.flops import measure_matmul
 from dsft.planning.activations import free_memory
 from dsft.planning.disk import disk_warning
@@ -136,8 +137,9 @@ class Trainer:
         guard_disk(lambda: write_text(root / CONFIG, text), root / CONFIG)
 
     def _restore(self, initial: InitialWeights | None) -> TrainerState:
+        fingerprint, best_by = self.data.train.fingerprint, self.config.best_by
         state = TrainerState(
-            0, self.data.total_steps, 0.0, self.config.backend, self.world.size, self.data.train.fingerprint
+            0, self.data.total_steps, 0.0, self.config.backend, self.world.size, fingerprint, best_by=best_by
         )
         if self.resume_from is not None:
             return self.checkpoints.restore(self.resume_from, state)
@@ -240,16 +242,17 @@ class Trainer:
         parts = plan.parts[self.world.rank]
         data_seconds = time.perf_counter() - started
         self.backend.model.train()
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        sums = torch.zeros(len(batches.sources), dtype=torch.float64, device=self.device)
         for index, part in enumerate(parts):
             before = time.perf_counter()
             batch = batches.make(part).to(self.device)
             data_seconds += time.perf_counter() - before
             loss = summed_loss(self.backend.model, self.head, batch)
             self.backend.backward(loss / plan.weight, last_micro_batch=index == len(parts) - 1)
-            loss_sum += loss.detach()
-        total, stopped, save_by_time = self._agree(loss_sum.item(), stop)
-        self._refuse_non_finite(total, f"the loss of step {state.step + 1}")
+            sums += source_losses(self.head, batch)
+        totals, stopped, save_by_time = self._agree(sums.tolist(), stop)
+        losses = mean_losses("train/loss", batches.sources, totals, plan)
+        self._refuse_non_finite(losses["train/loss"], f"the loss of step {state.step + 1}")
         rate = self.backend.learning_rate()
         norm = self.backend.step()
         self._refuse_non_finite(norm, f"the gradient norm of step {state.step + 1}")
@@ -258,8 +261,7 @@ class Trainer:
         state.position = self.data.batches.position(state.step)
         state.validation_due = False
         seconds = time.perf_counter() - started
-        metrics = {
-            "train/loss": total / plan.weight,
+        metrics = losses | {
             "train/grad_norm": norm,
             "train/lr": rate,
             "train/targets": plan.targets,
@@ -278,18 +280,19 @@ class Trainer:
         self.checkpoints.writer.blocked_seconds = 0.0
         return stopped, save_by_time
 
-    def _agree(self, loss_sum: float, stop: runtime.StopSignals) -> tuple[float, str | None, bool]:
-        """One collective per step: the loss over all ranks, what asks the run to stop, and whether a save is due."""
+    def _agree(self, sums: list[float], stop: runtime.StopSignals) -> tuple[list[float], str | None, bool]:
+        """One collective per step: the losses over all ranks, what asks the run to stop, and whether a save is due."""
         limit = self.config.save_seconds
         save_by_time = self.world.is_main and limit is not None and time.monotonic() - self._last_save >= limit
         failed = self.console.error is not None or self.checkpoints.writer.has_failed
         reasons = [stop.received == reason for reason in stop.REASONS]
-        values = [loss_sum, *map(float, (failed, save_by_time, *reasons))]
-        total, failures, due, *counts = runtime.sum_over_ranks(values, self.device)
+        values = [*map(float, (failed, save_by_time, *reasons)), *sums]
+        failures, due, *totals = runtime.sum_over_ranks(values, self.device)
         if failures:
             self._raise_background_error()
+        counts, totals = totals[: len(reasons)], totals[len(reasons) :]
         asked = [reason for reason, count in zip(stop.REASONS, counts, strict=True) if count]
-        return total, asked[0] if asked else None, due > 0
+        return totals, asked[0] if asked else None, due > 0
 
     def _refuse_non_finite(self, value: float, what: str) -> None:
         """The value is the same on all ranks, so all of them stop here."""
@@ -309,11 +312,11 @@ class Trainer:
     def _validate(self) -> None:
         assert self.val_micro_batches is not None
         self.backend.model.eval()
-        loss = mean_loss(self.backend.model, self.head, self.val_micro_batches, self.world, self.device)
-        self._refuse_non_finite(loss, f"the validation loss after step {self.state.step}")
-        self.state.val_loss, self._validated_step = loss, self.state.step
+        losses = validation_losses(self.backend.model, self.head, self.val_micro_batches, self.world, self.device)
+        self._refuse_non_finite(losses[VAL_LOSS], f"the validation loss after step {self.state.step}")
+        self.state.val_losses, self._validated_step = losses, self.state.step
         self.state.validation_due = False
-        self.console.evaluation(self._place() | loss_metrics(loss))
+        self.console.evaluation(self._place() | losses | {"val/perplexity": perplexity(losses[VAL_LOSS])})
 
     def _place(self) -> dict[str, float]:
         return {"step": self.state.step, "epoch": round(self.state.epoch, 6)}
@@ -332,17 +335,17 @@ class Trainer:
     # Saving
 
     def _is_best(self) -> bool:
-        """Whether the validation loss of this step, if it has one, is the lowest so far; then it is noted."""
-        state = self.state
-        better = state.val_loss is not None and (state.best_val_loss is None or state.val_loss < state.best_val_loss)
-        if better:
-            state.best_step, state.best_val_loss = state.step, state.val_loss
-        return better
+        """Whether the --best_by of this step, if it was validated, is the lowest so far; then it is noted."""
+        state, loss = self.state, self.state.val_losses.get(self.config.best_by)
+        if loss is None or (state.best_loss is not None and loss >= state.best_loss):
+            return False
+        state.best_step, state.best_loss = state.step, loss
+        return True
 
     def _save(self) -> None:
         """A checkpoint of this step; every rank takes part."""
         self._raise_background_error()
         if self._validated_step != self.state.step:
-            self.state.val_loss = None
+            self.state.val_losses = {}
         self.checkpoints.save(self.state, self.console.metrics_bytes, is_best=self._is_best())
         self._last_save = time.monotonic()

@@ -11,14 +11,15 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dsft.config import ValidateConfig
+from dsft.config.train import VAL_LOSS
 from dsft.dataset.chat_format import THINK, ChatFormat
 from dsft.dataset.micro_batches import MicroBatches
-from dsft.dataset.readers import find_files, read_columns
-from dsft.dataset.row_format import read_values, resolve_format
+from dsft.dataset.readers import read_columns
+from dsft.dataset.row_format import find_sources, read_values
 from dsft.dataset.tokens import OPTIONAL, TokenDataset, load_dataset
 from dsft.distributed import runtime
 from dsft.errors import UserError
-from dsft.loss import TargetHead, loss_metrics, mean_loss
+from dsft.loss import TargetHead, perplexity, validation_losses
 from dsft.planning.activations import SHARE, free_memory
 from dsft.planning.plan import RunPlan
 from dsft.validation.generation import Generator, TransformersGenerator
@@ -149,12 +150,12 @@ def _read_dialogues(
             f"{config.max_new_tokens}; raise the first or lower the second"
         )
     chat_format = ChatFormat.of(tokenizer, config)
-    files = find_files(names, "data")
-    flags = resolve_format(files, replace(config, weight_key=None))
+    [found] = find_sources(names, "data", replace(config, weight_key=None))
+    flags = found.flags
     if flags.messages_key is not None:
         raise UserError(f"--data {names[0]} contains conversations; it needs prompt and response columns")
     dialogues = []
-    for rows in read_columns(files, *flags.columns(), config.episodes, OPTIONAL):
+    for rows in read_columns(found.files, *flags.columns(), config.episodes, OPTIONAL):
         for cell, cells in rows:
             prompt, _ = read_values(cells, cell, flags)
             ids = chat_format.prompt(prompt, cell, cells[-1] if flags.tools_key else None)
@@ -178,7 +179,8 @@ def _measure_loss(
         model, model.dtype, device, ranks=world.size, room=SHARE * free, longest=int(data.lengths.max()), trees=False
     )
     micro_batches = MicroBatches(data, plan.micro_batches, plan.cost, generator.tokenizer.pad_token_id)
-    loss = mean_loss(model, TargetHead(model), micro_batches, world, device, show_progress=world.is_main)
+    losses = validation_losses(model, TargetHead(model), micro_batches, world, device, show_progress=world.is_main)
+    loss = losses[VAL_LOSS]
 
     def check() -> None:
         if not math.isfinite(loss):
@@ -186,7 +188,7 @@ def _measure_loss(
             raise UserError(f"the loss on --data {config.data} is {loss}; check the model's weights{remedy}")
 
     runtime.together(check)
-    return loss_metrics(loss)
+    return losses | {"val/perplexity": perplexity(loss)}
 
 
 def _answer(

@@ -322,10 +322,11 @@ def configs(draw):
     """Any config that its own check accepts."""
     ratio = st.floats(0, 1)
     name = words.filter(lambda word: word != "None")
+    file = name.filter(lambda word: "=" not in word and "*" not in word)
     return TrainConfig(
         model=draw(words),
-        train_files=draw(st.lists(name, min_size=1)),
-        val_files=draw(st.none() | st.lists(name, min_size=1)),
+        train_files=draw(st.lists(file, min_size=1)),
+        val_files=draw(st.none() | st.lists(file, min_size=1)),
         output_dir="out",
         debug=draw(st.booleans()),
         messages_key=draw(st.none() | name),

@@ -29,8 +29,8 @@ def made(root: Path, step: int = 3, more: dict[str, Any] | None = None, **flags:
     """A checkpoint with files of all kinds."""
     versions = {"dsft": "1.0", "torch": "2.0"}
     state = TrainerState(
-        step, 12, step / 4, "zero3", 2, "rows", (0, step), val_loss=2.5 - step / 10, best_step=3, best_val_loss=2.2,
-        versions=versions,
+        step, 12, step / 4, "zero3", 2, "rows", (0, step), val_losses={"val/loss": 2.5 - step / 10},
+        best_step=3, best_loss=2.2, versions=versions,
     )  # fmt: skip
     given = {"model": "some/model", "train_files": ["a.parquet", "b.parquet"], "output_dir": "o"} | flags
     lines = [{"step": i, "train/loss": 3 - i / 10} for i in range(1, step + 1)] + [{"step": step, "val/loss": 1.0}]
@@ -230,7 +230,7 @@ def test_a_run_is_a_table_of_its_checkpoints(tmp_path):
     assert report.lines[3:] == [
         "checkpoint                    step  epoch  val/loss     size",
         "checkpoint-000001                1   0.25  2.400000  1.1 MiB                intact",
-        f"checkpoint-000002                2    0.5  2.300000  2.3 KiB                {place.name} {wrong}",
+        f"checkpoint-000002                2    0.5  2.300000  2.4 KiB                {place.name} {wrong}",
         "checkpoint-000003                3   0.75  2.200000  1.1 MiB  best, latest  intact",
         "checkpoint-000004.damaged        4      1  2.100000  1.1 MiB                set aside: damaged",
         "checkpoint-000004.damaged.2      4      1  2.100000  1.1 MiB                set aside: damaged",

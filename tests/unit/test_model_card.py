@@ -210,6 +210,6 @@ def test_what_a_model_has_reached_is_added_once(merged, tmp_path):
 def test_a_loss_whose_perplexity_is_beyond_all_numbers(tmp_path):
     checkpoint = make_checkpoint(tmp_path / "run")
     state = json.loads((checkpoint / "trainer_state.json").read_text())
-    (checkpoint / "trainer_state.json").write_text(json.dumps(state | {"val_loss": 1000.0}))
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state | {"val_losses": {"val/loss": 1000.0}}))
     data = model_card(checkpoint, "/no/base", "/no/base", **NAMES).data
     assert [(result.metric_type, result.metric_value) for result in data.eval_results] == [("loss", 1000.0)]

@@ -15,7 +15,7 @@ from dsft.config import PreviewConfig
 from dsft.config.flags import RowFlags
 from dsft.dataset.readers import Cell
 from dsft.previewing.preview import Preview, make_preview
-from dsft.previewing.render import show
+from dsft.previewing.render import show, statistics_lines
 from dsft.previewing.row_checks import Row, answer_text, truncation_finding
 from tests.helpers import MEDICAL, SAMPLE_TRAIN, SAMPLE_VAL, token_dataset, trl_templates, write_parquet
 
@@ -430,6 +430,30 @@ def test_weights_that_are_all_0(look, flags):
     [(kind, name, text)] = [found for found in look(rows, messages_key="m", **flags) if found[0] == "refused"]
     assert (kind, name) == ("refused", "load")
     assert "is left: 4 rows with nothing to learn; give some answer a weight above 0" in text
+
+
+def test_sources_that_are_empty(tiny_model, tmp_path):
+    rows = [{"prompt": f"Hello {i}", "response": f"Hi {i}"} for i in range(4)]
+    full = write_parquet(tmp_path / "full.parquet", rows)
+    few = write_parquet(tmp_path / "few.parquet", [{"prompt": "Who?", "response": "Me"}])
+    (tmp_path / "none.jsonl").write_text("")
+    cases = {
+        "none.jsonl": ("load", f"no rows in {tmp_path}/none.jsonl; name files that contain some"),
+        "few.parquet*0.4": (
+            "run",
+            "train_files: source few has 1 rows, and with weight 0.4 none in an epoch; raise its weight, or leave the "
+            "source out",
+        ),
+    }
+    for entry, (name, text) in cases.items():
+        made = preview(tiny_model, [f"full={full}", f"few={tmp_path}/{entry}"])
+        assert [(f.name, f.text) for f in made.findings if f.kind == "refused"] == [(name, text)]
+    made = preview(tiny_model, [f"full={full}*1.5", f"few={few}*3"], train_batch_size=3)
+    assert not [f for f in made.findings if f.kind == "refused"]
+    assert made.batches.rows * made.batches.steps_first_epoch == 4 * 1.5 + 3
+    text = "\n".join(statistics_lines(made))
+    assert "full: 4 rows, " in text
+    assert ", 1.5 times per epoch" in text
 
 
 def test_rows_show_their_weight(tiny_model, tmp_path):

@@ -187,7 +187,7 @@ def test_a_step_saved_again_replaces_its_checkpoint(run):
     checkpointer = writer(run)
     checkpointer.save(snapshot(run, 1))
     again = snapshot(run, 1)
-    checkpointer.save(replace(again, state=replace(again.state, val_loss=1.5)))
+    checkpointer.save(replace(again, state=replace(again.state, val_losses={"val/loss": 1.5})))
     verify(run.path(1))
     assert read_state(run.path(1)).val_loss == 1.5
 

@@ -9,8 +9,8 @@ from dsft.checkpointing.state import CONFIG, STATE, TrainerState, read_flags, re
 from tests.helpers import message
 
 WHOLE = TrainerState(
-    3, 6, 0.5, "fsdp", 2, "abc", position=(1, 2), val_loss=1.25, validation_due=True, best_step=2, best_val_loss=1.0,
-    versions={"torch": "2"},
+    3, 6, 0.5, "fsdp", 2, "abc", position=(1, 2), val_losses={"val/loss": 1.25}, validation_due=True,
+    best_step=2, best_loss=1.0, versions={"torch": "2"},
 )  # fmt: skip
 FIRST = TrainerState(0, 1, 0.0, "zero3", 1, "abc")
 
@@ -35,7 +35,8 @@ def test_a_damaged_state_is_refused_in_one_line(tmp_path, text):
     [
         {"step": "3"}, {"step": 3.0}, {"step": -1}, {"step": None}, {"step": True}, {"total_steps": [6]},
         {"position": [1]}, {"position": [1, 2, 3]}, {"position": 5}, {"position": ["1", 2]}, {"world_size": "2"},
-        {"epoch": "half"}, {"epoch": None}, {"val_loss": "low"}, {"best_val_loss": {}}, {"best_val_loss": None},
+        {"epoch": "half"}, {"epoch": None}, {"val_losses": {"val/loss": "low"}}, {"val_losses": 1.5},
+        {"best_loss": {}}, {"best_loss": None},
         {"data": 7}, {"versions": []}, {"more": 1},
     ],
     ids=str,
