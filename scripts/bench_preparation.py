@@ -58,10 +58,9 @@ def main() -> None:
     parser.add_argument("--trees", default="", help="other checkouts, comma-separated")
     parser.add_argument("--json", help="write the table as JSON to this file")
     words = parser.parse_args()
-    sys.path.insert(0, str(ROOT))
-    from dsft.model.embedded import embedded_model
-
-    file, model, table = str(Path(words.train_files).resolve()), str(embedded_model()), []
+    # Not imported: a process begins with the peak memory of the one that starts it.
+    asked = subprocess.run([sys.executable, "-m", "dsft.model.embedded"], cwd=ROOT, capture_output=True, text=True)
+    file, model, table = str(Path(words.train_files).resolve()), asked.stdout.strip(), []
     for tree in [ROOT, *(Path(name).resolve() for name in words.trees.split(",") if name)]:
         with tempfile.TemporaryDirectory() as folder:
             for what in ("prepared", "from the cache"):

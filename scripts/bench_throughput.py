@@ -5,6 +5,7 @@
     python scripts/bench_throughput.py --rows 8 --epochs 2 --arms dsft:fsdp:batch,trl:fsdp     # a quick look
     python scripts/bench_throughput.py --train_files FILE --rows 128 --epochs 1 --dsft_tokens 2048   # peak memory
     python scripts/bench_throughput.py --repeats 3 --arms dsft:fsdp:batch,dsft:fsdp:batch@../dsft-old   # two checkouts
+    python scripts/bench_throughput.py --conversations 16    # the chat template strips their reasoning from the history
 
 An arm is dsft:BACKEND[:FOLD[:SHARDING]][@TREE] or trl:BACKEND[:ROWS], with ROWS per micro-batch: backends are fsdp and
 zero3, and for TRL plain (one process, not sharded). TREE is another checkout of dsft, whose speed is then printed
@@ -60,6 +61,15 @@ SHARDINGS = ("full", "hybrid", "trainable")
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}  # of the first step's loss, relative
 SETTINGS = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 0.01, "clip_grad": 1.0, "seed": 1}
 WARMUP_RATIO = 0.1
+TURNS = 8
+STRIPS_REASONING = """\
+{%- for m in messages -%}
+<|im_start|>{{ m.role }}
+{% if m.role == 'assistant' and loop.last %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif -%}
+"""
 POLL_SECONDS = 0.25
 
 
@@ -145,6 +155,7 @@ def flag_parser(description: str, arms: str) -> ArgumentParser:
     parser.add_argument("--repeats", type=int, default=1, help="runs of each arm, in turn")
     parser.add_argument("--work_dir", help="keeps the runs (default: a temporary folder)")
     parser.add_argument("--json", help="write everything as JSON to this file")
+    parser.set_defaults(row_flags={})
     return parser
 
 
@@ -153,6 +164,8 @@ def parse() -> Namespace:
     parser = flag_parser(__doc__, "dsft:fsdp,dsft:zero3,trl:fsdp,trl:zero3")
     parser.add_argument("--train_files", default="data/sample_train.parquet", help="parquet, as for dsft.train")
     parser.add_argument("--rows", type=int, default=64, help="use the first N rows")
+    help_text = f"instead of --train_files and --rows: made-up conversations with reasoning, of {TURNS} answers each"
+    parser.add_argument("--conversations", type=int, help=help_text)
     parser.add_argument("--train_batch_size", type=int, help="rows per optimizer step (default: all rows)")
     parser.add_argument("--max_length", type=int, default=2048, help="no row may be longer")
     parser.add_argument("--model", default="smollm2-135m", help="as for dsft.train")
@@ -162,8 +175,38 @@ def parse() -> Namespace:
     samplings = ("sequential", "group_by_length", "batch_rebalance")
     parser.add_argument("--trl_sampling", choices=samplings, default="sequential", help=help_text)
     options = parser.parse_args()
+    if options.conversations:
+        options.rows = TURNS * options.conversations
     options.train_batch_size = options.train_batch_size or options.rows
     return options
+
+
+def write_conversations(folder: Path, count: int) -> dict[str, str]:
+    """Write conversations of TURNS questions and answers, and a chat template.
+
+    Returns:
+        The flags that name them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    import numpy as np
+
+    random = np.random.default_rng(0)
+
+    def some_words(words: int) -> str:
+        return " ".join(random.choice(["alpha", "beta", "gamma", "delta", "rho", "tau"], words))
+
+    def turn() -> list[dict[str, str]]:
+        answer = {"role": "assistant", "reasoning_content": some_words(25), "content": some_words(15)}
+        return [{"role": "user", "content": some_words(80)}, answer]
+
+    rows = [{"messages": [message for _ in range(TURNS) for message in turn()]} for _ in range(count)]
+    folder.joinpath("rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    folder.joinpath("template.jinja").write_text(STRIPS_REASONING, encoding="utf-8")
+    return {
+        "train_files": str(folder / "rows.jsonl"),
+        "messages_key": "messages",
+        "chat_template": str(folder / "template.jinja"),
+    }
 
 
 def trl_environment() -> Path:
@@ -213,7 +256,9 @@ def export_rows(case: Namespace, file: Path) -> dict[str, Any]:
     from dsft.model.source import load_tokenizer, resolve_model
 
     model = resolve_model(case.model)
-    tokenizer, form = load_tokenizer(model, trust_remote_code=False), RowFlags(max_length=case.max_length)
+    template = case.row_flags.get("chat_template")
+    tokenizer = load_tokenizer(model, trust_remote_code=False, chat_template=template)
+    form = RowFlags(max_length=case.max_length, messages_key=case.row_flags.get("messages_key"))
     data = load_dataset(case.train_files.split(","), "train_files", tokenizer, form, max_rows=case.rows)
     if len(data) != case.rows:
         stop(f"--train_files {case.train_files} has {len(data)} rows, --rows is {case.rows}")
@@ -241,7 +286,7 @@ def dsft_words(arm: Arm, case: Namespace, output: Path) -> list[str]:
     same = ("model", "train_files", "max_length", "train_batch_size", "dtype", "lora_rank", "lora_alpha")
     flags: dict[str, Any] = {name: getattr(case, name) for name in same} | SETTINGS
     flags |= {"backend": arm.backend, "fold": arm.setting, "output_dir": output, "save_steps": 0}
-    flags |= {"sharding": arm.sharding} if arm.sharding else {}
+    flags |= case.row_flags | ({"sharding": arm.sharding} if arm.sharding else {})
     flags |= {"max_train_rows": case.rows, "total_epochs": case.epochs, "warmup_ratio": WARMUP_RATIO}
     flags["betas"] = ",".join(map(str, SETTINGS["betas"]))
     if case.dsft_tokens is not None:
@@ -488,6 +533,9 @@ def main() -> None:
     """Run all arms, compare losses, print times."""
     options = parse()
     arms, folder = start(options)
+    if options.conversations:
+        options.row_flags = write_conversations(folder, options.conversations)
+        options.train_files = options.row_flags["train_files"]
     record = measure(options, arms, folder)
     finish({"rows": record}, options.json)
     print("\n".join([time_table(record["summary"]), *tree_lines(record["summary"])]))

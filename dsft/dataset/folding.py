@@ -16,6 +16,8 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
+ROWS_AT_ONCE = 2**16  # as Python's numbers
+
 
 @dataclass(frozen=True)
 class Folded:
@@ -138,9 +140,11 @@ def _joined(prompts: np.ndarray, shared: np.ndarray) -> np.ndarray:
     """
     joined = np.zeros(len(shared), bool)
     shortest = np.iinfo(np.int64).max
-    for gap, (length, prompt) in enumerate(zip(shared.tolist(), prompts[:-1].tolist(), strict=True)):
-        shortest = min(shortest, prompt)
-        joined[gap] = shortest <= length
-        if not joined[gap]:
-            shortest = np.iinfo(np.int64).max
+    for start in range(0, len(shared), ROWS_AT_ONCE):
+        part = slice(start, start + ROWS_AT_ONCE)
+        for gap, (length, prompt) in enumerate(zip(shared[part].tolist(), prompts[:-1][part].tolist(), strict=True)):
+            shortest = min(shortest, prompt)
+            joined[start + gap] = shortest <= length
+            if not joined[start + gap]:
+                shortest = np.iinfo(np.int64).max
     return joined

@@ -39,6 +39,7 @@ ROW = np.dtype(
     ]
 )
 RUN_TOKENS = 2**23  # that are sorted in memory at once
+ROWS_AT_ONCE = 2**16
 
 
 @dataclass
@@ -190,16 +191,26 @@ class TokenWriter:
     def finish(self, counts: Counts) -> None:
         """Sort the rows, find dialogues, and write the rest; `counts` has what is not counted here."""
         self.close()
-        rows = np.fromfile(self._folder / "rows.bin", ROW)
-        starts, lengths, front = rows["starts"], rows["lengths"], rows["front"]
+        columns = ("starts", "lengths", "front", "history", "targets")
+        starts, lengths, front, history, targets = read_fields(self._folder / "rows.bin", columns)
         with open(self._folder / "tokens.bin", "rb") as file:
             order, shared = sort_rows_of_file(file, starts, lengths)
             np.save(self._folder / "sorted_place.npy", np.argsort(order))
             if front.any():
                 order, shared = sort_rows_of_file(file, starts - front, lengths + front)
-        np.save(self._folder / "dialogue.npy", find_dialogues(rows["history"].astype(np.int64), order, shared))
-        counts = replace(counts, rows=len(rows), tokens=int(lengths.sum()), targets=int(rows["targets"].sum()))
+        np.save(self._folder / "dialogue.npy", find_dialogues(history, order, shared))
+        counts = replace(counts, rows=len(starts), tokens=int(lengths.sum()), targets=int(targets.sum()))
         (self._folder / "counts.json").write_text(json.dumps(asdict(counts)), encoding="utf-8")
+
+
+def read_fields(file: Path, names: Sequence[str]) -> list[np.ndarray]:
+    """Some fields of all rows in a rows.bin, each [rows], without reading it into memory as a whole."""
+    parts: list[list[np.ndarray]] = [[] for _ in names]
+    with open(file, "rb") as opened:
+        while len(rows := np.fromfile(opened, ROW, ROWS_AT_ONCE)):
+            for part, name in zip(parts, names, strict=True):
+                part.append(rows[name].copy())
+    return [np.concatenate(part) for part in parts]
 
 
 def save_rows(folder: Path, rows: Sequence[Row], counts: Counts) -> None:

@@ -22,6 +22,7 @@ CASE = {
     "model": "smollm2-135m", "train_files": str(SAMPLE_TRAIN), "rows": 8, "train_batch_size": 8, "epochs": 3,
     "max_length": 2048, "dtype": "float32", "ranks": 2, "lora_rank": 16, "lora_alpha": 32, "repeats": 2,
     "gradient_checkpointing": False, "dsft_tokens": None, "trl_sampling": "sequential",
+    "row_flags": {},
 }  # fmt: skip
 
 
@@ -170,6 +171,14 @@ def test_exported_rows_have_dsfts_tokens_and_targets(tmp_path, tokenizer, batch)
         got = [row["input_ids"] for row in rows[start : start + batch]]
         assert sorted(got) == expected
         assert [len(ids) for ids in got] == sorted(map(len, got), reverse=True)
+
+
+def test_made_up_conversations_are_a_row_for_each_answer(tmp_path):
+    flags = bench.write_conversations(tmp_path, 2)
+    facts = bench.export_rows(
+        case(rows=16, train_batch_size=16, row_flags=flags, train_files=flags["train_files"]), tmp_path / "rows.parquet"
+    )
+    assert facts["tokens"] > 3 * facts["longest"] * 2  # each conversation several times
 
 
 def test_too_few_rows_are_refused(tmp_path):

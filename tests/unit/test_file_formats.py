@@ -95,6 +95,25 @@ def test_text_with_quotes_and_line_breaks_survives_csv(tokenizer, tmp_path):
     assert load(write(tmp_path / "b.csv", weighted), tokenizer, weight_key="w").weight.tolist() == [0.5, 0.5]
 
 
+def test_arguments_of_other_calls_are_not_null_in_parquet(tokenizer, tmp_path):
+    """In a struct column every tool call has the fields of all others."""
+    template = (trl_templates() / "qwen2_5.jinja").read_text(encoding="utf-8")
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = template
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "Go on."},
+                {"role": "assistant", "tool_calls": [{"function": {"name": name, "arguments": arguments}}]},
+            ]
+        }
+        for name, arguments in (("weather", {"city": "Rome"}), ("clock", {"zone": {"hours": 1}}))
+    ]
+    expected = as_lists(load(write(tmp_path / "rows.jsonl", rows), own))
+    assert as_lists(load(write(tmp_path / "rows.parquet", rows), own)) == expected
+    assert "null" not in own.decode(expected[0][0])
+
+
 SHAREGPT = {
     "conversations": [
         {"from": "system", "value": "Be brief."},

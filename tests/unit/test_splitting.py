@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from dsft.config.flags import RowFlags
 from dsft.dataset.leaks import find_leaks
 from dsft.dataset.splitting import choose_sizes, join_rows, rows_to_split_off, split_off
-from dsft.dataset.tokens import load_dataset
+from dsft.dataset.token_files import Counts, Row, save_rows
+from dsft.dataset.tokens import TokenDataset, load_dataset
 from dsft.errors import UserError
 from tests.helpers import SAMPLE_TRAIN, message, outputs_elsewhere, token_dataset, write_parquet
 
@@ -47,6 +48,19 @@ def sample(tokenizer, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DSFT_CACHE", str(tmp_path_factory.mktemp("cache")))
         return load_dataset([str(SAMPLE_TRAIN)], "train_files", tokenizer, RowFlags())
+
+
+def test_the_rows_of_a_conversation_stay_together_whatever_its_template_makes_of_them(tmp_path):
+    """The rows of a conversation need not begin alike: a template may put the date before everything."""
+    made = [
+        Row(np.array([i + 5, 7, i + 50, END], np.int32), np.array([0, 0, 1, 1], bool), source=(0, i // 3))
+        for i in range(30)
+    ]
+    save_rows(tmp_path, made, Counts())
+    data = TokenDataset(tmp_path)
+    for seed in range(5):
+        val = rows_to_split_off(data, 0.3, seed)
+        assert val.tolist() == [3 * first + i for first in sorted({row // 3 for row in val.tolist()}) for i in range(3)]
 
 
 @PROPERTY
