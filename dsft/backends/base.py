@@ -68,6 +68,11 @@ class BackendOptions:
     config_file: str | None = None
     """The library's own settings file (DeepSpeed's JSON)."""
 
+    @property
+    def other_nodes(self) -> float:
+        """The share of all nodes that are not this one."""
+        return 1 - self.ranks_per_node / self.ranks
+
 
 @dataclass(frozen=True)
 class HeldMemory:
@@ -138,6 +143,19 @@ class Backend(ABC):
         Args:
             model: as it will be trained (with LoRA applied), parameters on the meta device.
             options: of the run.
+        """
+
+    @classmethod
+    @abstractmethod
+    def traffic(cls, model: nn.Module, options: BackendOptions, micro_batches: int) -> float:
+        """Bytes that a node receives from the others in a step, computed from shapes alone. Needs no process group.
+
+        That of ring collectives: of n nodes, each receives (n - 1) / n of what is gathered or reduced and scattered,
+        and twice that of what is reduced to all.
+
+        Args:
+            model, options: see `memory`.
+            micro_batches: of a step, on each rank.
         """
 
     @abstractmethod

@@ -75,6 +75,18 @@ class FsdpBackend(Backend):
             held = replace(held, weights=weights, gradients=0.0, moments=0.0, step=0.0)
         return held
 
+    @classmethod
+    def traffic(cls, model: nn.Module, options: BackendOptions, micro_batches: int) -> float:
+        """Parameters are gathered for the forward and again for the backward pass; for gradients see `backward`."""
+        count = sum(p.numel() for p in model.parameters())
+        learned = sum(p.numel() for p in trainable(model).values())
+        compute = options.dtype.itemsize
+        if options.sharding == "hybrid":
+            return options.other_nodes * 2 * 4 * learned
+        if options.sharding == "trainable":
+            return options.other_nodes * (compute + 4) * learned
+        return options.other_nodes * micro_batches * (2 * compute * count + 4 * learned)
+
     def setup(self) -> None:
         """One mesh over all ranks, or one of nodes and their ranks: FSDP replicates over the first of two."""
         ranks, node = self.options.ranks, self.options.ranks_per_node

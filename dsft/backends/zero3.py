@@ -86,6 +86,16 @@ class Zero3Backend(Backend):
             held = replace(held, weights=weights, masters=0.0, gradients=4 * bucket, moments=0.0, step=0.0)
         return held
 
+    @classmethod
+    def traffic(cls, model: nn.Module, options: BackendOptions, micro_batches: int) -> float:
+        """Of each micro-batch: parameters are gathered for the forward and again for the backward pass, and gradients
+        reduced. With hpZ the second partition serves the backward pass, and frozen parameters always.
+        """
+        count = sum(p.numel() for p in model.parameters())
+        learned = sum(p.numel() for p in trainable(model).values())
+        gathered = {"full": 2 * count, "trainable": 2 * learned, "hybrid": learned}[options.sharding]
+        return options.other_nodes * micro_batches * (options.dtype.itemsize * gathered + 4 * learned)
+
     def setup(self) -> None:
         """Import DeepSpeed and let it use the process group."""
         # Its builds look for ninja on PATH, which lacks it if the virtual environment is not activated.

@@ -11,25 +11,28 @@ import numpy as np
 import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
+from dsft.backends import backend_class
 from dsft.backends.base import Sharding
 from dsft.checkpointing.models import resolve_model
 from dsft.checkpointing.resuming import find_initial_weights
 from dsft.config import PreviewConfig
 from dsft.dataset.chat_format import ChatFormat
+from dsft.dataset.micro_batches import MicroBatches
 from dsft.distributed import runtime
 from dsft.errors import UserError
 from dsft.model.flops import measure_matmul
 from dsft.model.source import ModelSource, load_tokenizer
 from dsft.planning.activations import free_memory
 from dsft.planning.disk import disk_warning
-from dsft.planning.plan import Needs, backend_options, choose_sharding, order_rows, plan_run
-from dsft.planning.prediction import ProcessMemory
+from dsft.planning.plan import Needs, backend_options, choose_sharding, lora_options, order_rows, plan_run
+from dsft.planning.prediction import ProcessMemory, Setting
+from dsft.planning.prediction import shapes as model_shapes
 from dsft.previewing.loading import LoadedSet, SeparatedSets, load_set, separate_sets
 from dsft.previewing.row_checks import Finding, duplicates_finding, ignored_finding, truncation_finding
 from dsft.previewing.rows import RowView, choose_rows, view_row
 from dsft.previewing.statistics import Batches, Folding, SetStatistics, batches_and_folding, fold_ratios, set_statistics
 from dsft.previewing.template_checks import inspect_template, start_finding, template_findings
-from dsft.units import GIB, gib
+from dsft.units import GIB, gib, size_text
 
 FEW_TOKENS = 1024  # on a GPU; with fewer, reading the weights may take longer than computing. Not measured.
 
@@ -144,12 +147,19 @@ def _add_plan(preview: Preview, sets: SeparatedSets, config: PreviewConfig, path
         for sharding in () if on_this_machine else get_args(Sharding):
             given = replace(config, sharding=sharding)
             options = backend_options(given, device, dtype, **layout)
-            needs, mark = preview.needs, " (chosen)"
             if options.sharding != sharding:  # these ranks and flags do not allow it
                 continue
+            own, needs, mark = plan, preview.needs, " (chosen)"
             if sharding != plan.sharding:
-                (_, needs), mark = choose_sharding(given, shapes, options, memory, *rows), ""
-            preview.shardings.append(f"{sharding}{mark}: {gib(needs.memory.peak)} per rank")
+                (own, needs), mark = choose_sharding(given, shapes, options, memory, *rows), ""
+            text = f"{sharding}{mark}: {gib(needs.memory.peak)} per rank"
+            if config.nodes > 1:
+                [first_step, *_] = order.epoch(0)
+                parts = MicroBatches(train, own.micro_batches, own.cost, None).plan(first_step).parts
+                trained = model_shapes(shapes, Setting(config.backend, options, lora_options(config)))
+                received = backend_class(config.backend).traffic(trained, options, len(parts[0]))
+                text += f", {size_text(int(received))} to each node per step"
+            preview.shardings.append(text)
         preview.batches, preview.folding = batches_and_folding(train, order, plan, preview.needs.total_steps)
         preview.findings += needs_findings(preview.needs, plan.trained, config)
         preview.findings += few_tokens_finding(preview.batches, device)

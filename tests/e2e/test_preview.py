@@ -65,8 +65,10 @@ def test_the_memory_of_gpus_is_predicted_without_one_for_every_sharding(preview,
     done = preview(device_memory=80, ranks=8, nodes=2, rows=0, json=figures)
     assert (done.status, done.err) == (0, "")
     assert re.search(r"^memory .* 80\.00 GiB available; fsdp in bfloat16 on cuda$", done.out, re.M)
-    found = re.findall(r"^(?:sharding)? +(\w+)( \(chosen\))?: (\S+) GiB per rank$", done.out, re.M)
-    assert [(name, bool(mark)) for name, mark, _ in found] == [("full", False), ("hybrid", False), ("trainable", True)]
+    found = re.findall(
+        r"^(?:sharding)? +(\w+)( \(chosen\))?: (\S+) GiB per rank, (.*) to each node per step$", done.out, re.M
+    )
+    assert [(name, bool(mark)) for name, mark, *_ in found] == [("full", False), ("hybrid", False), ("trainable", True)]
     assert not re.search("^time", done.out, re.M)
     assert re.search(r"^warning +batch: each GPU computes \d+ tokens per step", done.out, re.M)
     assert json.loads(figures.read_text(encoding="utf-8"))["needs"]["seconds"] is None

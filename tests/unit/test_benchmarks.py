@@ -41,7 +41,7 @@ def outcome(*seconds, loss=2.0, peak=1.0):
 SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("bench_*.py"))
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "compare_backends", "fault_drills", "profile_step"])
+@pytest.mark.parametrize("script", [*SCRIPTS, "compare_backends", "fault_drills", "predict_clusters", "profile_step"])
 def test_help_says_how_to_call_it(script, commands):
     done = commands.run(script, ["--help"])
     assert done.status == 0, done.err

@@ -90,6 +90,25 @@ def test_fsdp_shards_over_the_ranks_of_a_node(bare):
     assert memory == held(bare, setting(dtype=torch.bfloat16, ranks=2))
 
 
+@pytest.mark.parametrize(
+    ("backend", "sharding", "gathers", "reduces", "repeats"),
+    [
+        ("fsdp", "full", 2 * (WHOLE + 2 * ADAPTER), 1, 3),
+        ("fsdp", "trainable", 2 * ADAPTER, 1, 1),
+        ("fsdp", "hybrid", 0, 2, 1),  # to all
+        ("zero3", "full", 2 * (WHOLE + 2 * ADAPTER), 1, 3),
+        ("zero3", "trainable", 2 * 2 * ADAPTER, 1, 3),
+        ("zero3", "hybrid", 2 * ADAPTER, 1, 3),
+    ],
+)
+def test_what_a_node_receives_in_a_step_of_three_micro_batches(bare, backend, sharding, gathers, reduces, repeats):
+    chosen = setting(backend, torch.bfloat16, ranks=8, ranks_per_node=2, sharding=sharding)
+    received = backend_class(backend).traffic(shapes(bare, chosen), chosen.options, 3)
+    assert received == 0.75 * repeats * (2 * gathers + 4 * reduces * 2 * ADAPTER)
+    alone = setting(backend, torch.bfloat16, ranks=8, ranks_per_node=8, sharding="full")
+    assert backend_class(backend).traffic(shapes(bare, alone), alone.options, 3) == 0
+
+
 def test_zero3_is_not_shown_a_frozen_base_that_is_whole(bare):
     memory = held(bare, setting("zero3", torch.bfloat16, ranks=4, sharding="trainable"))
     trained = 2 * ADAPTER
