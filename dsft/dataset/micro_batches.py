@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from dsft.dataset.cutting import assign_to_ranks, costs_of, cut, makespan, pack_sequences
 from dsft.dataset.folding import Folded, fold, pack, shared_prefixes
@@ -64,7 +65,21 @@ class MicroBatch:
     tree: "Tree | None" = None  # what each token attends to; None for causal attention
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """A copy on `device`."""
+        """A copy on `device`, for FlexAttention of whole blocks."""
+        from dsft.model.tree_attention import flex_length
+
+        if device.type == "cuda" and self.tree is not None:
+            return self.filled(flex_length(len(self.tree)))._to(device)
+        return self._to(device)
+
+    def filled(self, length: int) -> "MicroBatch":
+        """With meaningless tokens at the end of a packed sequence, which attend to themselves alone."""
+        assert self.tree is not None
+        assert self.position_ids is not None
+        ids, positions = (F.pad(x, (0, length - len(self.tree))) for x in (self.input_ids, self.position_ids))
+        return replace(self, input_ids=ids, position_ids=positions, tree=self.tree.filled(length))
+
+    def _to(self, device: torch.device) -> "MicroBatch":
         tensors = {name: x.to(device, non_blocking=True) for name, x in vars(self).items() if torch.is_tensor(x)}
         return replace(self, **tensors, tree=self.tree and self.tree.to(device))
 

@@ -7,14 +7,15 @@ what the block mask rules out.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface
-from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from dsft.errors import UserError
@@ -23,13 +24,15 @@ from dsft.model.library_internals import has_attention_interface, softmax_backwa
 NAME = "dsft_tree"
 DENSE_BLOCK = 128  # tokens; smaller subtrees are one block with a mask
 TILE = 256  # queries at once
+FLEX_BLOCK = 128  # tokens, FlexAttention's default
+SMALLEST_HEAD = 16  # that FlexAttention's kernels for CUDA take
 REPLACED = ("auto", "sdpa", "flex_attention")  # implementations that compute the same as ours
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # arguments of attention, in some models, besides a mask
 DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")  # of attention weights
 DROP_ARGUMENTS = ("nemotron",)  # model types whose layers do not pass arguments on to attention
 
 
-def tree_unsupported_reason(model: Any, attn_implementation: str) -> str | None:
+def tree_unsupported_reason(model: Any, attn_implementation: str, device: torch.device) -> str | None:
     """Why the attention of a transformers model, not yet wrapped, cannot follow a tree; None if it can."""
     config, name = model.config.get_text_config(), type(model).__name__
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
@@ -47,6 +50,10 @@ def tree_unsupported_reason(model: Any, attn_implementation: str) -> str | None:
         return f"{name} caps the logits of attention"
     if dropouts:
         return f"config.json sets {dropouts[0]}"
+    if device.type == "cuda":
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        if size < SMALLEST_HEAD:
+            return f"{name} has heads of size {size}, and FlexAttention needs {SMALLEST_HEAD}"
     if config.model_type in DROP_ARGUMENTS:
         return f"{name} does not pass arguments to its attention"
     if any(
@@ -71,10 +78,10 @@ class Tree:
     """The attention structure of one packed micro-batch, in the form that the device's kernel needs."""
 
     def __init__(self, subtree_end: np.ndarray, parent: np.ndarray) -> None:
-        self.subtree_end = torch.from_numpy(subtree_end)
-        self._parent = parent
+        """subtree_end, parent: int64 [tokens], see dsft.dataset.folding."""
+        self._subtree_end, self._parent = subtree_end, parent
         self.blocks: list[Block] = []
-        self.block_mask: Any = None
+        self.block_mask: BlockMask | None = None
         self.uses = 0  # calls of attention that followed it
         self.ignored: set[str] = set()  # arguments of these calls that were ignored
 
@@ -92,24 +99,68 @@ class Tree:
         if problem:
             raise UserError(f"{problem}; use --attn_implementation eager, which folds only what needs no mask")
 
+    def __len__(self) -> int:
+        return len(self._parent)
+
+    def filled(self, length: int) -> "Tree":
+        """With tokens at the end, up to `length`, that attend to themselves alone."""
+        more = np.arange(len(self), length)
+        return Tree(
+            np.concatenate([self._subtree_end, more + 1]), np.concatenate([self._parent, np.full_like(more, -1)])
+        )
+
     def to(self, device: torch.device) -> "Tree":
         """Build what attention on this device needs."""
         if device.type == "cuda":
-            self.block_mask = flex_block_mask(self.subtree_end.to(device))
+            self.block_mask = flex_block_mask(self._subtree_end, device)
         else:
-            self.blocks = list(cut_into_blocks(self.subtree_end.numpy(), self._parent))
+            self.blocks = list(cut_into_blocks(self._subtree_end, self._parent))
         return self
 
 
-def flex_block_mask(subtree_end: torch.Tensor) -> Any:
-    """FlexAttention's block mask of a tree. subtree_end: int64 [tokens], see dsft.dataset.folding."""
-    from torch.nn.attention.flex_attention import create_block_mask
+def flex_length(tokens: int) -> int:
+    """The next length of whole blocks, at least two: other lengths would each be compiled anew."""
+    return max(2, -(-tokens // FLEX_BLOCK)) * FLEX_BLOCK
+
+
+def flex_block_mask(subtree_end: np.ndarray, device: torch.device) -> BlockMask:
+    """FlexAttention's block mask of a tree; subtree_end: int64 [tokens], whole blocks, see dsft.dataset.folding.
+
+    torch's create_block_mask computes the mask of all pairs of tokens. In a tree, the queries that see a key are those
+    from the key itself to the end of its subtree. So some query of a block sees some key of another unless it begins
+    after the last subtree's end, and all of a later block see all keys if it ends by the first one's.
+    """
+    count = len(subtree_end) // FLEX_BLOCK
+    ends = subtree_end.reshape(count, FLEX_BLOCK)
+    query, key = np.arange(count)[:, None], np.arange(count)[None, :]
+    seen = (query >= key) & (query * FLEX_BLOCK < ends.max(axis=1))
+    whole = (query > key) & ((query + 1) * FLEX_BLOCK <= ends.min(axis=1))
+    end = torch.from_numpy(subtree_end).to(device)
 
     def sees(_batch: Any, _head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        return (key <= query) & (query < subtree_end[key])
+        return (key <= query) & (query < end[key])
 
-    length = len(subtree_end)
-    return create_block_mask(sees, None, None, length, length, device=str(subtree_end.device))
+    def listed(blocks: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """How many key blocks each query block has, and their numbers first: int32 [1, 1, blocks (, blocks)]."""
+        numbers = np.argsort(~blocks, axis=1, kind="stable")
+        found = (torch.from_numpy(x.astype(np.int32)).to(device) for x in (blocks.sum(axis=1), numbers))
+        counts, order = (x[None, None] for x in found)
+        return counts, order
+
+    lengths = (len(subtree_end), len(subtree_end))
+    return BlockMask.from_kv_blocks(
+        *listed(seen & ~whole), *listed(whole), BLOCK_SIZE=FLEX_BLOCK, mask_mod=sees, seq_lengths=lengths
+    )
+
+
+@cache
+def compiled_flex_attention() -> Callable[..., torch.Tensor]:
+    """Compiled for any length at once.
+
+    transformers' own wrapper is compiled anew for lengths and for which inputs need a gradient, up to dynamo's limit;
+    then it silently takes a kernel that holds all scores. Here that limit is an error.
+    """
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 def cut_into_blocks(subtree_end: np.ndarray, parent: np.ndarray, dense: int = DENSE_BLOCK) -> Iterator[Block]:
@@ -254,7 +305,10 @@ def tree_attention(
     tree.uses += 1
     tree.ignored |= {name for name in UNSUPPORTED if kwargs.get(name) is not None}
     if tree.block_mask is not None:
-        return flex_attention_forward(module, query, key, value, tree.block_mask, scaling)
+        grouped = key.shape[1] < query.shape[1]
+        attend = compiled_flex_attention()
+        output = attend(query, key, value, block_mask=tree.block_mask, scale=scaling, enable_gqa=grouped)
+        return output.transpose(1, 2).contiguous(), None
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     by_group = (query[0] * scaling).unflatten(0, (key.shape[1], -1))
     output = BlockAttention.apply(by_group, key[0], value[0], tree.blocks)

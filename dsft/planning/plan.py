@@ -140,7 +140,7 @@ def plan_run(
         UserError: LoRA's targets do not fit the model, or the file of --ds_config cannot be used.
     """
     model = model or prediction.shapes(shapes, Setting(config.backend, options, lora_options(config)))
-    reason = tree_unsupported_reason(shapes, config.attn_implementation)
+    reason = tree_unsupported_reason(shapes, config.attn_implementation, options.device)
     held = backend_class(config.backend).memory(model, options)
     room = SHARE * (memory.available - memory.now - held.built)
     if options.device.type == "cuda":  # it has no heap that grows larger than its tensors

@@ -11,6 +11,7 @@ import transformers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import AutoModelForCausalLM
 
 from dsft.dataset.folding import attention_mask, fold, pack
@@ -24,6 +25,7 @@ from dsft.model.tree_attention import (
     Tree,
     cut_into_blocks,
     flex_block_mask,
+    flex_length,
     tree_attention,
     tree_unsupported_reason,
 )
@@ -99,25 +101,91 @@ def test_no_work_is_spent_on_other_dialogues():
     ]  # fmt: skip
 
 
-@settings(deadline=None, database=None, max_examples=60)
-@given(FORESTS)
-def test_the_mask_of_flex_attention_is_the_mask(groups):
-    folded = forest(groups)
-    sees = flex_block_mask(torch.from_numpy(folded.subtree_end)).mask_mod
+# FlexAttention, which has no backward pass on CPU
+
+
+def whole_blocks(folded) -> Tree:
+    return Tree(folded.subtree_end, folded.parent).filled(flex_length(len(folded)))
+
+
+def large_forest(seed: int, tokens: int):
+    """Random rows with shared beginnings, about so many tokens."""
+    random = np.random.default_rng(seed)
+    groups, total = [], 0
+    while total < tokens:
+        base = random.integers(0, 9, random.integers(20, 200)).tolist()
+        cuts = random.integers(1, len(base), random.integers(1, 5)).tolist()
+        groups.append([[*base[:cut], *random.integers(0, 9, random.integers(1, 150)).tolist()] for cut in cuts])
+        total += sum(map(len, groups[-1]))
+    return forest(groups)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_block_mask_is_that_of_all_pairs(seed):
+    folded = large_forest(seed, 150 * (1 + seed))
+    tree = whole_blocks(folded)
+    found = flex_block_mask(tree._subtree_end, CPU)
+    expected = create_block_mask(found.mask_mod, None, None, len(tree), len(tree), device="cpu")
+    for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+        assert getattr(found, name).tolist() == getattr(expected, name).tolist(), name
+    assert torch.equal(found.to_dense(), expected.to_dense())
     index = torch.arange(len(folded))
-    found = sees(0, 0, index[:, None], index[None, :])
-    assert (found.numpy() == attention_mask(folded)).all()
+    seen = found.mask_mod(0, 0, index[:, None], index[None, :])
+    assert (seen.numpy() == attention_mask(folded)).all()
 
 
-def test_flex_attention_skips_blocks_that_no_token_sees():
-    folded = forest([[[3] * 300], [[4] * 300]])
-    block_mask = flex_block_mask(torch.from_numpy(folded.subtree_end))
-    seen = torch.from_numpy(attention_mask(folded))
-    size = 128
-    expected = [
-        [bool(seen[q : q + size, k : k + size].any()) for k in range(0, 600, size)] for q in range(0, 600, size)
-    ]
-    assert block_mask.to_dense()[0, 0].bool().tolist() == expected
+def test_lengths_are_whole_blocks():
+    assert [flex_length(tokens) for tokens in (1, 256, 257, 1000)] == [256, 256, 384, 1024]
+
+
+def test_flex_attention_with_grouped_heads_gives_the_loss_of_single_rows(monkeypatch):
+    def to(tree, _device):
+        tree.block_mask = flex_block_mask(tree._subtree_end, CPU)
+        return tree
+
+    monkeypatch.setattr(Tree, "to", to)
+    monkeypatch.setattr(tree_attention_module, "compiled_flex_attention", lambda: flex_attention)
+    model, rows = built("Llama", {}), made_rows()
+    expected = per_row(model, rows)
+    model.set_attn_implementation(NAME)
+    batch = packed([fold(rows[:5]), fold(rows[5:])])
+    batch = batch.filled(flex_length(len(batch.tree))).to(CPU)
+    with torch.no_grad():
+        loss = summed_loss(model, TargetHead(model), batch)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("trained", ["qkv", "qv"], ids=["LoRA on all layers", "LoRA on q and v"])
+def test_random_trees_are_compiled_at_most_four_times(trained, monkeypatch):
+    """50 of them, training and validation in turn; in the first layer only what LoRA is on needs a gradient."""
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)
+    compilations = []
+
+    def counting(graph, _inputs):
+        compilations.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    attend = torch.compile(flex_attention, dynamic=True, fullgraph=True, backend=counting)
+    for step in range(50):
+        tree = whole_blocks(large_forest(step, 20 + 12 * step))
+        block_mask = flex_block_mask(tree._subtree_end, CPU)
+        with torch.set_grad_enabled(step % 2 == 0):
+            for layer in range(2):
+                query, key, value = (
+                    torch.ones(1, heads, len(tree), 4, requires_grad=layer > 0 or name in trained)
+                    for name, heads in (("q", 2), ("k", 1), ("v", 1))
+                )
+                output = attend(query, key, value, block_mask=block_mask, scale=0.5, enable_gqa=True)
+                if output.requires_grad:
+                    output.sum().backward()
+    assert 1 <= len(compilations) <= 4
+
+
+def test_heads_that_flex_attention_refuses_fold_chains_on_cuda():
+    model = built("Llama", {})
+    reason = tree_unsupported_reason(model, "auto", torch.device("cuda"))
+    assert reason == "LlamaForCausalLM has heads of size 4, and FlexAttention needs 16"
 
 
 # The function itself
@@ -266,7 +334,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 def test_a_model_of_this_family_gives_folded_rows_the_loss_and_gradients_of_single_ones(family, monkeypatch):
     monkeypatch.setattr(cut_into_blocks, "__defaults__", (8,))  # several blocks, though the rows are short
     model = built(family, FOLLOW[family])
-    assert tree_unsupported_reason(model, "auto") is None
+    assert tree_unsupported_reason(model, "auto", CPU) is None
     rows = made_rows()
     expected = per_row(model, rows)
     wanted = gradients_of(model, expected)
@@ -296,17 +364,19 @@ def test_each_target_costs_what_it_costs_in_its_row(family):
 @pytest.mark.parametrize("what", REFUSED)
 def test_a_model_that_cannot_follow_a_tree_is_refused(what):
     family, settings, reason = REFUSED[what]
-    assert tree_unsupported_reason(built(family, settings), "auto") == reason
+    assert tree_unsupported_reason(built(family, settings), "auto", CPU) == reason
 
 
 @pytest.mark.parametrize("implementation", ["eager", "flash_attention_2", "paged|sdpa"])
 def test_an_attention_that_the_user_chose_is_kept(implementation):
-    assert tree_unsupported_reason(built("Llama", {}), implementation) == f"--attn_implementation is {implementation}"
+    assert (
+        tree_unsupported_reason(built("Llama", {}), implementation, CPU) == f"--attn_implementation is {implementation}"
+    )
 
 
 @pytest.mark.parametrize("implementation", ["auto", "sdpa", "flex_attention"])
 def test_an_attention_that_computes_the_same_is_replaced(implementation):
-    assert tree_unsupported_reason(built("Llama", {}), implementation) is None
+    assert tree_unsupported_reason(built("Llama", {}), implementation, CPU) is None
 
 
 def test_layers_that_do_not_follow_the_tree_are_noticed_at_the_first_forward():
