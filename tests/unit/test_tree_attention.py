@@ -12,12 +12,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from dsft.dataset.folding import attention_mask, fold, pack
 from dsft.dataset.micro_batches import MicroBatches, MicroBatchOptions, packed
 from dsft.errors import UserError
-from dsft.loss import TargetHead, summed_loss
+from dsft.loss import TargetHead, source_losses, summed_loss
 from dsft.model import tree_attention as tree_attention_module
 from dsft.model.flops import Cost
 from dsft.model.tree_attention import (
@@ -180,6 +181,36 @@ def test_random_trees_are_compiled_at_most_four_times(trained, monkeypatch):
                 if output.requires_grad:
                     output.sum().backward()
     assert 1 <= len(compilations) <= 4
+
+
+class Waits(TorchDispatchMode):
+    """Notes the operations for whose result a GPU would have to finish all that came before."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.split(".")[0]
+        if name in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal"):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_nothing_waits_for_the_device_in_a_micro_batch():
+    """Of a tree; for padded rows, transformers asks once per forward whether they are packed."""
+    model = built("Llama", {}).train()
+    model.set_attn_implementation(NAME)
+    head, batch = TargetHead(model), packed([fold(made_rows())]).to(CPU)
+    summed_loss(model, head, batch)  # the first one checks how the head computes
+    with Waits() as waits:
+        loss = summed_loss(model, head, batch)
+        loss.backward()
+        source_losses(head, batch)
+    assert waits.found == []
+    with waits:
+        loss.item()
+    assert waits.found == ["_local_scalar_dense"]
 
 
 def test_heads_that_flex_attention_refuses_fold_chains_on_cuda():
