@@ -9,6 +9,7 @@ from dsft.errors import UserError, did_you_mean
 
 NAME = re.compile(r"\w[\w.-]*")
 WEIGHT = r"(?:\d+\.?\d*|\.\d+)(?:e-?\d+)?"
+MOST = 1000  # copies of a row in an epoch; more is a typing error
 ENTRY = re.compile(rf"(?:(?P<name>{NAME.pattern})=)?(?P<path>.*?)(?:\*(?P<weight>{WEIGHT}))?", re.DOTALL)
 
 
@@ -37,7 +38,7 @@ def read_sources(entries: Sequence[str], flag: str) -> list[Source]:
     named after its file, and entries with the same name are one source.
 
     Raises:
-        UserError: a weight is 0, a path is missing, a file's name is no source's, or a source's entries differ.
+        UserError: a weight is out of range, a path or a name is missing, or a source's entries differ.
     """
     parts = [match.groupdict() for entry in entries if (match := ENTRY.fullmatch(entry))]
     if not any(part["name"] or part["weight"] for part in parts):
@@ -50,8 +51,8 @@ def read_sources(entries: Sequence[str], flag: str) -> list[Source]:
             raise UserError(f"{flag}: source {name} has no path; write NAME=PATH")
         if not NAME.fullmatch(name) or (not part["name"] and name in sources):
             raise UserError(f"{flag}: {part['path']} needs a name beside other sources; write NAME={part['path']}")
-        if weight == 0:
-            raise UserError(f"{flag}: the weight of {name} is 0; leave it out, or give a weight above 0")
+        if not 0 < weight <= MOST:
+            raise UserError(f"{flag}: the weight of {name} is {weight:g}; give one above 0, at most {MOST}")
         before = sources.setdefault(name, Source(name, (), weight))
         if before.weight != weight:
             raise UserError(f"{flag}: the weight of {name} is {before.weight:g} and {weight:g}; give it only one")
@@ -73,6 +74,6 @@ def as_entry(value: Mapping[str, Any]) -> str:
         raise SourceError(f"needs a path, got {dict(value)}")
     if name is not None and not NAME.fullmatch(str(name)):
         raise SourceError(f"has a name of letters, digits and any of _.-, got '{name}'")
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
-        raise SourceError(f"has as weight a number above 0, got {weight!r}")
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight <= MOST:
+        raise SourceError(f"has as weight a number above 0, at most {MOST}, got {weight!r}")
     return (f"{name}=" if name is not None else "") + path + (f"*{weight}" if "weight" in value else "")

@@ -57,7 +57,7 @@ class TokenDataset:
     tokens: int32 [all tokens], is_target: bool [all tokens]; including what truncation cut from the front of a row.
     rows: ROW [rows]; its fields are attributes too.
     sources: names of the sources of a mixture; one empty name if the rows are not told apart
-    source: int64 [rows], index of each row's source
+    source: int32 [rows], index of each row's source
     source_weights: float64 [sources], how often a row of each is seen in an epoch
     """
 
@@ -81,7 +81,7 @@ class TokenDataset:
         self.files = [str(file) for part in sources for file in part.files]
         self.sources = [part.source.name for part in sources] or [""]
         self.source_weights = np.array([part.source.weight for part in sources] or [1.0])
-        self._source_of_file = np.repeat(np.arange(len(sources)), [len(part.files) for part in sources])
+        self._source_of_file = np.repeat(np.arange(len(sources), dtype=np.int32), [len(part.files) for part in sources])
         self.fingerprint = folder.name
         if (self.source_weights != 1).any():
             per_file = self.source_weights[self._source_of_file]
@@ -92,7 +92,7 @@ class TokenDataset:
         self.starts, self.lengths, self.targets = (self.rows[name] for name in ("starts", "lengths", "targets"))
         self.weight, self.cut, self.level = (self.rows[name] for name in ("weight", "cut", "level"))
         self.row_hash, self.prompt_hash = self.rows["row_hash"], self.rows["prompt_hash"]
-        self.source = np.broadcast_to(np.int64(0), len(self.rows))
+        self.source = np.broadcast_to(np.int32(0), len(self.rows))
         if len(self.sources) > 1:
             self.source = self._source_of_file[self.rows["file"]]
 

@@ -56,7 +56,9 @@ def test_entries_name_sources(entries, sources):
 @pytest.mark.parametrize(
     ("entries", "told"),
     [
-        (["m=a*0"], "train_files: the weight of m is 0; leave it out, or give a weight above 0"),
+        (["m=a*0"], "train_files: the weight of m is 0; give one above 0, at most 1000"),
+        (["m=a*1e9"], "train_files: the weight of m is 1e+09; give one above 0, at most 1000"),
+        (["m="], "train_files: source m has no path; write NAME=PATH"),
         (["m=a*2", "m=b"], "train_files: the weight of m is 2 and 1; give it only one"),
         (["x/*.json*2"], "train_files: x/*.json needs a name beside other sources; write NAME=x/*.json"),
         (["x/a.csv", "y/a.csv*2"], "train_files: y/a.csv needs a name beside other sources; write NAME=y/a.csv"),
@@ -81,8 +83,8 @@ def test_a_wrong_mapping_is_refused():
     cases = [
         ("train_files", {"pth": "a"}, "has path, name and weight, got pth (did you mean 'path'?)"),
         ("val_files", {"name": "a"}, "needs a path, got {'name': 'a'}"),
-        ("train_files", {"path": "a", "weight": "two"}, "has as weight a number above 0, got 'two'"),
-        ("train_files", {"path": "a", "weight": True}, "has as weight a number above 0, got True"),
+        ("train_files", {"path": "a", "weight": "two"}, "has as weight a number above 0, at most 1000, got 'two'"),
+        ("train_files", {"path": "a", "weight": True}, "has as weight a number above 0, at most 1000, got True"),
         ("train_files", {"path": "a", "name": "b c"}, "has a name of letters, digits and any of _.-, got 'b c'"),
     ]
     for flag, value, told in cases:
