@@ -137,10 +137,9 @@ class Trainer:
         guard_disk(lambda: write_text(root / CONFIG, text), root / CONFIG)
 
     def _restore(self, initial: InitialWeights | None) -> TrainerState:
-        fingerprint, best_by = self.data.train.fingerprint, self.config.best_by
-        state = TrainerState(
-            0, self.data.total_steps, 0.0, self.config.backend, self.world.size, fingerprint, best_by=best_by
-        )
+        config, data = self.config, self.data
+        start = (0, data.total_steps, 0.0, config.backend, self.world.size, data.train.fingerprint)
+        state = TrainerState(*start, best_by=config.best_by)
         if self.resume_from is not None:
             return self.checkpoints.restore(self.resume_from, state)
         if initial is not None:

@@ -169,10 +169,10 @@ def test_folding_and_not_folding_agree_where_a_batch_holds_all_rows(
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["fsdp", "zero3"])
 def test_bfloat16_gradients_are_added_up_in_float32(commands, backend, tiny_model, tokenized, tmp_path):
-    """64 times a sixty-fourth is the whole exactly, unless the sum is rounded to bfloat16 on its way."""
+    """16 times a sixteenth is the whole exactly, unless the sum is rounded to bfloat16 on its way."""
     data = tokenized("chains")[1]
-    file = write_parquet(tmp_path / "rows.parquet", [row_set("chains")[0]] * 64)
-    more = {"train_batch_size": 64, "total_training_steps": 1, "dtype": "bfloat16", "lora_rank": 4}
+    file = write_parquet(tmp_path / "rows.parquet", [row_set("chains")[0]] * 16)
+    more = {"train_batch_size": 16, "total_training_steps": 1, "dtype": "bfloat16", "lora_rank": 4}
     tokens = {"batch": int(data.lengths.max()), "off": len(data[0][0])}
     once, often = (
         trained(
