@@ -66,7 +66,7 @@ def test_a_target_of_several_rows_costs_as_often():
 )
 def test_the_weights_of_rows_are_those_of_their_targets(make):
     rows = [row([0, 1, 2, 0], [0, 0, 1, 1]), row([0, 1, 2], [0, 0, 1]), row([0, 1], [0, 1])]
-    batch = make(rows, [0.5, 3.0, 0.25])
+    batch = make(rows, np.array([0.5, 3.0, 0.25]))
     assert dict(zip(batch.labels.tolist(), batch.loss_weights.tolist(), strict=True)) == {1: 0.25, 2: 3.5, 0: 0.5}
 
 
@@ -223,7 +223,8 @@ def test_the_chunked_loss_is_cross_entropy(targets, hidden_size, vocabulary, has
     expected = (costs * weights).sum()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loss_module, "LOGITS_AT_ONCE", at_once)
-        found = ChunkedLoss.apply(hidden, weight, bias if has_bias else None, labels, weights)
+        found, losses = ChunkedLoss.apply(hidden, weight, bias if has_bias else None, labels, weights)
+    torch.testing.assert_close(losses, costs.detach())
     torch.testing.assert_close(found, expected)
     for ours, theirs in zip(torch.autograd.grad(found * 3, used), torch.autograd.grad(expected * 3, used), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -231,11 +232,11 @@ def test_the_chunked_loss_is_cross_entropy(targets, hidden_size, vocabulary, has
 
 def test_only_what_is_trained_gets_a_gradient():
     hidden, weight, bias = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3), torch.randn(5)
-    loss = ChunkedLoss.apply(hidden, weight, bias, torch.tensor([0, 1, 2, 3]), torch.ones(4))
+    loss, _ = ChunkedLoss.apply(hidden, weight, bias, torch.tensor([0, 1, 2, 3]), torch.ones(4))
     loss.backward()
     assert hidden.grad is not None
     assert weight.grad is None
-    frozen = ChunkedLoss.apply(hidden.detach(), weight, bias, torch.tensor([0, 1, 2, 3]), torch.ones(4))
+    frozen, _ = ChunkedLoss.apply(hidden.detach(), weight, bias, torch.tensor([0, 1, 2, 3]), torch.ones(4))
     assert not frozen.requires_grad
     torch.testing.assert_close(frozen, loss.detach())
 
@@ -250,7 +251,7 @@ def test_the_chunked_loss_in_bfloat16_is_as_exact_as_bfloat16_is(monkeypatch):
     for at_once in (2**25, 300 * 7):
         monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", at_once)
         hidden.grad = weight.grad = None
-        found = ChunkedLoss.apply(hidden, weight, None, labels, weights)
+        found, _ = ChunkedLoss.apply(hidden, weight, None, labels, weights)
         found.backward()
         assert found.dtype == torch.float32
         assert found.item() == pytest.approx(expected.item(), rel=2e-3)
