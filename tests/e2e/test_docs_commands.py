@@ -101,7 +101,7 @@ SMALL |= {
     "scripts/bench_throughput.py": {
         "model": "{model}", "train_files": str(SAMPLE_TRAIN), "rows": "4", "epochs": "1", "ranks": "1",
         "arms": "dsft:fsdp:batch", "dsft_tokens": None, "trl_micro_batch": "1", "json": "{out}.json",
-        "work_dir": "{out}",
+        "work_dir": "{out}", "conversations": lambda given: given and "1",
     },
     "scripts/profile_step.py": TRAIN,
     "scripts/run_pipeline.sh": PIPELINE,
